@@ -1,0 +1,127 @@
+/* dispatch.c: one complete table an ISA: the scalar table, overlaid by each ISA up to it. */
+#include "core/cpu.h"
+#include "quantlab.h"
+#include "x86/overlay.h"
+
+#include <pthread.h> /* pthread_once */
+#include <stdatomic.h>
+
+static ql_backend tables[QL_ISA_COUNT];
+static int usable[QL_ISA_COUNT];
+static const char *why_not[QL_ISA_COUNT] = {"", "", "", ""};
+static atomic_int selected;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static const char *const isa_names[QL_ISA_COUNT] = {"scalar", "avx2", "avx512", "amx"};
+static const int built[QL_ISA_COUNT] = {
+    1,
+#ifdef QL_BUILT_AVX2
+    1,
+#else
+    0,
+#endif
+#ifdef QL_BUILT_AVX512
+    1,
+#else
+    0,
+#endif
+    0, /* amx: no kernels yet */
+};
+
+static void fill_scalar(ql_backend *table) {
+    table->name = "cpu";
+#define X(op, params) table->op = ql_##op##_scalar;
+    QL_OPS(X)
+#undef X
+    for (int f = 0; f < QL_FORMAT_COUNT; f++) {
+#define X(op, params) table->op[f] = ql_##op##_scalar;
+        QL_FORMAT_OPS(X)
+#undef X
+    }
+}
+
+static void initialize(void) {
+    int (*const has[QL_ISA_COUNT])(const char **) = {NULL, ql_cpu_has_avx2, ql_cpu_has_avx512, ql_cpu_has_amx};
+    usable[QL_ISA_SCALAR] = 1;
+    for (int isa = QL_ISA_AVX2; isa < QL_ISA_COUNT; isa++) {
+        if (!built[isa]) {
+            why_not[isa] = isa == QL_ISA_AMX ? "no AMX kernels exist yet" : "the compiler of this build did not support it";
+        } else {
+            usable[isa] = has[isa](&why_not[isa]);
+        }
+    }
+    for (int isa = QL_ISA_SCALAR; isa < QL_ISA_COUNT; isa++) {
+        fill_scalar(&tables[isa]);
+#ifdef QL_BUILT_AVX2
+        if (isa >= QL_ISA_AVX2) { ql_overlay_avx2(&tables[isa]); }
+#endif
+#ifdef QL_BUILT_AVX512
+        if (isa >= QL_ISA_AVX512) { ql_overlay_avx512(&tables[isa]); }
+#endif
+        if (usable[isa]) { atomic_store(&selected, isa); }
+    }
+}
+
+static void ensure(void) { pthread_once(&once, initialize); }
+
+const char *ql_isa_name(ql_isa isa) { return isa_names[isa]; }
+int ql_isa_built(ql_isa isa) { return built[isa]; }
+int ql_isa_usable(ql_isa isa) { return ensure(), usable[isa]; }
+const char *ql_isa_why_not(ql_isa isa) { return ensure(), why_not[isa]; }
+ql_isa ql_isa_selected(void) { return ensure(), (ql_isa)atomic_load(&selected); }
+const ql_backend *ql_cpu(void) { return ensure(), &tables[atomic_load(&selected)]; }
+
+ql_status ql_isa_select(ql_isa isa) {
+    ensure();
+    if (!usable[isa]) { return ql_fail(QL_EVALUE, "isa: %s is not usable here: %s", isa_names[isa], why_not[isa]); }
+    atomic_store(&selected, isa);
+    return QL_OK;
+}
+
+/* ---- names, for quantlab.backend.table() ------------------------------------------------------------------- */
+
+static const char *const op_names[] = {
+#define X(op, params) #op,
+    QL_OPS(X) QL_FORMAT_OPS(X)
+#undef X
+};
+enum {
+#define X(op, params) INDEX_##op,
+    QL_OPS(X)
+    PLAIN_OPS,
+    BEFORE_FORMAT_OPS = PLAIN_OPS - 1, /* the next name continues the count */
+    QL_FORMAT_OPS(X)
+#undef X
+    ALL_OPS
+};
+
+static const char *const format_names[QL_FORMAT_COUNT] = {
+#define X(NAME, name) #name,
+    QL_FORMATS(X)
+#undef X
+};
+
+int ql_op_count(void) { return ALL_OPS; }
+const char *ql_op_name(int op) { return op_names[op]; }
+int ql_op_has_formats(int op) { return op >= PLAIN_OPS; }
+const char *ql_format_name(ql_format format) { return format_names[format]; }
+
+static int same_slot(const ql_backend *a, const ql_backend *b, int op, ql_format format) {
+    switch (op) {
+#define X(name, params) case INDEX_##name: return a->name == b->name;
+        QL_OPS(X)
+#undef X
+#define X(name, params) case INDEX_##name: return a->name[format] == b->name[format];
+        QL_FORMAT_OPS(X)
+#undef X
+    default: return 0;
+    }
+}
+
+const char *ql_op_variant(int op, ql_format format) {
+    const ql_backend *table = ql_cpu();
+    for (int isa = QL_ISA_SCALAR; isa < QL_ISA_COUNT; isa++) {
+        if (same_slot(table, &tables[isa], op, format)) { return isa_names[isa]; }
+    }
+    return "";
+}

@@ -1,0 +1,85 @@
+/* args.c: arrays in and out, and the signal poll of a call. */
+#include "python.h"
+
+static const char *type_name(int type) {
+    switch (type) {
+    case NPY_FLOAT32: return "float32";
+    case NPY_FLOAT64: return "float64";
+    case NPY_INT8: return "int8";
+    case NPY_UINT8: return "uint8";
+    case NPY_UINT16: return "uint16";
+    case NPY_INT32: return "int32";
+    case NPY_UINT32: return "uint32";
+    case NPY_INT64: return "int64";
+    default: return "another type";
+    }
+}
+
+/* the native enum differs between platforms for equal sizes (long, long long): compare by equivalence */
+PyArrayObject *ql_array(PyObject *object, const char *name, int type, int ndim) {
+    if (!PyArray_Check(object)) {
+        return PyErr_Format(PyExc_TypeError, "%s: got %s, expected a NumPy array of %s", name, Py_TYPE(object)->tp_name,
+                            type_name(type)), NULL;
+    }
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (!PyArray_EquivTypenums(PyArray_TYPE(array), type) || !PyArray_ISNOTSWAPPED(array)) {
+        return PyErr_Format(PyExc_TypeError, "%s: got dtype %S, expected %s", name, (PyObject *)PyArray_DESCR(array),
+                            type_name(type)), NULL;
+    }
+    if (ndim >= 0 && PyArray_NDIM(array) != ndim) {
+        return PyErr_Format(PyExc_ValueError, "%s: got %d dimensions, expected %d", name, PyArray_NDIM(array), ndim), NULL;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+        return PyErr_Format(PyExc_ValueError, "%s: the array must be C-contiguous and aligned", name), NULL;
+    }
+    return array;
+}
+
+PyArrayObject *ql_array_or_none(PyObject *object, const char *name, int type, int ndim, int *failed) {
+    if (object == NULL || object == Py_None) { return NULL; }
+    PyArrayObject *array = ql_array(object, name, type, ndim);
+    if (array == NULL) { *failed = 1; }
+    return array;
+}
+
+int ql_check_dim(PyArrayObject *array, const char *name, int axis, int64_t expected) {
+    if (ql_dim(array, axis) == expected) { return 1; }
+    PyErr_Format(PyExc_ValueError, "%s: dimension %d is %lld, expected %lld", name, axis, (long long)ql_dim(array, axis),
+                 (long long)expected);
+    return 0;
+}
+
+int ql_check_size(PyArrayObject *array, const char *name, int64_t expected) {
+    if ((int64_t)PyArray_SIZE(array) >= expected) { return 1; }
+    PyErr_Format(PyExc_ValueError, "%s: %lld elements, expected %lld", name, (long long)PyArray_SIZE(array),
+                 (long long)expected);
+    return 0;
+}
+
+PyArrayObject *ql_new(int ndim, const int64_t *dims, int type) {
+    npy_intp shape[8];
+    for (int i = 0; i < ndim; i++) { shape[i] = (npy_intp)dims[i]; }
+    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type);
+}
+
+static int check_signals(void) {
+    PyGILState_STATE state = PyGILState_Ensure();
+    int interrupted = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return interrupted;
+}
+
+ql_poll ql_signal_poll(void) {
+    static unsigned long main_thread; /* the thread that imported the module is the main thread in practice; asked once */
+    if (main_thread == 0) {
+        PyObject *threading = PyImport_ImportModule("threading");
+        PyObject *thread = threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
+        PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
+        main_thread = ident == NULL ? 0 : PyLong_AsUnsignedLong(ident);
+        Py_XDECREF(ident);
+        Py_XDECREF(thread);
+        Py_XDECREF(threading);
+        PyErr_Clear();
+    }
+    return PyThread_get_thread_ident() == main_thread ? check_signals : NULL;
+}

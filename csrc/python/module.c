@@ -1,0 +1,18 @@
+/* module.c: quantlab._core, one list of domains. */
+#define QL_IMPORT_ARRAY
+#include "python.h"
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "quantlab._core", "The C core of quantlab.", -1, NULL, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__core(void) {
+    import_array();
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL) { return NULL; }
+    int (*const domains[])(PyObject *) = {ql_errors_register, ql_register_backend, ql_register_weight, ql_register_ops};
+    for (size_t i = 0; i < sizeof domains / sizeof *domains; i++) {
+        if (domains[i](module) < 0) { return Py_DECREF(module), NULL; }
+    }
+    return module;
+}

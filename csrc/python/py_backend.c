@@ -1,0 +1,79 @@
+/* py_backend.c: what is built, what is usable, which variant runs. */
+#include "python.h"
+
+static PyObject *isa_info(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *all = PyDict_New();
+    for (int isa = 0; all != NULL && isa < QL_ISA_COUNT; isa++) {
+        PyObject *one = Py_BuildValue("{s:O,s:O,s:s}", "built", ql_isa_built(isa) ? Py_True : Py_False, "usable",
+                                      ql_isa_usable(isa) ? Py_True : Py_False, "why_not", ql_isa_why_not(isa));
+        if (one == NULL || PyDict_SetItemString(all, ql_isa_name(isa), one) < 0) { Py_CLEAR(all); }
+        Py_XDECREF(one);
+    }
+    return all;
+}
+
+static PyObject *isa_selected(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyUnicode_FromString(ql_isa_name(ql_isa_selected()));
+}
+
+static PyObject *isa_select(PyObject *self, PyObject *argument) {
+    (void)self;
+    const char *name = PyUnicode_AsUTF8(argument);
+    if (name == NULL) { return NULL; }
+    for (int isa = 0; isa < QL_ISA_COUNT; isa++) {
+        if (strcmp(name, ql_isa_name(isa)) != 0) { continue; }
+        ql_status status = ql_isa_select(isa);
+        if (status != QL_OK) { return ql_raise(status); }
+        Py_RETURN_NONE;
+    }
+    return PyErr_Format(PyExc_ValueError, "isa: got '%s', expected scalar, avx2, avx512 or amx", name);
+}
+
+static PyObject *threads_get(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyLong_FromLong(ql_threads());
+}
+
+static PyObject *threads_set(PyObject *self, PyObject *argument) {
+    (void)self;
+    long threads = PyLong_AsLong(argument);
+    if (threads == -1 && PyErr_Occurred()) { return NULL; }
+    if (threads < 0 || threads > 4096) { return PyErr_Format(PyExc_ValueError, "threads: got %ld, expected 1 to 4096", threads); }
+    ql_set_threads((int)threads);
+    Py_RETURN_NONE;
+}
+
+static PyObject *op_table(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    PyObject *table = PyDict_New();
+    for (int op = 0; table != NULL && op < ql_op_count(); op++) {
+        PyObject *row = PyDict_New();
+        int formats = ql_op_has_formats(op) ? QL_FORMAT_COUNT : 1;
+        for (int f = 0; row != NULL && f < formats; f++) {
+            PyObject *variant = PyUnicode_FromString(ql_op_variant(op, f));
+            const char *key = ql_op_has_formats(op) ? ql_format_name(f) : "f32";
+            if (variant == NULL || PyDict_SetItemString(row, key, variant) < 0) { Py_CLEAR(row); }
+            Py_XDECREF(variant);
+        }
+        if (row == NULL || PyDict_SetItemString(table, ql_op_name(op), row) < 0) { Py_CLEAR(table); }
+        Py_XDECREF(row);
+    }
+    return table;
+}
+
+static PyMethodDef methods[] = {
+    {"isa_info", isa_info, METH_NOARGS, "isa_info() -> {isa: {built, usable, why_not}}"},
+    {"isa_selected", isa_selected, METH_NOARGS, "isa_selected() -> str"},
+    {"isa_select", isa_select, METH_O, "isa_select(name): use the kernels of this ISA"},
+    {"threads", threads_get, METH_NOARGS, "threads() -> int"},
+    {"set_threads", threads_set, METH_O, "set_threads(n); 0: the default"},
+    {"op_table", op_table, METH_NOARGS, "op_table() -> {op: {format: variant}}"},
+    {NULL, NULL, 0, NULL},
+};
+
+int ql_register_backend(PyObject *module) {
+    if (PyModule_AddStringConstant(module, "compiler", QL_COMPILER) < 0) { return -1; }
+    return PyModule_AddFunctions(module, methods);
+}

@@ -1,0 +1,70 @@
+/* python.h: what every py_<domain>.c shares: arguments, errors, calls. The only place with Python.h and NumPy. */
+#ifndef QL_PYTHON_H
+#define QL_PYTHON_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define NPY_NO_DEPRECATED_API NPY_1_22_API_VERSION
+#define PY_ARRAY_UNIQUE_SYMBOL quantlab_core_array_api
+#ifndef QL_IMPORT_ARRAY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "../quantlab.h"
+
+/* ---- errors.c: the only map from ql_status to exceptions ---------------------------------------------------- */
+
+int ql_errors_register(PyObject *module);
+PyObject *ql_raise(ql_status status); /* raises with ql_status_detail(); returns NULL */
+
+/* ---- args.c: parse and validate ----------------------------------------------------------------------------- */
+
+/* A borrowed view of `object` if it is a C-contiguous, aligned array of this type and rank; else NULL with an error
+ * that names the argument. ndim < 0: any rank. */
+PyArrayObject *ql_array(PyObject *object, const char *name, int type, int ndim);
+PyArrayObject *ql_array_or_none(PyObject *object, const char *name, int type, int ndim, int *failed);
+/* 1 if dimension `axis` is `expected`; else 0 with a ValueError */
+int ql_check_dim(PyArrayObject *array, const char *name, int axis, int64_t expected);
+int ql_check_size(PyArrayObject *array, const char *name, int64_t expected); /* total number of elements, at least */
+PyArrayObject *ql_new(int ndim, const int64_t *dims, int type);               /* new uninitialized array */
+
+static inline int64_t ql_dim(PyArrayObject *array, int axis) { return (int64_t)PyArray_DIM(array, axis); }
+static inline void *ql_data(PyArrayObject *array) { return array == NULL ? NULL : PyArray_DATA(array); }
+
+/* ---- calls: release the GIL, let Ctrl-C through, raise ------------------------------------------------------ */
+
+ql_poll ql_signal_poll(void); /* the poll for this thread: only the main thread hears signals */
+
+#define QL_CALL_BEGIN                     \
+    {                                     \
+        ql_poll call_poll = ql_signal_poll(); \
+        Py_BEGIN_ALLOW_THREADS            \
+        ql_call_begin(call_poll);
+
+/* sets `stopped` (an int in scope) where the call was interrupted; the exception is then already set */
+#define QL_CALL_END(stopped)     \
+        stopped = ql_call_end(); \
+        Py_END_ALLOW_THREADS     \
+    }
+
+/* ---- py_weight.c -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    ql_weight weight;
+    PyObject *arrays; /* tuple that keeps the buffers of `weight` alive */
+} WeightObject;
+
+extern PyTypeObject *ql_weight_type;
+const ql_weight *ql_weight_arg(PyObject *object, const char *name); /* NULL with a TypeError */
+int ql_format_arg(const char *text, ql_format *format);             /* 0 with a ValueError */
+
+/* ---- domains: each adds its functions and types to the module ------------------------------------------------ */
+
+int ql_register_backend(PyObject *module);
+int ql_register_weight(PyObject *module);
+int ql_register_ops(PyObject *module);
+
+#endif

@@ -1,0 +1,162 @@
+/* quantlab.h: the only public C header. Status codes, the one weight, the one list of ops, the backend table.
+ *
+ * Shapes: W is (n, k): n outputs, k inputs, row-major. Activations are float32, row-major, tokens first.
+ * Order of arguments: outputs, inputs, weights, sizes. Sizes are int64_t. Kernels allocate nothing and print nothing. */
+#ifndef QUANTLAB_H
+#define QUANTLAB_H
+
+#include <stddef.h> /* size_t */
+#include <stdint.h> /* int64_t */
+
+/* ---- status ------------------------------------------------------------------------------------------------ */
+
+typedef enum {
+    QL_OK = 0,
+    QL_EVALUE = -1,      /* an argument has a value that is not accepted -> ValueError */
+    QL_ETYPE = -2,       /* an argument has the wrong type               -> TypeError */
+    QL_ENOMEM = -3,      /* out of memory                                -> MemoryError */
+    QL_ENUMERIC = -4,    /* the numbers do not allow an answer           -> quantlab.NumericError */
+    QL_ECUDA = -5,       /* the device refused                           -> quantlab.CudaError */
+    QL_EINTERRUPT = -6   /* the user pressed Ctrl-C                      -> KeyboardInterrupt */
+} ql_status;
+
+ql_status ql_fail(ql_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+const char *ql_status_detail(void); /* of the last ql_fail on this thread */
+
+/* ---- threads and interruption (core/parallel.c) ------------------------------------------------------------ */
+
+/* Runs task(context, i) for i in [0, count) on ql_threads() threads. Tasks must be independent, and each must give the
+ * same result whoever runs it: so a result never depends on the number of threads. In a forked child it runs serially. */
+void ql_parallel_for(int64_t count, void (*task)(void *context, int64_t i), void *context);
+int ql_threads(void);
+void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
+int ql_default_threads(void);
+
+/* A long call installs a poll (may be NULL) for its own thread; once it returns non-zero, tasks not yet begun are skipped. */
+typedef int (*ql_poll)(void);
+void ql_call_begin(ql_poll poll);
+int ql_call_stopped(void);
+int ql_call_end(void); /* non-zero: the call was stopped, its outputs are not complete */
+
+/* ---- formats ----------------------------------------------------------------------------------------------- */
+
+/* name, lower-case name. The meaning of each code is in csrc/formats/<name>.h */
+#define QL_FORMATS(X) \
+    X(F32, f32)       \
+    X(F16, f16)       \
+    X(BF16, bf16)     \
+    X(INT8, int8)     \
+    X(AFFINE, affine) \
+    X(NF4, nf4)       \
+    X(FP4, fp4)
+
+typedef enum {
+#define X(NAME, name) QL_##NAME,
+    QL_FORMATS(X)
+#undef X
+        QL_FORMAT_COUNT
+} ql_format;
+
+/* W[i, j] = scale(i, j) * value(code[i, j], zero(i, j)); see formats/weight.h for where each of them is.
+ *   F32 F16 BF16  codes (n, k) of 4, 2, 2 bytes; no scales
+ *   INT8          codes int8 (n, k); scales (n,)
+ *   AFFINE        codes uint32 (n, ceil(k * bits / 32)): each row a little-endian bit stream of bits-wide codes;
+ *                 scales float32 and zeros uint8 (n, ceil(k / group)); zeros NULL means 2^(bits-1)
+ *   NF4 FP4       codes uint8 (ceil(n * k / 2),): flat over the tensor, element 2i in the high nibble; block i of `group`
+ *                 elements of the flat tensor has scale i (bitsandbytes' layout) */
+typedef struct {
+    ql_format format;
+    uint8_t bits;
+    int64_t n, k;
+    int64_t group;              /* columns (NF4, FP4: flat elements) that share a scale; the last one may be shorter */
+    const void *codes;
+    const float *scales;        /* NULL with double quantization */
+    const uint8_t *zeros;
+    const int32_t *perm;        /* (k,) or NULL: stored column j is column perm[j] of W (act-order) */
+    /* double quantization: scale(b) = scale_map[scale_codes[b]] * scale_absmax[b / 256] + scale_offset */
+    const uint8_t *scale_codes;
+    const float *scale_absmax;
+    const float *scale_map;     /* (256,) */
+    float scale_offset;
+    void *packed;               /* backend-private prepacked copy, rebuildable, never saved */
+} ql_weight;
+
+/* ---- ops --------------------------------------------------------------------------------------------------- */
+
+/* One line an op: name, parameters. Each is void: arguments are validated above (model, python). */
+#define QL_OPS(X)                                                                                                       \
+    /* out[t, :] = row ids[t] of table (vocabulary, c) */                                                               \
+    X(embedding_forward, (float *out, const int32_t *ids, const ql_weight *table, int64_t t))                           \
+    /* out = x / sqrt(mean(x^2) + eps) * gain; (t, c); inv_rms (t,) or NULL is kept for the backward pass */            \
+    X(rmsnorm_forward,                                                                                                  \
+      (float *out, float *inv_rms, const float *x, const float *gain, int64_t t, int64_t c, float eps))                 \
+    /* x (t, heads, d), rotated in place, half-split layout; cos, sin (positions, d/2); positions (t,) rows of them */  \
+    X(rope_forward, (float *x, const float *cos, const float *sin, const int32_t *positions, int64_t t, int64_t heads,  \
+                     int64_t d))                                                                                        \
+    /* Causal attention over ragged sequences. Sequence b has queries [q_start[b], q_start[b+1]) of q (t, hq, d) and    \
+     * keys and values rows [kv_start[b], kv_start[b] + kv_len[b]) of k, v (rows, hkv, d); its last query sees all of   \
+     * them. out (t, hq, d); lse (t, hq) or NULL: log-sum-exp of the scaled scores. hq is a multiple of hkv. */         \
+    X(attention_forward, (float *out, float *lse, const float *q, const float *k, const float *v,                       \
+                          const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b,            \
+                          int64_t hq, int64_t hkv, int64_t d, float scale))                                             \
+    /* out = gate * sigmoid(gate) * up, count elements */                                                               \
+    X(swiglu_forward, (float *out, const float *gate, const float *up, int64_t count))                                  \
+    /* y += x, count elements */                                                                                        \
+    X(add_forward, (float *y, const float *x, int64_t count))                                                           \
+    /* loss[i] = logsumexp(logits[i]) - logits[i, target[i]], 0 where target is -100; logits (t, v); dlogits (t, v) or  \
+     * NULL is set to softmax - onehot (0 in ignored rows) */                                                           \
+    X(cross_entropy_forward,                                                                                            \
+      (float *loss, float *dlogits, const float *logits, const int32_t *targets, int64_t t, int64_t v))                 \
+    /* h += a^T b; a (t, ka), b (t, kb), h (ka, kb). lower: only elements with row >= column are written (ka == kb) */  \
+    X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))
+
+/* The same, one slot a format. */
+#define QL_FORMAT_OPS(X)                                                                                                \
+    /* out (i1 - i0, j1 - j0), row stride ld: stored rows i0..i1 and stored columns j0..j1 (perm is not applied) */     \
+    X(decode_forward, (float *out, int64_t ld, const ql_weight *w, int64_t i0, int64_t i1, int64_t j0, int64_t j1))     \
+    /* y (m, n) = x (m, k) W^T, or += where accumulate is set */                                                        \
+    X(linear_forward, (float *y, const float *x, const ql_weight *w, int64_t m, int accumulate))                        \
+    /* dx (m, k) = dy (m, n) W, or += where accumulate is set */                                                        \
+    X(linear_backward_input, (float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate))               \
+    /* NF4, FP4: x flat (count,) -> codes (ceil(count / 2),), scales (ceil(count / group),). INT8: x (count / group,    \
+     * group) -> codes int8, scales (count / group,). Other formats: not called. */                                     \
+    X(quantize_forward, (void *codes, float *scales, const float *x, ql_format format, int64_t count, int64_t group))
+
+typedef struct {
+    const char *name; /* "cpu" or "cuda" */
+#define X(op, params) void(*op) params;
+    QL_OPS(X)
+#undef X
+#define X(op, params) void(*op[QL_FORMAT_COUNT]) params;
+    QL_FORMAT_OPS(X)
+#undef X
+} ql_backend;
+
+/* The scalar reference of every op is the specification: csrc/ops/<op>.c. */
+#define X(op, params) void ql_##op##_scalar params;
+QL_OPS(X)
+QL_FORMAT_OPS(X)
+#undef X
+
+/* out (i1 - i0, k): rows i0..i1 of W as float32, columns in the order of W, in parallel (quant/decode.c) */
+void ql_decode_rows(float *out, const ql_weight *w, int64_t i0, int64_t i1);
+
+/* ---- dispatch ---------------------------------------------------------------------------------------------- */
+
+typedef enum { QL_ISA_SCALAR, QL_ISA_AVX2, QL_ISA_AVX512, QL_ISA_AMX, QL_ISA_COUNT } ql_isa;
+
+const char *ql_isa_name(ql_isa isa);
+int ql_isa_built(ql_isa isa);
+int ql_isa_usable(ql_isa isa);          /* built, and this machine and its system allow it */
+const char *ql_isa_why_not(ql_isa isa); /* "" where usable */
+ql_isa ql_isa_selected(void);
+ql_status ql_isa_select(ql_isa isa);
+const ql_backend *ql_cpu(void);         /* the table of the selected ISA */
+/* the variant in use of op `op` (0 .. ql_op_count()), format ignored for plain ops: "scalar", "avx2", … or "" if empty */
+int ql_op_count(void);
+const char *ql_op_name(int op);
+int ql_op_has_formats(int op);
+const char *ql_op_variant(int op, ql_format format);
+const char *ql_format_name(ql_format format);
+
+#endif
