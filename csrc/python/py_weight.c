@@ -138,8 +138,8 @@ static void weight_dealloc(WeightObject *self) {
 static PyType_Slot slots[] = {
     {Py_tp_doc, "Weight(format, bits, n, k, group, codes, scales=None, zeros=None, perm=None, scale_codes=None, "
                 "scale_absmax=None, scale_map=None, scale_offset=0.0): a validated view of NumPy buffers"},
-    {Py_tp_new, weight_new},
-    {Py_tp_dealloc, weight_dealloc},
+    {Py_tp_new, __extension__(void *)weight_new},
+    {Py_tp_dealloc, __extension__(void *)weight_dealloc},
     {0, NULL},
 };
 static PyType_Spec spec = {"quantlab._core.Weight", sizeof(WeightObject), 0, Py_TPFLAGS_DEFAULT, slots};
