@@ -103,6 +103,8 @@ typedef struct {
     X(swiglu_forward, (float *out, const float *gate, const float *up, int64_t count))                                  \
     /* y += x, count elements */                                                                                        \
     X(add_forward, (float *y, const float *x, int64_t count))                                                           \
+    /* row rows[i] of out = row i of x (t, c); out has enough rows */                                                   \
+    X(scatter_rows_forward, (float *out, const float *x, const int32_t *rows, int64_t t, int64_t c))                    \
     /* loss[i] = logsumexp(logits[i]) - logits[i, target[i]], 0 where target is -100; logits (t, v); dlogits (t, v) or  \
      * NULL is set to softmax - onehot (0 in ignored rows) */                                                           \
     X(cross_entropy_forward,                                                                                            \

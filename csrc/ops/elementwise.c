@@ -1,7 +1,8 @@
-/* elementwise.c: embedding, SwiGLU (Shazeer 2020), residual add. */
+/* elementwise.c: embedding, SwiGLU (Shazeer 2020), residual add, rows moved into the KV cache. */
 #include "../formats/weight.h"
 
-#include <math.h> /* expf */
+#include <math.h>   /* expf */
+#include <string.h> /* memcpy */
 
 enum { COUNT_PER_TASK = 16384 };
 
@@ -42,4 +43,8 @@ static void add_task(void *context, int64_t task) {
 void ql_add_forward_scalar(float *y, const float *x, int64_t count) {
     elementwise_context context = {y, x, NULL, count};
     ql_parallel_for((count + COUNT_PER_TASK - 1) / COUNT_PER_TASK, add_task, &context);
+}
+
+void ql_scatter_rows_forward_scalar(float *out, const float *x, const int32_t *rows, int64_t t, int64_t c) {
+    for (int64_t i = 0; i < t; i++) { memcpy(out + rows[i] * c, x + i * c, (size_t)c * sizeof *x); }
 }

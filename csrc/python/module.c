@@ -10,7 +10,8 @@ PyMODINIT_FUNC PyInit__core(void) {
     import_array();
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL) { return NULL; }
-    int (*const domains[])(PyObject *) = {ql_errors_register, ql_register_backend, ql_register_weight, ql_register_ops};
+    int (*const domains[])(PyObject *) = {ql_errors_register, ql_register_backend, ql_register_weight, ql_register_ops,
+                                         ql_register_llama};
     for (size_t i = 0; i < sizeof domains / sizeof *domains; i++) {
         if (domains[i](module) < 0) { return Py_DECREF(module), NULL; }
     }

@@ -1,0 +1,63 @@
+"""Rotary position embedding tables for the rope types of the LLaMA family.
+
+Source: Su et al. 2021 (RoFormer); the scaled types as Hugging Face transformers defines them (`modeling_rope_utils`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """The rope settings of a config in one spelling: `rope_theta`, `rope_type`, and what the type needs.
+
+    Accepts both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`; a mapping or an object.
+    """
+    get = config.get if isinstance(config, Mapping) else lambda name, default=None: getattr(config, name, default)
+    settings = dict(get("rope_scaling") or {})
+    settings.update(get("rope_parameters") or {})
+    settings.setdefault("rope_theta", get("rope_theta") or 10000.0)
+    settings["rope_type"] = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
+    if settings["rope_type"] not in ROPE_TYPES:
+        raise ValueError(f"rope_type: got {settings['rope_type']!r}, accepted are {', '.join(ROPE_TYPES)}")
+    return settings
+
+
+def inverse_frequencies(config: Any, length: int) -> np.ndarray:
+    """Radians a position for each pair of elements, float32 (head_dim / 2,). `length` matters to the dynamic type only."""
+    settings = rope_parameters(config)
+    kind, theta, d = settings["rope_type"], float(settings["rope_theta"]), int(config.head_dim)
+    if kind == "dynamic":  # NTK-aware: the base grows with the length beyond what the model was trained for
+        trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
+        factor = float(settings["factor"])
+        theta *= ((factor * max(length, trained) / trained) - (factor - 1)) ** (d / (d - 2))
+    frequencies = 1.0 / theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
+    if kind == "linear":
+        frequencies /= float(settings["factor"])
+    if kind == "llama3":
+        frequencies = _llama3(frequencies, settings)
+    return frequencies.astype(np.float32)
+
+
+def _llama3(frequencies: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    """Long waves are slowed by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
+    factor, original = float(settings["factor"]), float(settings["original_max_position_embeddings"])
+    turns = original * frequencies / (2 * np.pi)  # full turns within the original context
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * frequencies / factor + keep * frequencies
+
+
+def rope_tables(config: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position below `length`, each float32 (length, head_dim / 2).
+
+    `config` has `head_dim`, `max_position_embeddings` and the rope settings. The angle is a float32 product, as in
+    transformers, so that long positions agree with it.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(config, length)[None, :]
+    return np.cos(angles), np.sin(angles)
