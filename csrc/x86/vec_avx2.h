@@ -1,0 +1,106 @@
+/* vec_avx2.h: the vector vocabulary over AVX2, FMA and F16C: 8 floats. The same names as vec_avx512.h; see there. */
+#ifndef QL_VEC_AVX2_H
+#define QL_VEC_AVX2_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define V_NAME(op) ql_##op##_avx2
+#define V_AVX512 0
+
+enum { VL = 8 };
+typedef __m256 vf;
+typedef __m256i vi;
+typedef __m256 vm; /* all bits of a lane set or clear */
+
+/* ---- memory; a tail is the first n of VL lanes, 0 <= n <= VL, and nothing beyond them is touched ------------- */
+
+static inline vm vm_first(int64_t n) {
+    static const int32_t window[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+    return _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(const void *)(window + 8 - n)));
+}
+static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline vf v_load_tail(const float *p, int64_t n) { return _mm256_maskload_ps(p, _mm256_castps_si256(vm_first(n))); }
+static inline void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
+static inline void v_store_tail(float *p, vf a, int64_t n) { _mm256_maskstore_ps(p, _mm256_castps_si256(vm_first(n)), a); }
+static inline void v_stream(float *p, vf a) { _mm256_stream_ps(p, a); } /* past the caches; p on 32 bytes */
+static inline void v_stream_end(void) { _mm_sfence(); }
+
+/* ---- arithmetic ---------------------------------------------------------------------------------------------- */
+
+static inline vf v_zero(void) { return _mm256_setzero_ps(); }
+static inline vf v_set1(float a) { return _mm256_set1_ps(a); }
+static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }   /* a b + c */
+static inline vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); } /* c - a b */
+static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }              /* b where either is NaN */
+static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline vf v_sqrt(vf a) { return _mm256_sqrt_ps(a); }
+static inline vf v_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline float v_sum(vf a) { /* in a fixed order */
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float v_hmax(vf a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* ---- masks --------------------------------------------------------------------------------------------------- */
+
+static inline vm v_gt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+static inline vm v_lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline vm v_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline vf v_select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); } /* a where m, else b */
+
+/* ---- int32 lanes --------------------------------------------------------------------------------------------- */
+
+static inline vi vi_set1(int32_t a) { return _mm256_set1_epi32(a); }
+static inline vi vi_iota(void) { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vi vi_load(const void *p) { return _mm256_loadu_si256(p); }
+static inline void vi_store(void *p, vi a) { _mm256_storeu_si256(p, a); }
+static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
+static inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+static inline vi vi_shl(vi a, unsigned n) { return _mm256_slli_epi32(a, (int)n); }
+static inline vi vi_shr(vi a, unsigned n) { return _mm256_srli_epi32(a, (int)n); }
+static inline vi vi_shr_by(vi a, vi n) { return _mm256_srlv_epi32(a, n); } /* 0 where n > 31 */
+static inline vi vi_from_vf(vf a) { return _mm256_cvtps_epi32(a); }        /* to nearest even */
+static inline vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
+static inline vf vi_as_vf(vi a) { return _mm256_castsi256_ps(a); } /* the same bits */
+static inline vi vf_as_vi(vf a) { return _mm256_castps_si256(a); }
+static inline vi vi_select(vm m, vi a, vi b) { return vf_as_vi(v_select(m, vi_as_vf(a), vi_as_vf(b))); }
+
+/* a 2^q for |q| <= 252, rounded at most twice in the denormals */
+static inline vf v_ldexp(vf a, vi q) {
+    vi half = _mm256_srai_epi32(q, 1), bias = vi_set1(127);
+    vf first = vi_as_vf(vi_shl(vi_add(half, bias), 23)), second = vi_as_vf(vi_shl(vi_add(vi_sub(q, half), bias), 23));
+    return v_mul(v_mul(a, first), second);
+}
+
+/* ---- narrow types to lanes: VL elements at p ------------------------------------------------------------------ */
+
+static inline vi vi_load_u8(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+static inline vi vi_load_i8(const void *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+static inline vi vi_load_u16(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
+static inline vf v_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }
+
+/* a table of 16 floats in registers: v_table_get(t, i) is t[i & 15] */
+typedef struct { vf low, high; } v_table;
+static inline v_table v_table_load(const float *p) { return (v_table){v_load(p), v_load(p + 8)}; }
+static inline vf v_table_get(v_table t, vi i) {
+    vf low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
+    return _mm256_blendv_ps(low, high, vi_as_vf(vi_shl(i, 28))); /* bit 3 of i picks the half */
+}
+
+#include "vec_math.h"
+
+#endif

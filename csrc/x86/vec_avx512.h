@@ -1,0 +1,94 @@
+/* vec_avx512.h: the vector vocabulary over AVX-512 (F, BW, DQ, VL): 16 floats. vec_avx2.h has the same names, so that
+ * a kernel's body is written once, <op>_body.h, and included by <op>_avx2.c and <op>_avx512.c.
+ *   vf floats, vi int32 lanes, vm a mask of lanes; VL lanes; V_NAME(op) is ql_op_<isa>. */
+#ifndef QL_VEC_AVX512_H
+#define QL_VEC_AVX512_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define V_NAME(op) ql_##op##_avx512
+#define V_AVX512 1
+
+enum { VL = 16 };
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __mmask16 vm;
+
+/* ---- memory; a tail is the first n of VL lanes, 0 <= n <= VL, and nothing beyond them is touched ------------- */
+
+static inline vm vm_first(int64_t n) { return (vm)((1u << n) - 1u); }
+static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline vf v_load_tail(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(vm_first(n), p); } /* rest: 0 */
+static inline void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+static inline void v_store_tail(float *p, vf a, int64_t n) { _mm512_mask_storeu_ps(p, vm_first(n), a); }
+static inline void v_stream(float *p, vf a) { _mm512_stream_ps(p, a); } /* past the caches; p on 64 bytes */
+static inline void v_stream_end(void) { _mm_sfence(); }
+
+/* ---- arithmetic ---------------------------------------------------------------------------------------------- */
+
+static inline vf v_zero(void) { return _mm512_setzero_ps(); }
+static inline vf v_set1(float a) { return _mm512_set1_ps(a); }
+static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a b + c */
+static inline vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a b */
+static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }              /* b where either is NaN */
+static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf v_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf v_sqrt(vf a) { return _mm512_sqrt_ps(a); }
+static inline vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); } /* in a fixed order */
+static inline float v_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+
+/* ---- masks --------------------------------------------------------------------------------------------------- */
+
+static inline vm v_gt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline vm v_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline vm v_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline vf v_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); } /* a where m, else b */
+
+/* ---- int32 lanes --------------------------------------------------------------------------------------------- */
+
+static inline vi vi_set1(int32_t a) { return _mm512_set1_epi32(a); }
+static inline vi vi_iota(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+static inline vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
+static inline void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+static inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+static inline vi vi_shl(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
+static inline vi vi_shr(vi a, unsigned n) { return _mm512_srli_epi32(a, n); }
+static inline vi vi_shr_by(vi a, vi n) { return _mm512_srlv_epi32(a, n); } /* 0 where n > 31 */
+static inline vi vi_from_vf(vf a) { return _mm512_cvtps_epi32(a); }        /* to nearest even */
+static inline vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
+static inline vf vi_as_vf(vi a) { return _mm512_castsi512_ps(a); } /* the same bits */
+static inline vi vf_as_vi(vf a) { return _mm512_castps_si512(a); }
+static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m, b, a); }
+
+/* a 2^q for |q| <= 252, rounded at most twice in the denormals */
+static inline vf v_ldexp(vf a, vi q) {
+    vi half = _mm512_srai_epi32(q, 1), bias = vi_set1(127);
+    vf first = vi_as_vf(vi_shl(vi_add(half, bias), 23)), second = vi_as_vf(vi_shl(vi_add(vi_sub(q, half), bias), 23));
+    return v_mul(v_mul(a, first), second);
+}
+
+/* ---- narrow types to lanes: VL elements at p ------------------------------------------------------------------ */
+
+static inline vi vi_load_u8(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+static inline vi vi_load_i8(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+static inline vi vi_load_u16(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
+static inline vf v_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }
+
+/* a table of 16 floats in registers: v_table_get(t, i) is t[i & 15] */
+typedef struct { vf all; } v_table;
+static inline v_table v_table_load(const float *p) { return (v_table){v_load(p)}; }
+static inline vf v_table_get(v_table t, vi i) { return _mm512_permutexvar_ps(i, t.all); }
+
+#include "vec_math.h"
+
+#endif
