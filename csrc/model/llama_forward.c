@@ -1,0 +1,90 @@
+/* llama_forward.c: the LLaMA forward pass (Touvron et al. 2023) over the table of ops; it names no backend. */
+#include "llama.h"
+
+#include <math.h> /* sqrtf */
+
+/* what a pass holds beside its output, cut from the workspace */
+typedef struct {
+    float *x;         /* (t, c) residual stream */
+    float *h;         /* (t, c) normed input of a block */
+    float *q, *k, *v; /* (t, hq d) (t, hkv d) (t, hkv d) */
+    float *a;         /* (t, hq d) attention output */
+    float *gate, *up; /* (t, f) */
+    int32_t *rows;    /* (t,) cache row of each token */
+} buffers;
+
+int64_t ql_llama_workspace(const ql_llama *m, int64_t t) {
+    return t * (2 * m->c + 2 * m->hq * m->d + 2 * m->hkv * m->d + 2 * m->f + 1);
+}
+
+static buffers cut(const ql_llama *m, int64_t t, float *workspace) {
+    buffers s;
+    s.x = workspace;
+    s.h = s.x + t * m->c;
+    s.q = s.h + t * m->c;
+    s.k = s.q + t * m->hq * m->d;
+    s.v = s.k + t * m->hkv * m->d;
+    s.a = s.v + t * m->hkv * m->d;
+    s.gate = s.a + t * m->hq * m->d;
+    s.up = s.gate + t * m->f;
+    s.rows = (int32_t *)(s.up + t * m->f);
+    return s;
+}
+
+/* the cache row of each token: the keys of a sequence end with those of this batch */
+static void cache_rows(int32_t *rows, const ql_llama_batch *batch) {
+    for (int64_t b = 0; b < batch->b; b++) {
+        int64_t queries = batch->q_start[b + 1] - batch->q_start[b];
+        int64_t first = batch->kv_start[b] + batch->kv_len[b] - queries;
+        for (int64_t i = 0; i < queries; i++) { rows[batch->q_start[b] + i] = (int32_t)(first + i); }
+    }
+}
+
+static void linear(const ql_backend *be, float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    be->linear_forward[w->format](y, x, w, m, accumulate);
+}
+
+static void attention_block(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
+                            float *cache_k, float *cache_v, const ql_backend *be) {
+    int64_t t = batch->t;
+    be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, t, m->c, m->eps);
+    linear(be, s->q, s->h, layer->q, t, 0);
+    linear(be, s->k, s->h, layer->k, t, 0);
+    linear(be, s->v, s->h, layer->v, t, 0);
+    be->rope_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
+    be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
+    const float *k = s->k, *v = s->v;
+    if (cache_k != NULL) {
+        be->scatter_rows_forward(cache_k, s->k, s->rows, t, m->hkv * m->d);
+        be->scatter_rows_forward(cache_v, s->v, s->rows, t, m->hkv * m->d);
+        k = cache_k, v = cache_v;
+    }
+    be->attention_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, batch->b, m->hq, m->hkv,
+                          m->d, 1.0f / sqrtf((float)m->d));
+    linear(be, s->x, s->a, layer->o, t, 1);
+}
+
+static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t, const buffers *s, const ql_backend *be) {
+    be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, t, m->c, m->eps);
+    linear(be, s->gate, s->h, layer->gate, t, 0);
+    linear(be, s->up, s->h, layer->up, t, 0);
+    be->swiglu_forward(s->gate, s->gate, s->up, t * m->f);
+    linear(be, s->x, s->gate, layer->down, t, 1);
+}
+
+ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
+                           float *workspace, const ql_backend *be) {
+    buffers s = cut(m, batch->t, workspace);
+    int64_t layer_floats = cache != NULL ? cache->rows * m->hkv * m->d : 0;
+    if (cache != NULL) { cache_rows(s.rows, batch); }
+    be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
+    for (int64_t i = 0; i < m->layers; i++) {
+        float *cache_k = cache != NULL ? cache->k + i * layer_floats : NULL;
+        float *cache_v = cache != NULL ? cache->v + i * layer_floats : NULL;
+        attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
+        mlp_block(m, &m->layer[i], batch->t, &s, be);
+        if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }
+    }
+    be->rmsnorm_forward(hidden, NULL, s.x, m->norm, batch->t, m->c, m->eps);
+    return QL_OK;
+}
