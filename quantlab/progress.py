@@ -11,7 +11,7 @@ QUIET_SECONDS = 2.0
 
 
 class Progress:
-    """Counts `total` units. Shows nothing in the first two seconds, nor where the output is not a terminal or a notebook."""
+    """Counts `total` units. Silent in the first two seconds, and where the output is no terminal or notebook."""
 
     def __init__(self, total: int, description: str, unit: str, enabled: bool):
         self.total, self.description, self.unit = total, description, unit

@@ -1,0 +1,86 @@
+"""The C core. Arrays are C-contiguous NumPy arrays of exactly the dtype named: another dtype raises TypeError, another
+shape ValueError. W is (n, k): n outputs, k inputs. Ctrl-C stops a long call with KeyboardInterrupt."""
+
+from typing import Any, Literal, TypedDict, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+class IsaInfo(TypedDict):
+    built: bool
+    usable: bool
+    why_not: str  # "" where usable
+
+class NumericError(ArithmeticError):
+    """The numbers do not allow an answer."""
+
+class CudaError(RuntimeError):
+    """CUDA is not there, or the device refused."""
+
+compiler: str  # "gcc 12.2.0"
+
+# ---- backend ---------------------------------------------------------------------------------------------------------
+
+def isa_info() -> dict[str, IsaInfo]: ...
+def isa_selected() -> str: ...
+def isa_select(name: str, /) -> None: ...
+def threads() -> int: ...
+def set_threads(n: int, /) -> None: ...  # 0: the default (QL_THREADS, else the cores this process may use)
+def op_table() -> dict[str, dict[str, str]]: ...  # {op: {format: variant in use}}
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+class Weight:
+    """A validated view of NumPy buffers, which it keeps alive. Layouts: csrc/quantlab.h, ql_weight."""
+
+    def __new__(
+        cls,
+        format: str,
+        bits: int,
+        n: int,
+        k: int,
+        group: int,
+        codes: NDArray[Any],
+        scales: F32 | None = None,
+        zeros: U8 | None = None,
+        perm: I32 | None = None,
+        scale_codes: U8 | None = None,
+        scale_absmax: F32 | None = None,
+        scale_map: F32 | None = None,
+        scale_offset: float = 0.0,
+    ) -> Weight: ...
+
+def decode(weight: Weight, i0: int, i1: int, /) -> F32: ...  # rows i0 to i1: (i1 - i0, k), columns in the order of W
+
+# nf4, fp4: flat blocks of `group`; int8: rows of `group`
+def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ...  # codes, scales
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+def embedding(ids: I32, table: Weight, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
+def rmsnorm(x: F32, gain: F32, eps: float, /) -> F32: ...  # (t, c), (c,) -> (t, c)
+def rope(x: F32, cos: F32, sin: F32, positions: I32, /) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
+def attention(
+    q: F32,  # (t, hq, d)
+    k: F32,  # (rows, hkv, d)
+    v: F32,  # (rows, hkv, d)
+    q_start: I64,  # (b + 1,): sequence i has queries q_start[i] to q_start[i + 1]
+    kv_start: I64,  # (b,): its first row of k and v
+    kv_len: I64,  # (b,): its rows of k and v
+    scale: float,
+    /,
+) -> F32: ...
+def swiglu(gate: F32, up: F32, /) -> F32: ...  # gate * sigmoid(gate) * up
+def add_into(y: F32, x: F32, /) -> None: ...  # y += x
+def linear(x: F32, weight: Weight, /) -> F32: ...  # (m, k) -> (m, n)
+def linear_backward_input(dy: F32, weight: Weight, /) -> F32: ...  # (m, n) -> (m, k)
+@overload
+def cross_entropy(logits: F32, targets: I32, gradient: Literal[False] = False, /) -> F32: ...
+@overload
+def cross_entropy(logits: F32, targets: I32, gradient: Literal[True], /) -> tuple[F32, F32]: ...
+def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b

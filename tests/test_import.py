@@ -1,0 +1,52 @@
+"""`import quantlab` is light, and what it offers is described: the stub of the core names what the core has."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import quantlab
+from quantlab import _core
+
+HEAVY = ("torch", "transformers", "scipy", "matplotlib", "pandas", "sklearn", "rich", "typer", "pyarrow", "tokenizers")
+PACKAGE = Path(quantlab.__file__).parent
+
+
+def modules_after(statement: str) -> set[str]:
+    """The top-level names in sys.modules after `statement` in a fresh interpreter."""
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_import_loads_nothing_heavy():
+    assert not modules_after("import quantlab") & set(HEAVY)
+
+
+def test_using_the_library_never_loads_torch():
+    names = modules_after("import quantlab as ql\nfor name in ql.__all__: getattr(ql, name)")
+    assert "numpy" in names
+    assert not names & {"torch", "transformers"}
+
+
+def stub_names() -> set[str]:
+    tree = ast.parse((PACKAGE / "_core.pyi").read_text())
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names - {"IsaInfo"}  # the shape of a dict, for type checkers only
+
+
+def test_stub_names_what_the_core_has():
+    assert stub_names() == {name for name in dir(_core) if not name.startswith("__")}
+
+
+def test_package_is_typed():
+    assert (PACKAGE / "py.typed").exists()
