@@ -1,4 +1,8 @@
 /* overlay_avx2.c: the AVX2 kernels, put over the scalar table. */
 #include "overlay.h"
 
-void ql_overlay_avx2(ql_backend *table) { (void)table; }
+void ql_overlay_avx2(ql_backend *table) {
+#define X(op) table->op = ql_##op##_avx2;
+    QL_X86_PLAIN_OPS(X)
+#undef X
+}

@@ -1,4 +1,8 @@
 /* overlay_avx512.c: the AVX-512 kernels, put over the AVX2 table. */
 #include "overlay.h"
 
-void ql_overlay_avx512(ql_backend *table) { (void)table; }
+void ql_overlay_avx512(ql_backend *table) {
+#define X(op) table->op = ql_##op##_avx512;
+    QL_X86_PLAIN_OPS(X)
+#undef X
+}

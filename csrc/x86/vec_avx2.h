@@ -101,6 +101,19 @@ static inline vf v_table_get(v_table t, vi i) {
     return _mm256_blendv_ps(low, high, vi_as_vf(vi_shl(i, 28))); /* bit 3 of i picks the half */
 }
 
+/* ---- float64: the two halves of a vf, for long sums ----------------------------------------------------------- */
+
+typedef __m256d vd;
+static inline vd vd_zero(void) { return _mm256_setzero_pd(); }
+static inline vd vd_low(vf a) { return _mm256_cvtps_pd(_mm256_castps256_ps128(a)); }
+static inline vd vd_high(vf a) { return _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)); }
+static inline vd vd_add(vd a, vd b) { return _mm256_add_pd(a, b); }
+static inline vd vd_fma(vd a, vd b, vd c) { return _mm256_fmadd_pd(a, b, c); }
+static inline double vd_sum(vd a) { /* in a fixed order */
+    __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
 #include "vec_math.h"
 
 #endif

@@ -89,6 +89,16 @@ typedef struct { vf all; } v_table;
 static inline v_table v_table_load(const float *p) { return (v_table){v_load(p)}; }
 static inline vf v_table_get(v_table t, vi i) { return _mm512_permutexvar_ps(i, t.all); }
 
+/* ---- float64: the two halves of a vf, for long sums ----------------------------------------------------------- */
+
+typedef __m512d vd;
+static inline vd vd_zero(void) { return _mm512_setzero_pd(); }
+static inline vd vd_low(vf a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }
+static inline vd vd_high(vf a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
+static inline vd vd_add(vd a, vd b) { return _mm512_add_pd(a, b); }
+static inline vd vd_fma(vd a, vd b, vd c) { return _mm512_fmadd_pd(a, b, c); }
+static inline double vd_sum(vd a) { return _mm512_reduce_add_pd(a); } /* in a fixed order */
+
 #include "vec_math.h"
 
 #endif

@@ -1,0 +1,212 @@
+/* attention_body.h: causal attention by vectors whose lanes are queries.
+ *
+ * The rows of a task are ROWS (query, head) pairs of one sequence and one key head: row r is query r / g, head r % g of
+ * that key head's group of g heads, so grouped heads share every load of k and v. A lane is a row:
+ *   qt (d, ROWS)     the queries, transposed and scaled
+ *   st (KEYS, ROWS)  scores of a block of keys, then their weights
+ *   ot (d, ROWS)     the outputs, not yet divided by the sum of the weights
+ * k and v are read where they are, one broadcast an element. A lane does the same operations in the same order whatever
+ * the lanes beside it hold: dot products over i = 0..d-1, blocks of KEYS keys counted from key 0 of the sequence, and keys
+ * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads. */
+#include "../quantlab.h"
+
+#include <math.h> /* logf, INFINITY */
+
+enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8 };
+#define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
+
+typedef struct {
+    float *out, *lse;
+    const float *q, *k, *v;
+    const int64_t *q_start, *kv_start, *kv_len;
+    int64_t b, hq, hkv, d;
+    float scale;
+} attention_context;
+
+typedef struct {
+    const float *k, *v;       /* key 0 of the sequence, this key head */
+    int64_t stride, d;        /* floats from a key to the next; head size */
+    int64_t count;            /* rows in use, <= ROWS; lanes beyond repeat the last one and are not stored */
+    int64_t index[ROWS];      /* row -> query * hq + head */
+    int64_t keys[ROWS];       /* row -> how many keys it sees */
+    int64_t keys_min, keys_max;
+    _Alignas(64) float maximum[ROWS], sum[ROWS], keep[ROWS], qt[MAX_D * ROWS], ot[MAX_D * ROWS], st[KEYS * ROWS];
+} attention_rows;
+
+/* a block of keys: [first, first + count) of the sequence; every row sees the first `plain` of them */
+typedef struct {
+    int64_t first, count, plain;
+    _Alignas(64) float seen[ROWS]; /* row -> how many keys of the block it sees, as a float */
+} key_block;
+
+ALWAYS_INLINE vm sees(const key_block *block, int64_t s, int r) {
+    return v_lt(v_set1((float)s), v_load(block->seen + r * VL));
+}
+
+/* scores of `tile` keys from key s of the block: st[s, :] = sum over i of k[s, i] qt[i, :] */
+ALWAYS_INLINE void score_tile(attention_rows *a, const key_block *block, int64_t s, const int tile, const int vectors) {
+    vf sums[MAX_TILE][2];
+    const float *k[MAX_TILE];
+    for (int j = 0; j < tile; j++) {
+        int64_t key = s + j < block->count ? s + j : block->count - 1; /* beyond the block: computed again, not used */
+        k[j] = a->k + (block->first + key) * a->stride;
+        for (int r = 0; r < vectors; r++) { sums[j][r] = v_zero(); }
+    }
+    for (int64_t i = 0; i < a->d; i++) {
+        vf q0 = v_load(a->qt + i * ROWS), q1 = vectors > 1 ? v_load(a->qt + i * ROWS + VL) : q0;
+#pragma GCC unroll 8
+        for (int j = 0; j < tile; j++) {
+            vf key = v_set1(k[j][i]);
+            sums[j][0] = v_fma(key, q0, sums[j][0]);
+            if (vectors > 1) { sums[j][1] = v_fma(key, q1, sums[j][1]); }
+        }
+    }
+    for (int j = 0; j < tile; j++) {
+        for (int r = 0; r < vectors; r++) { v_store(a->st + (s + j) * ROWS + r * VL, sums[j][r]); }
+    }
+}
+
+/* st from scores to weights exp(score - maximum); the running maximum and sum move on; keep = exp(old - new maximum) */
+ALWAYS_INLINE void softmax_block(attention_rows *a, const key_block *block, int r) {
+    float *st = a->st + r * VL;
+    vf old = v_load(a->maximum + r * VL), maximum = old;
+    for (int64_t s = 0; s < block->plain; s++) { maximum = v_max(maximum, v_load(st + s * ROWS)); }
+    for (int64_t s = block->plain; s < block->count; s++) {
+        maximum = v_max(maximum, v_select(sees(block, s, r), v_load(st + s * ROWS), maximum));
+    }
+    vf keep = v_exp(v_sub(old, maximum)), sum = v_mul(v_load(a->sum + r * VL), keep);
+    for (int64_t s = 0; s < block->plain; s++) {
+        vf weight = v_exp(v_sub(v_load(st + s * ROWS), maximum));
+        v_store(st + s * ROWS, weight);
+        sum = v_add(sum, weight);
+    }
+    for (int64_t s = block->plain; s < block->count; s++) {
+        vm seen = sees(block, s, r);
+        vf weight = v_exp(v_select(seen, v_sub(v_load(st + s * ROWS), maximum), v_zero()));
+        v_store(st + s * ROWS, weight);
+        sum = v_select(seen, v_add(sum, weight), sum);
+    }
+    v_store(a->maximum + r * VL, maximum);
+    v_store(a->sum + r * VL, sum);
+    v_store(a->keep + r * VL, keep);
+}
+
+/* ot[i, :] = ot[i, :] * keep + sum over the block's keys of v[s, i] st[s, :], for `tile` columns from i0 */
+ALWAYS_INLINE void value_tile(attention_rows *a, const key_block *block, int64_t i0, const int tile, const int vectors) {
+    vf sums[MAX_TILE][2];
+    for (int j = 0; j < tile; j++) {
+        for (int r = 0; r < vectors; r++) {
+            sums[j][r] = v_mul(v_load(a->ot + (i0 + j) * ROWS + r * VL), v_load(a->keep + r * VL));
+        }
+    }
+    const float *v = a->v + block->first * a->stride + i0, *st = a->st;
+    for (int64_t s = 0; s < block->plain; s++, v += a->stride, st += ROWS) {
+        vf w0 = v_load(st), w1 = vectors > 1 ? v_load(st + VL) : w0;
+#pragma GCC unroll 8
+        for (int j = 0; j < tile; j++) {
+            vf value = v_set1(v[j]);
+            sums[j][0] = v_fma(value, w0, sums[j][0]);
+            if (vectors > 1) { sums[j][1] = v_fma(value, w1, sums[j][1]); }
+        }
+    }
+    for (int64_t s = block->plain; s < block->count; s++, v += a->stride) {
+        for (int r = 0; r < vectors; r++) {
+            vm seen = sees(block, s, r);
+            vf weight = v_load(a->st + s * ROWS + r * VL);
+#pragma GCC unroll 8
+            for (int j = 0; j < tile; j++) { sums[j][r] = v_select(seen, v_fma(v_set1(v[j]), weight, sums[j][r]), sums[j][r]); }
+        }
+    }
+    for (int j = 0; j < tile; j++) {
+        for (int r = 0; r < vectors; r++) { v_store(a->ot + (i0 + j) * ROWS + r * VL, sums[j][r]); }
+    }
+}
+
+ALWAYS_INLINE void attend_keys(attention_rows *a, const int tile, const int vectors) {
+    key_block block;
+    for (block.first = 0; block.first < a->keys_max; block.first += KEYS) {
+        int64_t left = a->keys_max - block.first, plain = a->keys_min - block.first;
+        block.count = left < KEYS ? left : KEYS;
+        block.plain = plain < 0 ? 0 : plain < block.count ? plain : block.count;
+        for (int row = 0; block.plain < block.count && row < ROWS; row++) {
+            int64_t seen = a->keys[row] - block.first;
+            block.seen[row] = (float)(seen < 0 ? 0 : seen < KEYS ? seen : KEYS);
+        }
+        for (int64_t s = 0; s < block.count; s += tile) { score_tile(a, &block, s, tile, vectors); }
+        for (int r = 0; r < vectors; r++) { softmax_block(a, &block, r); }
+        int64_t i = 0;
+        for (; i + tile <= a->d; i += tile) { value_tile(a, &block, i, tile, vectors); }
+        for (; i < a->d; i += 2) { value_tile(a, &block, i, 2, vectors); } /* d is even */
+    }
+}
+
+static void attend_one_vector(attention_rows *a) { attend_keys(a, MAX_TILE, 1); }
+static void attend_two_vectors(attention_rows *a) { attend_keys(a, V_AVX512 ? MAX_TILE : MAX_TILE / 2, 2); } /* registers */
+
+/* rows [row0, row0 + count) of sequence `sequence` and key head `kv_head` */
+static void load_rows(attention_rows *a, const attention_context *c, int64_t sequence, int64_t kv_head, int64_t row0) {
+    int64_t group = c->hq / c->hkv, first = c->q_start[sequence], queries = c->q_start[sequence + 1] - first;
+    int64_t before = c->kv_len[sequence] - queries; /* keys that every query of this call sees */
+    int64_t offset = (c->kv_start[sequence] * c->hkv + kv_head) * c->d;
+    a->k = c->k + offset, a->v = c->v + offset, a->stride = c->hkv * c->d, a->d = c->d;
+    a->count = queries * group - row0 < ROWS ? queries * group - row0 : ROWS;
+    for (int64_t r = 0; r < ROWS; r++) {
+        int64_t row = row0 + (r < a->count ? r : a->count - 1), query = row / group;
+        a->index[r] = (first + query) * c->hq + kv_head * group + row % group;
+        a->keys[r] = before + query + 1;
+        a->maximum[r] = -INFINITY, a->sum[r] = 0.0f;
+    }
+    a->keys_min = a->keys[0], a->keys_max = a->keys[ROWS - 1];
+    int64_t lanes = a->count <= VL ? VL : ROWS;
+    for (int64_t r = 0; r < lanes; r++) {
+        const float *q = c->q + a->index[r] * c->d;
+        for (int64_t i = 0; i < c->d; i++) { a->qt[i * ROWS + r] = q[i] * c->scale; }
+    }
+    for (int64_t i = 0; i < c->d; i++) {
+        for (int64_t r = 0; r < lanes; r += VL) { v_store(a->ot + i * ROWS + r, v_zero()); }
+    }
+}
+
+static void store_rows(attention_rows *a, const attention_context *c) {
+    for (int64_t r = 0; r < a->count; r += VL) {
+        vf sum = v_load(a->sum + r);
+        for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * ROWS + r, v_div(v_load(a->ot + i * ROWS + r), sum)); }
+    }
+    for (int64_t r = 0; r < a->count; r++) {
+        float *out = c->out + a->index[r] * c->d;
+        for (int64_t i = 0; i < c->d; i++) { out[i] = a->ot[i * ROWS + r]; }
+        if (c->lse != NULL) { c->lse[a->index[r]] = a->maximum[r] + logf(a->sum[r]); }
+    }
+}
+
+/* Sequence s owns the row blocks [first_block(s), first_block(s + 1)): at least as many as it needs, found without a list. */
+static int64_t first_block(const attention_context *c, int64_t sequence) {
+    return (c->q_start[sequence] - c->q_start[0]) * (c->hq / c->hkv) / ROWS + sequence;
+}
+
+/* the last blocks come first: under the causal mask they are the long ones */
+static void attention_task(void *context, int64_t task) {
+    const attention_context *c = context;
+    int64_t block = first_block(c, c->b) - 1 - task / c->hkv, low = 0, high = c->b;
+    while (high - low > 1) { /* the sequence with first_block(low) <= block < first_block(low + 1) */
+        int64_t middle = (low + high) / 2;
+        if (first_block(c, middle) <= block) { low = middle; } else { high = middle; }
+    }
+    int64_t row0 = (block - first_block(c, low)) * ROWS;
+    if (row0 >= (c->q_start[low + 1] - c->q_start[low]) * (c->hq / c->hkv)) { return; }
+    attention_rows rows;
+    load_rows(&rows, c, low, task % c->hkv, row0);
+    if (rows.count <= VL) { attend_one_vector(&rows); } else { attend_two_vectors(&rows); }
+    store_rows(&rows, c);
+}
+
+void V_NAME(attention_forward)(float *out, float *lse, const float *q, const float *k, const float *v,
+                               const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq,
+                               int64_t hkv, int64_t d, float scale) {
+    attention_context context = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale};
+    if (d > MAX_D || d % 2 != 0) { /* no model has such heads */
+        ql_attention_forward_scalar(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale);
+        return;
+    }
+    ql_parallel_for(first_block(&context, b) * hkv, attention_task, &context);
+}
