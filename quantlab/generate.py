@@ -1,0 +1,95 @@
+"""Generation with a KV cache: greedy or sampled, several ragged rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantlab.llama import BATCH_TOKENS, Ids, KVCache, to_sequences
+
+if TYPE_CHECKING:
+    from quantlab.llama import LlamaForCausalLM
+
+
+def pick(
+    logits: np.ndarray, generator: np.random.Generator | None, temperature: float, top_k: int, top_p: float
+) -> int:
+    """The next token from one row of logits (vocabulary,): the largest, or, with a generator, a draw.
+
+    top_k keeps the k largest (0: all); top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
+    """
+    if generator is None:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    cumulative = np.cumsum(weights / weights.sum())
+    if top_p < 1.0:
+        kept = int(np.searchsorted(cumulative, top_p)) + 1
+        order, cumulative = order[:kept], cumulative[:kept] / cumulative[min(kept, len(cumulative)) - 1]
+    return int(order[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(order) - 1)])
+
+
+def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected more than 0 (do_sample=False is greedy)")
+    if top_k < 0:
+        raise ValueError(f"top_k: got {top_k}, expected 0 (all) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
+
+
+def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCache) -> np.ndarray:
+    """Fills the cache with the prompts, in chunks, and returns the hidden state of each row's last token (B, hidden)."""
+    last = np.empty((len(sequences), model.config.hidden_size), np.float32)
+    step = max(1, BATCH_TOKENS // len(sequences))
+    for start in range(0, max(len(row) for row in sequences), step):
+        chunks = [row[start : start + step] for row in sequences]
+        hidden, end = model.packed_hidden(chunks, cache), 0
+        for index, chunk in enumerate(chunks):
+            end += len(chunk)
+            if len(chunk):
+                last[index] = hidden[end - 1]
+    return last
+
+
+def generate(
+    model: LlamaForCausalLM, input_ids: Ids, max_new_tokens: int = 64, do_sample: bool = False, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:  # fmt: skip
+    """Continues each row of `input_ids` (one row, (B, T), or rows of any length) by up to `max_new_tokens` tokens.
+
+    Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] : never).
+    Greedy unless `do_sample`. Each row draws from its own generator seeded by (seed, row): its text does not depend on
+    the rows beside it. `on_token(row, token)` is called as tokens come.
+    """
+    _check(max_new_tokens, temperature, top_k, top_p)
+    sequences = to_sequences(input_ids)
+    eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
+    cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
+    hidden = _prefill(model, sequences, cache)
+    new: list[list[int]] = [[] for _ in sequences]
+    running = set(range(len(sequences)))
+    for _ in range(max_new_tokens):
+        active = sorted(running)
+        for row, logits in zip(active, model.logits(hidden[active]), strict=True):
+            token = pick(logits, generators[row], temperature, top_k, top_p)
+            new[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if token in stops or len(new[row]) == max_new_tokens:
+                running.discard(row)
+        if not running:
+            break
+        step = [np.array(new[row][-1:] if row in running else [], np.int32) for row in range(len(sequences))]
+        hidden[sorted(running)] = model.packed_hidden(step, cache)
+    return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]

@@ -1,0 +1,373 @@
+"""LLaMA models: the config, the weights, and the forward pass of `_core.Llama` over packed, ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from quantlab import _core
+from quantlab.rope import rope_parameters, rope_tables
+from quantlab.weight import QuantWeight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tokenizers import Tokenizer
+
+    from quantlab.io import Checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = ATTENTION + MLP
+BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
+
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+Self = TypeVar("Self", bound="Llama")
+
+
+class LlamaConfig:
+    """A Hugging Face `config.json` with the defaults of `LlamaConfig` filled in, read by attribute.
+
+    Raises ValueError where a size is missing or does not fit the others, naming the field.
+    """
+
+    DEFAULTS: Mapping[str, Any] = {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 2, "quantization_config": None,
+    }  # fmt: skip
+    REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+    def __init__(self, values: Mapping[str, Any]):
+        missing = [name for name in self.REQUIRED if not isinstance(values.get(name), int) or values[name] < 1]
+        if missing:
+            raise ValueError(f"config: {missing[0]} is {values.get(missing[0])!r}, expected a positive integer")
+        heads = values["num_attention_heads"]
+        kv_heads = values.get("num_key_value_heads") or heads
+        if values.get("head_dim") is None and values["hidden_size"] % heads:
+            raise ValueError(f"config: hidden_size {values['hidden_size']} is no multiple of {heads} attention heads")
+        head_dim = values.get("head_dim") or values["hidden_size"] // heads
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together")
+        self._values = {**self.DEFAULTS, **values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        rope_parameters(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_values"][name]
+        except KeyError:
+            raise AttributeError(f"config has no field {name!r}") from None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._values.get(name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`."""
+        return dict(self._values)
+
+    def __repr__(self) -> str:
+        return (
+            f"LlamaConfig({self.num_hidden_layers} layers, hidden {self.hidden_size}, heads {self.num_attention_heads}/"
+            f"{self.num_key_value_heads}, intermediate {self.intermediate_size}, vocabulary {self.vocab_size})"
+        )
+
+
+def layer_modules(config: Any) -> Iterator[str]:
+    """Names of every decoder layer's linear modules, in order: `model.layers.0.self_attn.q_proj`, …"""
+    for layer in range(config.num_hidden_layers):
+        for linear in LINEARS:
+            yield f"model.layers.{layer}.{linear}"
+
+
+def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
+    """The rows of `input_ids` as int32 arrays without padding.
+
+    `input_ids`: one row, a (B, T) array or a list of rows of any length; `lengths` (B,): how much of each row counts.
+    """
+    if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
+        rows = list(np.atleast_2d(input_ids))
+    elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
+        rows = [np.asarray(input_ids)]
+    else:
+        rows = [np.asarray(row) for row in input_ids]
+    for row in rows:
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            raise ValueError(f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows")
+        if row.size and (row.min() < 0 or row.max() > np.iinfo(np.int32).max):
+            raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        if lengths.shape != (len(rows),):
+            raise ValueError(f"lengths: got shape {lengths.shape}, expected ({len(rows)},)")
+        for row, length in zip(rows, lengths, strict=True):
+            if not 0 < length <= row.size:
+                raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")
+        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    if not rows or any(row.size == 0 for row in rows):
+        raise ValueError("input_ids: an empty row; every row needs at least one token")
+    return [np.ascontiguousarray(row, dtype=np.int32) for row in rows]
+
+
+class KVCache:
+    """Keys and values of `batch` sequences of up to `capacity` tokens; float32 (layers, batch * capacity, kv heads, d)."""
+
+    def __init__(self, config: LlamaConfig, batch: int, capacity: int):
+        shape = (config.num_hidden_layers, batch * capacity, config.num_key_value_heads, config.head_dim)
+        self.k, self.v = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        self.capacity = capacity
+        self.lengths = np.zeros(batch, np.int64)  # tokens held of each sequence
+
+
+class Llama:
+    """A LLaMA backbone: config, weights by module name, tokenizer. Base of the causal and the classification model.
+
+    `weights` holds a `QuantWeight` a matrix and `vectors` a float32 array a norm, under Hugging Face's module names.
+    """
+
+    architecture = "LlamaModel"
+
+    def __init__(
+        self,
+        config: LlamaConfig | Mapping[str, Any],
+        weights: Mapping[str, QuantWeight],
+        vectors: Mapping[str, np.ndarray],
+        tokenizer: Tokenizer | None = None,
+        checkpoint: Checkpoint | None = None,
+    ):
+        self.config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
+        self.weights, self.vectors = dict(weights), dict(vectors)
+        self.tokenizer, self.checkpoint = tokenizer, checkpoint
+        self.quantization_report: list[dict[str, Any]] = []
+        self._core = self._build_core()
+        self._rope: tuple[np.ndarray, np.ndarray] | None = None
+
+    def _build_core(self) -> _core.Llama:
+        config = self.config
+
+        def layer(index: int) -> tuple[Any, ...]:
+            name = f"model.layers.{index}."
+            attention = (self.weight(name + module).handle for module in ATTENTION)
+            mlp = (self.weight(name + module).handle for module in MLP)
+            norms = (self.vector(name + "input_layernorm"), self.vector(name + "post_attention_layernorm"))
+            return (norms[0], *attention, norms[1], *mlp)
+
+        return _core.Llama(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size,
+            config.rms_norm_eps, self.weight("model.embed_tokens").handle, self.vector("model.norm"),
+            tuple(layer(index) for index in range(config.num_hidden_layers)),
+        )  # fmt: skip
+
+    # ---- loading and saving ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], source: str | Path, dtype: str = "float32", device: str = "cpu", local_files_only: bool = False, **extra: Any
+    ) -> Self:
+        """Loads a model from a directory (plain, GPTQ or bitsandbytes safetensors), a `.gguf` file, a hub id, or "demo".
+
+        dtype: what float matrices are held in: float32, bfloat16, float16 (rounded to nearest even), or auto (as stored,
+        without a copy where the file allows it). Arithmetic is float32. Quantized matrices stay as they are.
+        """
+        from quantlab.io import open_checkpoint
+
+        check_device(device)
+        return cls.from_checkpoint(open_checkpoint(source, local_files_only=local_files_only), dtype=dtype, **extra)
+
+    @classmethod
+    def from_checkpoint(cls: type[Self], checkpoint: Checkpoint, dtype: str = "float32", **extra: Any) -> Self:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(DTYPES)}")
+        weights, vectors = {}, {}
+        for module in checkpoint.modules:
+            if module.endswith("norm"):
+                vectors[module] = checkpoint.vector(module)
+            else:
+                weights[module] = cast_weight(checkpoint.weight(module), dtype)
+        return cls(checkpoint.config, weights, vectors, checkpoint.tokenizer, checkpoint, **extra)
+
+    def replace(self: Self, weights: Mapping[str, QuantWeight]) -> Self:
+        """A new model with these weights in place of ours, sharing everything else."""
+        unknown = set(weights) - set(self.weights)
+        if unknown:
+            raise ValueError(f"weights: no module named {sorted(unknown)[0]!r} in this model")
+        return type(self)(self.config, {**self.weights, **weights}, self.vectors, self.tokenizer, self.checkpoint, **self._extra())
+
+    def _extra(self) -> dict[str, Any]:
+        return {}
+
+    def weight(self, module: str) -> QuantWeight:
+        """The matrix of a module; KeyError with its name where there is none."""
+        return self.weights[module]
+
+    def vector(self, module: str) -> np.ndarray:
+        """The gain of a norm, float32 (hidden_size,)."""
+        return self.vectors[module]
+
+    def saved_weights(self) -> dict[str, QuantWeight]:
+        """The matrices that `save_pretrained` writes."""
+        return dict(self.weights)
+
+    def save_pretrained(self, path: str | Path) -> dict[str, int]:
+        """Writes a checkpoint directory in the layout that the weights ask for; returns the bytes of each file."""
+        from quantlab.io import save_checkpoint
+
+        config = {**self.config.to_dict(), "architectures": [self.architecture], "model_type": "llama"}
+        config.pop("quantization_config", None)  # save_checkpoint writes the one that these weights need
+        files = self.checkpoint.tokenizer_files if self.checkpoint is not None else {}
+        return save_checkpoint(path, config, self.saved_weights(), self.vectors, files)
+
+    def size_report(self) -> dict[str, Any]:
+        """Bytes by part as the checkpoint on disk holds them, their total, and the bytes of the weights in memory."""
+        from quantlab.size import size_of_model
+
+        return size_of_model(self.saved_weights(), self.vectors)
+
+    # ---- forward ---------------------------------------------------------------------------------------------
+
+    def rope(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of at least `length` positions (exactly the dynamic type's for this length)."""
+        dynamic = rope_parameters(self.config)["rope_type"] == "dynamic"
+        if dynamic or self._rope is None or len(self._rope[0]) < length:
+            self._rope = rope_tables(self.config, length if dynamic else max(256, 1 << (length - 1).bit_length()))
+        return self._rope
+
+    def packed_hidden(self, sequences: Sequence[np.ndarray], cache: KVCache | None = None) -> np.ndarray:
+        """Hidden states after the final norm of int32 sequences laid end to end, float32 (tokens, hidden_size).
+
+        With a cache, sequence b continues row b of it, and the cache grows by what was given. One C call: bound the
+        tokens before you call.
+        """
+        counts = np.array([len(sequence) for sequence in sequences], np.int64)
+        q_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        before = np.zeros_like(counts) if cache is None else cache.lengths
+        positions = np.concatenate([np.arange(b, b + n, dtype=np.int32) for b, n in zip(before, counts, strict=True)])
+        cos, sin = self.rope(int((before + counts).max()))
+        ids = np.concatenate(sequences)
+        if cache is None:
+            return self._core.forward(ids, positions, q_start, q_start[:-1].copy(), counts, cos, sin)
+        kv_start = np.arange(len(counts), dtype=np.int64) * cache.capacity
+        if (before + counts).max() > cache.capacity:
+            raise ValueError(f"cache: {(before + counts).max()} tokens, its capacity is {cache.capacity}")
+        hidden = self._core.forward(ids, positions, q_start, kv_start, before + counts, cos, sin, cache.k, cache.v)
+        cache.lengths = before + counts
+        return hidden
+
+    def batches(self, sequences: Sequence[np.ndarray], batch_tokens: int) -> Iterator[list[int]]:
+        """Indices of sequences in groups of at most `batch_tokens` tokens (a longer one alone), sorted by length."""
+        group: list[int] = []
+        tokens = 0
+        for index in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+            if group and tokens + len(sequences[index]) > batch_tokens:
+                yield group
+                group, tokens = [], 0
+            group.append(index)
+            tokens += len(sequences[index])
+        if group:
+            yield group
+
+    def hidden_states(self, input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Hidden states after the final norm, float32 (B, T, hidden_size); zero beyond a row's length.
+
+        input_ids: (B, T) right-padded with `lengths` (B,), or rows of any length. A row's result does not depend on the
+        rows beside it.
+        """
+        sequences = to_sequences(input_ids, lengths)
+        width = input_ids.shape[-1] if isinstance(input_ids, np.ndarray) else max(len(row) for row in sequences)
+        out = np.zeros((len(sequences), width, self.config.hidden_size), np.float32)
+        for group in self.batches(sequences, BATCH_TOKENS):
+            hidden, start = self.packed_hidden([sequences[index] for index in group]), 0
+            for index in group:
+                out[index, : len(sequences[index])] = hidden[start : start + len(sequences[index])]
+                start += len(sequences[index])
+        return out
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text with the tokenizer's special tokens, int32."""
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: this checkpoint has none; pass token ids instead of text")
+        return np.array(self.tokenizer.encode(text).ids, np.int32)
+
+    def __repr__(self) -> str:
+        formats = sorted({self._format_name(self.weights[module]) for module in layer_modules(self.config)})
+        return f"{type(self).__name__}({self.config!r}, weights {' '.join(formats)})"
+
+    @staticmethod
+    def _format_name(weight: QuantWeight) -> str:
+        return f"affine-{weight.bits}" if weight.format == "affine" else weight.format
+
+    def _repr_html_(self) -> str:
+        size = self.size_report()
+        rows = "".join(f"<tr><td>{part}</td><td style='text-align:right'>{count:,}</td></tr>" for part, count in size["parts"].items())
+        return f"<b>{self!r}</b><table><tr><th>part</th><th>bytes</th></tr>{rows}<tr><td>total</td><td>{size['total']:,}</td></tr></table>"
+
+
+class LlamaForCausalLM(Llama):
+    """A LLaMA language model: `model(ids)` gives logits; `generate` and `perplexity` build on it."""
+
+    architecture = "LlamaForCausalLM"
+
+    @property
+    def lm_head(self) -> QuantWeight:
+        """The output matrix (vocabulary, hidden_size): the embedding where the two are tied."""
+        return self.weights["lm_head" if "lm_head" in self.weights else "model.embed_tokens"]
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """float32 (tokens, vocabulary) of hidden states (tokens, hidden_size)."""
+        return _core.linear(np.ascontiguousarray(hidden), self.lm_head.handle)
+
+    def __call__(
+        self, input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None, logits_to_keep: int = 0
+    ) -> np.ndarray:
+        """Logits, float32 (B, T, vocabulary); with `logits_to_keep` > 0 those of each row's last tokens only.
+
+        Beyond a row's length the logits are zero. Raises ValueError for ids outside of the vocabulary.
+        """
+        hidden = self.hidden_states(input_ids, lengths)
+        sequences = to_sequences(input_ids, lengths)
+        keep = min(logits_to_keep, min(len(row) for row in sequences))
+        if keep:
+            rows = np.array([len(row) for row in sequences])[:, None] - keep + np.arange(keep)
+            hidden = np.take_along_axis(hidden, rows[:, :, None], axis=1)
+        batch, width, channels = hidden.shape
+        return self.logits(hidden.reshape(-1, channels)).reshape(batch, width, -1)
+
+    def generate(
+        self, input_ids: Ids, max_new_tokens: int = 64, do_sample: bool = False, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """Continues each row; see `quantlab.generate.generate`."""
+        from quantlab.generate import generate
+
+        return generate(self, input_ids, max_new_tokens, do_sample, temperature, top_k, top_p, seed, eos_token_id, on_token)
+
+    def perplexity(self, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None) -> dict[str, float]:
+        """Perplexity of a text; see `quantlab.perplexity.perplexity`."""
+        from quantlab.perplexity import perplexity
+
+        return perplexity(self, text_or_ids, context, max_tokens)
+
+
+def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
+    """A float matrix in `dtype`; a quantized one, or any with dtype "auto", as it is."""
+    import ml_dtypes
+
+    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+    if dtype == "auto" or weight.format not in names.values() or weight.format == names[dtype]:
+        return weight
+    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    return QuantWeight.from_array(weight.dequantize().astype(target))
+
+
+def check_device(device: str) -> None:
+    """Raises where a model cannot live on `device`: ValueError for a name nobody knows, CudaError where CUDA is not there."""
+    if device == "cpu":
+        return
+    if device.split(":")[0] == "cuda":
+        from quantlab.cuda import why_not
+
+        raise _core.CudaError(f"device: {device} cannot be used: {why_not()}")
+    raise ValueError(f"device: got {device!r}, accepted are cpu, cuda, cuda:N")

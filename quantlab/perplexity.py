@@ -1,0 +1,55 @@
+"""Perplexity over consecutive chunks of a text, as the GPTQ papers measure it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantlab import _core
+from quantlab.llama import Ids, to_sequences
+from quantlab.progress import progress
+
+if TYPE_CHECKING:
+    from quantlab.llama import LlamaForCausalLM
+
+LOGIT_ROWS = 256  # rows of logits held at once
+
+
+def token_losses(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+    """Negative log-likelihood in nats of tokens 1.. of one chunk of ids (T,), float32 (T - 1,)."""
+    hidden = model.packed_hidden([ids])[:-1]
+    losses = [
+        _core.cross_entropy(model.logits(hidden[i : i + LOGIT_ROWS]), np.ascontiguousarray(ids[i + 1 : i + 1 + LOGIT_ROWS]))
+        for i in range(0, len(hidden), LOGIT_ROWS)
+    ]
+    return np.concatenate(losses)
+
+
+def perplexity(
+    model: LlamaForCausalLM, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None, show: bool = True
+) -> dict[str, float]:
+    """Perplexity of a text or of ids, cut into chunks of `context` tokens that do not see each other.
+
+    Only whole chunks count, unless there is none; the first token of a chunk is not predicted. Returns `ppl`, `nll` (mean,
+    nats a token), `tokens` (predicted), `chunks`, and `stderr` (of ppl, from the spread of the chunks' means; nan for one chunk).
+    """
+    if context < 2:
+        raise ValueError(f"context: got {context}, expected at least 2 tokens")
+    ids = model.encode(text_or_ids) if isinstance(text_or_ids, str) else np.concatenate(to_sequences(text_or_ids))
+    ids = ids[:max_tokens] if max_tokens is not None else ids
+    if len(ids) < 2:
+        raise ValueError(f"text_or_ids: {len(ids)} tokens, perplexity needs at least 2")
+    whole = len(ids) // context * context
+    chunks = np.split(ids[:whole], whole // context) if whole else [ids]
+    losses = []
+    with progress(len(chunks), "perplexity", "chunk", show) as bar:
+        for chunk in chunks:
+            losses.append(token_losses(model, chunk).astype(np.float64))
+            bar.advance(note=f"ppl {math.exp(np.concatenate(losses).mean()):.3f}")
+    nll = float(np.concatenate(losses).mean())
+    means = np.array([loss.mean() for loss in losses])
+    spread = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    tokens = sum(len(loss) for loss in losses)
+    return {"ppl": math.exp(nll), "nll": nll, "tokens": tokens, "chunks": len(chunks), "stderr": math.exp(nll) * spread}
