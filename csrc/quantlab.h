@@ -59,7 +59,7 @@ typedef enum {
 
 /* W[i, j] = scale(i, j) * value(code[i, j], zero(i, j)); see formats/weight.h for where each of them is.
  *   F32 F16 BF16  codes (n, k) of 4, 2, 2 bytes; no scales
- *   INT8          codes int8 (n, k); scales (n,)
+ *   INT8          codes int8 (n, k); scales (n,): max|row|, value(code) = code / 127
  *   AFFINE        codes uint32 (n, ceil(k * bits / 32)): each row a little-endian bit stream of bits-wide codes;
  *                 scales float32 and zeros uint8 (n, ceil(k / group)); zeros NULL means 2^(bits-1)
  *   NF4 FP4       codes uint8 (ceil(n * k / 2),): flat over the tensor, element 2i in the high nibble; block i of `group`

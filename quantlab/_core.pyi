@@ -60,6 +60,10 @@ def decode(weight: Weight, i0: int, i1: int, /) -> F32: ...  # rows i0 to i1: (i
 # nf4, fp4: flat blocks of `group`; int8: rows of `group`
 def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ...  # codes, scales
 
+# (n, k) -> codes (n, words), scales (n, groups), zeros (n, groups) or None where sym
+def quantize_rtn(w: F32, bits: int, group: int, sym: bool, /) -> tuple[NDArray[np.uint32], F32, U8 | None]: ...
+def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or infinity, -1 where there is none
+
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
 def embedding(ids: I32, table: Weight, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)

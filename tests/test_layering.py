@@ -48,8 +48,8 @@ KERNEL_FORBIDDEN = re.compile(r"\b(malloc|calloc|realloc|free|printf|fprintf|put
 
 # Python layers, lowest first; a module may import its own layer and those below it
 PYTHON_LAYERS = [
-    {"_core", "errors", "progress"},
-    {"backend", "config", "weight", "rope"},
+    {"_core", "arrays", "config", "cuda", "errors", "progress"},
+    {"backend", "weight", "rope"},
     {"io", "size", "gptq"},
     {"llama", "quantize", "generate", "perplexity", "classify", "lora"},
     {"bench"},

@@ -24,7 +24,7 @@
 static const float ql_nf4_values[16] = QL_NF4_VALUES;
 static const float ql_nf4_thresholds[15] = QL_NF4_THRESHOLDS;
 
-/* unit: the element divided by its block's absmax, in [-1, 1]; NaN gives code 0 */
+/* unit: the element divided by its block's absmax, in [-1, 1] */
 static inline uint8_t ql_nf4_encode(float unit) {
     uint8_t code = 0;
     for (int i = 0; i < 15; i++) { code = (uint8_t)(code + (unit > ql_nf4_thresholds[i])); }

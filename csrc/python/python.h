@@ -65,6 +65,7 @@ int ql_format_arg(const char *text, ql_format *format);             /* 0 with a 
 
 int ql_register_backend(PyObject *module);
 int ql_register_weight(PyObject *module);
+int ql_register_quantize(PyObject *module);
 int ql_register_ops(PyObject *module);
 int ql_register_llama(PyObject *module);
 

@@ -1,0 +1,52 @@
+/* py_quantize.c: the quantizers that need nothing but the weight. */
+#include "python.h"
+
+#include "../core/bits.h"
+#include "../quant/quantizers.h"
+
+/* quantize_rtn(w, bits, group, sym) -> (codes, scales, zeros or None) */
+static PyObject *quantize_rtn(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *object;
+    int bits, sym, stopped;
+    long long group;
+    if (!PyArg_ParseTuple(arguments, "OiLp", &object, &bits, &group, &sym)) { return NULL; }
+    PyArrayObject *w = ql_array(object, "w", NPY_FLOAT32, 2);
+    if (w == NULL) { return NULL; }
+    if (bits < 2 || bits > 8) { return PyErr_Format(PyExc_ValueError, "bits: got %d, expected 2 to 8", bits); }
+    if (group < 1) { return PyErr_Format(PyExc_ValueError, "group: got %lld, expected at least 1", group); }
+    int64_t n = ql_dim(w, 0), k = ql_dim(w, 1), groups = group < k ? (k + group - 1) / group : 1;
+    PyArrayObject *codes = ql_new(2, (int64_t[]){n, ql_words_per_row(k, bits)}, NPY_UINT32);
+    PyArrayObject *scales = ql_new(2, (int64_t[]){n, groups}, NPY_FLOAT32);
+    PyArrayObject *zeros = sym ? NULL : ql_new(2, (int64_t[]){n, groups}, NPY_UINT8);
+    if (codes == NULL || scales == NULL || (!sym && zeros == NULL)) {
+        return Py_XDECREF(codes), Py_XDECREF(scales), Py_XDECREF(zeros), NULL;
+    }
+    QL_CALL_BEGIN
+    ql_quantize_rtn(ql_data(codes), ql_data(scales), ql_data(zeros), ql_data(w), n, k, bits, group < k ? group : k);
+    QL_CALL_END(stopped)
+    if (stopped) { return Py_DECREF(codes), Py_DECREF(scales), Py_XDECREF(zeros), NULL; }
+    if (sym) { return Py_BuildValue("(NNO)", codes, scales, Py_None); }
+    return Py_BuildValue("(NNN)", codes, scales, zeros);
+}
+
+/* first_nonfinite(x) -> flat index of the first NaN or infinity, or -1 */
+static PyObject *first_nonfinite(PyObject *self, PyObject *object) {
+    (void)self;
+    int stopped;
+    int64_t index;
+    PyArrayObject *x = ql_array(object, "x", NPY_FLOAT32, -1);
+    if (x == NULL) { return NULL; }
+    QL_CALL_BEGIN
+    index = ql_first_nonfinite(ql_data(x), (int64_t)PyArray_SIZE(x));
+    QL_CALL_END(stopped)
+    return stopped ? NULL : PyLong_FromLongLong(index);
+}
+
+static PyMethodDef methods[] = {
+    {"quantize_rtn", quantize_rtn, METH_VARARGS, "quantize_rtn(w (n, k), bits, group, sym) -> (codes, scales, zeros or None)"},
+    {"first_nonfinite", first_nonfinite, METH_O, "first_nonfinite(x) -> flat index of the first NaN or infinity, or -1"},
+    {NULL, NULL, 0, NULL},
+};
+
+int ql_register_quantize(PyObject *module) { return PyModule_AddFunctions(module, methods); }

@@ -1,0 +1,48 @@
+/* grid.h: the n-bit grid of one group: a scale that a float16 holds and an integer zero point, as the GPTQ reference's
+ * quantizer finds them (Frantar et al. 2022; `find_params` of its code). */
+#ifndef QL_QUANT_GRID_H
+#define QL_QUANT_GRID_H
+
+#include "../core/half.h"
+
+#include <math.h> /* rintf */
+
+typedef struct {
+    float scale; /* a positive float16 value */
+    float zero;  /* an integer in [0, maxq] */
+    float maxq;  /* 2^bits - 1 */
+} ql_grid;
+
+/* scale rounded to the nearest float16, kept positive and finite so that a stored file gives the same weights */
+static inline float ql_grid_round_scale(float scale) {
+    float rounded = ql_f16_to_float(ql_float_to_f16(scale < 65504.0f ? scale : 65504.0f));
+    return rounded > 0.0f ? rounded : 5.9604644775390625e-8f; /* the least positive float16 */
+}
+
+/* Grid over [min(x, 0), max(x, 0)], x (count,). sym: over [-max|x|, max|x|] with zero 2^(bits-1); a group without
+ * negatives keeps its lower end at 0, as the reference has it. A group of zeros: [-1, 1]. */
+static inline ql_grid ql_grid_fit(const float *x, int64_t count, int bits, int sym) {
+    float low = 0.0f, high = 0.0f, maxq = (float)((1 << bits) - 1);
+    for (int64_t i = 0; i < count; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+    if (sym) {
+        high = -low > high ? -low : high;
+        low = low < 0.0f ? -high : low;
+    }
+    if (low == 0.0f && high == 0.0f) { low = -1.0f, high = 1.0f; }
+    ql_grid grid = {.scale = ql_grid_round_scale((high - low) / maxq), .maxq = maxq};
+    float zero = sym ? (maxq + 1.0f) / 2.0f : rintf(-low / grid.scale);
+    grid.zero = zero < maxq ? zero : maxq;
+    return grid;
+}
+
+/* round to even, clamp */
+static inline uint32_t ql_grid_encode(const ql_grid *grid, float x) {
+    float code = rintf(x / grid->scale) + grid->zero;
+    code = code < grid->maxq ? code : grid->maxq;
+    return (uint32_t)(code > 0.0f ? code : 0.0f);
+}
+
+#endif

@@ -1,0 +1,78 @@
+"""Arrays that come in: NumPy, ml_dtypes' bfloat16, and anything with __dlpack__ (PyTorch, JAX, …) in host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantlab import _core
+
+_DLPACK_CPU = (1, 3, 11)  # kDLCPU, kDLCUDAHost, kDLROCMHost: memory that the processor reads
+
+
+def as_array(value: Any, name: str = "x") -> np.ndarray:
+    """`value` as a NumPy array without a copy where it has a buffer; bfloat16 comes as ml_dtypes.bfloat16.
+
+    Raises quantlab.CudaError for an array on a device, TypeError for what is no array."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value, name)
+    if hasattr(value, "__cuda_array_interface__"):
+        raise _core.CudaError(f"{name}: the array lies on a CUDA device, expected one in host memory")
+    if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
+        return np.asarray(value)
+    raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy array or an object with __dlpack__")
+
+
+def _from_dlpack(value: Any, name: str) -> np.ndarray:
+    device = value.__dlpack_device__()
+    if device[0] not in _DLPACK_CPU:
+        raise _core.CudaError(
+            f"{name}: the array lies on device {tuple(map(int, device))}, expected one in host memory"
+        )
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as refusal:
+        if "bfloat16" in str(getattr(value, "dtype", "")):
+            return _bfloat16_from_dlpack(value)
+        raise TypeError(f"{name}: NumPy cannot take this {type(value).__name__}: {refusal}") from None
+
+
+def _bfloat16_from_dlpack(value: Any) -> np.ndarray:
+    """NumPy knows no bfloat16 in DLPack: reads the description in the capsule, and keeps the capsule alive."""
+    import ctypes
+
+    import ml_dtypes
+
+    class Tensor(ctypes.Structure):  # DLTensor of dlpack.h
+        _fields_ = (
+            ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+            ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+            ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+            ("byte_offset", ctypes.c_uint64),
+        )  # fmt: skip
+
+    capsule = value.__dlpack__()
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    tensor = Tensor.from_address(get_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
+    if 0 in shape:
+        return np.empty(shape, ml_dtypes.bfloat16)
+    strides = tuple(2 * tensor.strides[axis] for axis in range(tensor.ndim)) if tensor.strides else None
+    extent = 2 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if strides else None
+    memory = (ctypes.c_char * (extent or 2 * int(np.prod(shape)))).from_address(tensor.data + tensor.byte_offset)
+    memory.capsule = capsule  # the tensor's memory lives as long as an array over it
+    return np.ndarray(shape, ml_dtypes.bfloat16, memory, strides=strides)
+
+
+def as_float32(value: Any, name: str = "x", ndim: int | None = None) -> np.ndarray:
+    """`value` as a C-contiguous float32 array; a copy only where its type or layout asks for one."""
+    array = as_array(value, name)
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected floating-point numbers")
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimensions")
+    return np.ascontiguousarray(array, np.float32)

@@ -1,0 +1,170 @@
+"""What to do with a weight: one frozen configuration a method, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+BITS = (2, 3, 4, 8)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_Config = TypeVar("_Config", bound="QuantizationConfig")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+
+
+def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_group_size(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"group_size: got {value!r}, expected -1 (the whole row) or a positive integer")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What all configurations share: a `method` name, and plain dictionaries in and out."""
+
+    method: ClassVar[str] = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and `method`, in types that JSON knows."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[_Config], fields: Mapping[str, Any]) -> _Config:
+        """The inverse of `to_dict`. An unknown field or another method's name is a ValueError."""
+        fields = dict(fields)
+        method = fields.pop("method", cls.method)
+        if method != cls.method:
+            raise ValueError(f"method: got {method!r}, expected {cls.method!r} for {cls.__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"{name}: {cls.__name__} has no such field; it has {', '.join(known) or 'none'}")
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class GPTQConfig(QuantizationConfig):
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323): second-order rounding to n-bit integers.
+
+    bits: 2, 3, 4 or 8. group_size: columns that share a scale, -1 for the whole row. sym: zero point fixed at
+    2^(bits-1). desc_act: columns in order of falling Hessian diagonal. damp_percent: share of the Hessian's mean
+    diagonal added to it. static_groups: scales of the original groups, found before the columns are reordered.
+    true_sequential: within a layer, later matrices see the quantized earlier ones.
+
+    Beyond the reference, off by default: act_group_aware: act-order that keeps every group's members, so the file
+    needs no g_idx. scale_search: None, "mse" (the reference's) or "hessian" (error weighted by the Hessian diagonal).
+    drift_correction, residual_correction: aim at the outputs of the unquantized model. block_stale_scales: scales from
+    weights without the updates of their own 128-column block, as the reference does for groups under 128.
+    checkpoint_format: "gptq" (v1) or "gptq_v2"; None: v1 for sym, v2 for asym.
+    """
+
+    method: ClassVar[str] = "gptq"
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.01
+    static_groups: bool = False
+    true_sequential: bool = True
+    act_group_aware: bool = False
+    scale_search: Literal["mse", "hessian"] | None = None
+    drift_correction: bool = False
+    residual_correction: bool = False
+    block_stale_scales: bool = False
+    checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("bits", self.bits, BITS)
+        _check_group_size(self.group_size)
+        for name in (
+            "sym", "desc_act", "static_groups", "true_sequential", "act_group_aware", "drift_correction",
+            "residual_correction", "block_stale_scales",
+        ):  # fmt: skip
+            _check_flag(name, getattr(self, name))
+        damp = self.damp_percent
+        if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not (math.isfinite(damp) and 0 <= damp < 1):
+            raise ValueError(f"damp_percent: got {damp!r}, expected a number of 0 to 1, 1 excluded")
+        _check_choice("scale_search", self.scale_search, (None, "mse", "hessian"))
+        _check_choice("checkpoint_format", self.checkpoint_format, (None, "gptq", "gptq_v2"))
+        if self.act_group_aware and self.desc_act:
+            raise ValueError("act_group_aware: got True beside desc_act=True, expected one of the two orders")
+
+    @classmethod
+    def recommended(cls, bits: int, group_size: int = 64, sym: bool = False) -> GPTQConfig:
+        """The settings measured best on SmolLM2: asymmetric, Hessian-weighted scales, group-aware order; at 3 and 2
+        bits also drift and residual correction. sym=True for readers that take only symmetric codes."""
+        _check_choice("bits", bits, BITS)
+        return cls(
+            bits=bits, group_size=group_size, sym=sym, act_group_aware=True, scale_search="hessian",
+            drift_correction=bits <= 3, residual_correction=bits <= 3,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NF4Config(QuantizationConfig):
+    """4-bit NormalFloat (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), blocks of `block_size` elements of the flat
+    tensor. double_quant: the block scales are kept in 8 bits too."""
+
+    method: ClassVar[str] = "nf4"
+
+    block_size: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("block_size", self.block_size, BLOCK_SIZES)
+        _check_flag("double_quant", self.double_quant)
+
+
+@dataclass(frozen=True)
+class FP4Config(NF4Config):
+    """bitsandbytes' 4-bit float; fields as in NF4Config."""
+
+    method: ClassVar[str] = "fp4"
+
+
+@dataclass(frozen=True)
+class RTNConfig(QuantizationConfig):
+    """Round to nearest: the baseline without calibration data. Fields as in GPTQConfig."""
+
+    method: ClassVar[str] = "rtn"
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("bits", self.bits, BITS)
+        _check_group_size(self.group_size)
+        _check_flag("sym", self.sym)
+
+
+@dataclass(frozen=True)
+class Int8Config(QuantizationConfig):
+    """Row-wise int8 weights as LLM.int8() keeps them (Dettmers et al. 2022, arXiv:2208.07339)."""
+
+    method: ClassVar[str] = "int8"
+
+
+CONFIGS: dict[str, type[QuantizationConfig]] = {
+    config.method: config for config in (GPTQConfig, NF4Config, FP4Config, RTNConfig, Int8Config)
+}
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> QuantizationConfig:
+    """The configuration that `to_dict` wrote, of whichever method."""
+    method = fields.get("method")
+    if method not in CONFIGS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(CONFIGS)}")
+    return CONFIGS[method].from_dict(fields)

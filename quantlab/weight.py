@@ -1,0 +1,175 @@
+"""One weight matrix in any format: codes, scales, zeros; made from floats, decoded to floats, multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from quantlab import _core
+from quantlab.arrays import as_array, as_float32
+from quantlab.config import GPTQConfig, Int8Config, NF4Config, QuantizationConfig, RTNConfig
+
+FLOAT_BITS = {"f32": 32, "f16": 16, "bf16": 16}
+FORMATS = (*FLOAT_BITS, "int8", "affine", "nf4", "fp4")
+SCALE_BLOCK = 256  # block scales that share one nested scale in double quantization
+
+
+@dataclass(frozen=True, eq=False)
+class DoubleQuant:
+    """Block scales in 8 bits: scale(b) = map[codes[b]] * absmax[b // 256] + offset (QLoRA, section 3)."""
+
+    codes: np.ndarray  # uint8 (blocks,)
+    absmax: np.ndarray  # float32 (ceil(blocks / 256),)
+    map: np.ndarray  # float32 (256,)
+    offset: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes + self.map.nbytes
+
+    def scales(self) -> np.ndarray:
+        """The block scales they stand for, float32 (blocks,)."""
+        return self.map[self.codes] * np.repeat(self.absmax, SCALE_BLOCK)[: self.codes.size] + np.float32(self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantWeight:
+    """W, shape (n, k) = (outputs, inputs): W[i, j] = scale(i, j) * value(code[i, j], zero(i, j)).
+
+    format: f32 f16 bf16 int8 affine nf4 fp4. bits: per code. group: columns that share a scale (nf4, fp4: elements of
+    the flat tensor), k where a whole row does. The layouts of codes, scales and zeros are those of `ql_weight` in
+    csrc/quantlab.h. perm: stored column j is column perm[j] of W. meta: how it was made, for records.
+    """
+
+    format: str
+    bits: int
+    shape: tuple[int, int]
+    group: int
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+    zeros: np.ndarray | None = None
+    perm: np.ndarray | None = None
+    double_quant: DoubleQuant | None = None
+    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format: got {self.format!r}, expected one of {', '.join(FORMATS)}")
+
+    @cached_property
+    def handle(self) -> _core.Weight:
+        """The validated view that the ops of `_core` take."""
+        nested = self.double_quant
+        return _core.Weight(
+            self.format, self.bits, *self.shape, self.group, self.codes, self.scales, self.zeros, self.perm,
+            *((nested.codes, nested.absmax, nested.map, nested.offset) if nested is not None else ()),
+        )  # fmt: skip
+
+    # ---- made from floats -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_array(cls, array: Any, name: str = "weight") -> QuantWeight:
+        """A float weight over `array`, (n, k) of float32, float16 or bfloat16, without a copy if it is C-contiguous."""
+        array = as_array(array, name)
+        formats = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+        if array.dtype.name not in formats:
+            raise TypeError(f"{name}: got dtype {array.dtype}, expected float32, float16 or bfloat16")
+        _check_matrix(array, name)
+        array = np.ascontiguousarray(array)
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
+        format = formats[array.dtype.name]
+        codes = array if format == "f32" else array.view(np.uint16)
+        return cls(format, FLOAT_BITS[format], _shape(array), array.shape[1], codes)
+
+    @classmethod
+    def from_float(cls, w: Any, config: QuantizationConfig, name: str = "weight") -> QuantWeight:
+        """Quantizes `w`, (n, k) of any float type, as `config` says: NF4Config, FP4Config, RTNConfig, Int8Config.
+
+        NF4 and FP4 give bitsandbytes' codes and scales to the last bit, Int8 those of LLM.int8(). GPTQ needs inputs:
+        use `quantlab.quantize` (a model) or `quantlab.gptq.quantize` (one matrix and its Hessian).
+        Raises quantlab.NumericError where `w` holds NaN or infinity."""
+        array = as_float32(w, name)
+        _check_matrix(array, name)
+        if isinstance(config, GPTQConfig):
+            raise ValueError(
+                "config: GPTQConfig needs the matrix's inputs: use quantlab.quantize(model, config, calibration) for a "
+                "model, or quantlab.gptq.quantize(w, hessian, config) for one matrix"
+            )
+        check_finite(array, name)
+        if isinstance(config, NF4Config):  # FP4Config is one
+            return _quantize_4bit(array, config)
+        if isinstance(config, Int8Config):
+            return _quantize_int8(array, config)
+        if isinstance(config, RTNConfig):
+            return _quantize_rtn(array, config)
+        raise TypeError(f"config: got {type(config).__name__}, expected NF4Config, FP4Config, RTNConfig or Int8Config")
+
+    # ---- used -----------------------------------------------------------------------------------------------------
+
+    def dequantize(self, rows: slice | None = None) -> np.ndarray:
+        """W, or a slice of its rows with step 1, as float32 (rows, k), columns in the order of W."""
+        first, last, step = (rows or slice(None)).indices(self.shape[0])
+        if step != 1:
+            raise ValueError(f"rows: got step {step}, expected 1")
+        return _core.decode(self.handle, first, max(first, last))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays in memory."""
+        parts = (self.codes, self.scales, self.zeros, self.perm, self.double_quant)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def linear(x: Any, w: QuantWeight) -> np.ndarray:
+    """x W^T: x (..., k) of any float type, w (n, k) -> float32 (..., n)."""
+    if not isinstance(w, QuantWeight):
+        raise TypeError(f"w: got {type(w).__name__}, expected a QuantWeight")
+    array = as_float32(x, "x")
+    n, k = w.shape
+    if array.ndim < 1 or array.shape[-1] != k:
+        raise ValueError(f"x: got shape {array.shape}, expected (..., {k}) for a weight of shape {w.shape}")
+    return _core.linear(array.reshape(-1, k), w.handle).reshape(*array.shape[:-1], n)
+
+
+def _shape(array: np.ndarray) -> tuple[int, int]:
+    return int(array.shape[0]), int(array.shape[1])
+
+
+def _check_matrix(array: np.ndarray, name: str) -> None:
+    if array.ndim != 2 or 0 in array.shape:
+        raise ValueError(f"{name}: got shape {array.shape}, expected a matrix (n, k) with at least one element")
+
+
+def check_finite(array: np.ndarray, name: str = "weight") -> None:
+    """quantlab.NumericError naming the place of the first NaN or infinity of a float32 array."""
+    index = _core.first_nonfinite(array)
+    if index >= 0:
+        place = ", ".join(str(int(i)) for i in np.unravel_index(index, array.shape))
+        raise _core.NumericError(f"{name}: {array.flat[index]} at [{place}]; every element must be a finite number")
+
+
+def _quantize_4bit(w: np.ndarray, config: NF4Config) -> QuantWeight:
+    codes, scales = _core.quantize(w, config.method, config.block_size)
+    meta = MappingProxyType(config.to_dict())
+    return QuantWeight(config.method, 4, _shape(w), config.block_size, codes, scales, meta=meta)
+
+
+def _quantize_int8(w: np.ndarray, config: Int8Config) -> QuantWeight:
+    n, k = w.shape
+    codes, scales = _core.quantize(w, "int8", k)
+    return QuantWeight("int8", 8, (n, k), k, codes.reshape(n, k), scales, meta=MappingProxyType(config.to_dict()))
+
+
+def _quantize_rtn(w: np.ndarray, config: RTNConfig) -> QuantWeight:
+    n, k = w.shape
+    group = k if config.group_size == -1 else config.group_size
+    codes, scales, zeros = _core.quantize_rtn(w, config.bits, group, config.sym)
+    return QuantWeight(
+        "affine", config.bits, (n, k), group, codes, scales, zeros, meta=MappingProxyType(config.to_dict())
+    )
