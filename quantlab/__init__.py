@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from quantlab import backend, cuda, gptq
     from quantlab._core import CudaError, NumericError
     from quantlab.backend import info
+    from quantlab.classify import LlamaForSequenceClassification
     from quantlab.config import FP4Config, GPTQConfig, Int8Config, NF4Config, RTNConfig
     from quantlab.io import Checkpoint, open_checkpoint
-    from quantlab.llama import LlamaForCausalLM, LlamaForSequenceClassification
+    from quantlab.llama import LlamaForCausalLM
     from quantlab.quantize import quantize
     from quantlab.weight import QuantWeight, linear
 
@@ -29,7 +30,7 @@ _HOMES = {
     "cuda": "cuda",
     "gptq": "gptq",
     "LlamaForCausalLM": "llama",
-    "LlamaForSequenceClassification": "llama",
+    "LlamaForSequenceClassification": "classify",
     "quantize": "quantize",
     "GPTQConfig": "config",
     "NF4Config": "config",

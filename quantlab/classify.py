@@ -38,19 +38,28 @@ class LlamaForSequenceClassification(Llama):
     architecture = "LlamaForSequenceClassification"
 
     def __init__(
-        self, config: LlamaConfig | Mapping[str, Any], weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray],
-        tokenizer: Tokenizer | None = None, checkpoint: Checkpoint | None = None, num_labels: int | None = None,
-    ):  # fmt: skip
+        self,
+        config: LlamaConfig | Mapping[str, Any],
+        weights: Mapping[str, QuantWeight],
+        vectors: Mapping[str, np.ndarray],
+        tokenizer: Tokenizer | None = None,
+        checkpoint: Checkpoint | None = None,
+        num_labels: int | None = None,
+    ):
         values = (config if isinstance(config, LlamaConfig) else LlamaConfig(config)).to_dict()
         found = weights["score"].shape[0] if "score" in weights else None
         num_labels = num_labels or found or 2
         if num_labels < 1 or (found is not None and num_labels != found):
             raise ValueError(f"num_labels: got {num_labels}, the checkpoint's score has {found or 'none'}")
         names = {str(label): f"LABEL_{label}" for label in range(num_labels)}
-        values.update(num_labels=num_labels, id2label=names, label2id={name: int(label) for label, name in names.items()})
+        values.update(
+            num_labels=num_labels, id2label=names, label2id={name: int(label) for label, name in names.items()}
+        )
         weights = {module: weight for module, weight in weights.items() if module != "lm_head"}
         if found is None:
-            draw = np.random.default_rng(0).normal(0.0, values["initializer_range"], (num_labels, values["hidden_size"]))
+            draw = np.random.default_rng(0).normal(
+                0.0, values["initializer_range"], (num_labels, values["hidden_size"])
+            )
             weights["score"] = QuantWeight.from_array(draw.astype(np.float32))
         super().__init__(values, weights, vectors, tokenizer, checkpoint)
 
@@ -78,7 +87,9 @@ class LlamaForSequenceClassification(Llama):
                 raise ValueError("tokenizer: this checkpoint has none; pass token ids instead of texts")
             encoded = [np.array(encoding.ids, np.int32) for encoding in self.tokenizer.encode_batch(list(texts))]
             start = self.config.bos_token_id if isinstance(self.config.bos_token_id, int) else 0
-            rows = [ids if ids.size else np.array([start], np.int32) for ids in encoded]  # an empty text is one start token
+            rows = [
+                ids if ids.size else np.array([start], np.int32) for ids in encoded
+            ]  # an empty text is one start token
         else:
             rows = to_sequences(texts)
         limit = self.config.max_position_embeddings
@@ -88,8 +99,8 @@ class LlamaForSequenceClassification(Llama):
     def features(self, texts: Texts, batch_tokens: int = BATCH_TOKENS, show: bool = True) -> np.ndarray:
         """The pooled hidden states of texts (or rows of ids), float32 (N, hidden_size).
 
-        Batches hold at most `batch_tokens` tokens of texts sorted by length; 1 runs one text at a time. A text's features
-        do not depend on its batch.
+        Batches hold at most `batch_tokens` tokens of texts sorted by length; 1 runs one text at a time. A text's
+        features do not depend on its batch.
         """
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: got {batch_tokens}, expected at least 1")
@@ -111,23 +122,42 @@ class LlamaForSequenceClassification(Llama):
         return _core.linear(self.features(texts, batch_tokens, show), self.weights["score"].handle)
 
     def fit_head(
-        self, texts: Texts, labels: Sequence[int], eval_texts: Texts, eval_labels: Sequence[int], epochs: int = 40,
-        lr: float = 1e-3, batch_size: int = 32, weight_decay: float = 0.01, patience: int = 5, seed: int = 0,
+        self,
+        texts: Texts,
+        labels: Sequence[int],
+        eval_texts: Texts,
+        eval_labels: Sequence[int],
+        epochs: int = 40,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        weight_decay: float = 0.01,
+        patience: int = 5,
+        seed: int = 0,
         batch_tokens: int = BATCH_TOKENS,
-    ) -> list[dict[str, float]]:  # fmt: skip
+    ) -> list[dict[str, float]]:
         """Trains `score` by AdamW on the frozen backbone and keeps the head with the least evaluation loss.
 
-        Features are computed once. Stops after `patience` epochs without a lower evaluation loss. Returns one dict a step:
-        step, epoch, train_loss (of the batch), eval_loss, eval_accuracy.
+        Features are computed once. Stops after `patience` epochs without a lower evaluation loss. Returns one dict a
+        step: step, epoch, train_loss (of the batch), eval_loss, eval_accuracy.
         """
         train = (self.features(texts, batch_tokens), self._labels(labels, len(texts), "labels"))
-        evaluation = (self.features(eval_texts, batch_tokens), self._labels(eval_labels, len(eval_texts), "eval_labels"))
+        evaluation = (
+            self.features(eval_texts, batch_tokens),
+            self._labels(eval_labels, len(eval_texts), "eval_labels"),
+        )
         return self.fit_features(train, evaluation, epochs, lr, batch_size, weight_decay, patience, seed)
 
     def fit_features(
-        self, train: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.ndarray], epochs: int, lr: float,
-        batch_size: int, weight_decay: float, patience: int, seed: int,
-    ) -> list[dict[str, float]]:  # fmt: skip
+        self,
+        train: tuple[np.ndarray, np.ndarray],
+        evaluation: tuple[np.ndarray, np.ndarray],
+        epochs: int,
+        lr: float,
+        batch_size: int,
+        weight_decay: float,
+        patience: int,
+        seed: int,
+    ) -> list[dict[str, float]]:
         """`fit_head` on features (N, hidden) and labels (N,) that are there already."""
         if epochs < 1 or batch_size < 1 or not lr > 0:
             raise ValueError(f"epochs, batch_size, lr: got {epochs}, {batch_size}, {lr}, expected positive numbers")
@@ -142,7 +172,15 @@ class LlamaForSequenceClassification(Llama):
                 loss, gradient = head_loss(head.value, x[index], y[index])
                 head.step(gradient)
                 eval_loss, accuracy = head_accuracy(head.value, *evaluation)
-                history.append({"step": len(history) + 1, "epoch": epoch, "train_loss": loss, "eval_loss": eval_loss, "eval_accuracy": accuracy})
+                history.append(
+                    {
+                        "step": len(history) + 1,
+                        "epoch": epoch,
+                        "train_loss": loss,
+                        "eval_loss": eval_loss,
+                        "eval_accuracy": accuracy,
+                    }
+                )
             if history[-1]["eval_loss"] < best_loss:
                 best, best_loss, waited = head.value.copy(), history[-1]["eval_loss"], 0
             else:
@@ -155,9 +193,13 @@ class LlamaForSequenceClassification(Llama):
     def _labels(self, labels: Sequence[int], count: int, name: str) -> np.ndarray:
         array = np.asarray(labels)
         if array.shape != (count,) or count == 0:
-            raise ValueError(f"{name}: got shape {array.shape} for {count} texts, expected one label a text and at least one")
+            raise ValueError(
+                f"{name}: got shape {array.shape} for {count} texts, expected one label a text and at least one"
+            )
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.num_labels:
-            raise ValueError(f"{name}: got {array.min()} to {array.max()}, expected integers from 0 to {self.num_labels - 1}")
+            raise ValueError(
+                f"{name}: got {array.min()} to {array.max()}, expected integers from 0 to {self.num_labels - 1}"
+            )
         return array.astype(np.int32)
 
 

@@ -46,7 +46,8 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) ->
 
 
 def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCache) -> np.ndarray:
-    """Fills the cache with the prompts, in chunks, and returns the hidden state of each row's last token (B, hidden)."""
+    """Fills the cache with the prompts, in chunks, and returns the hidden state of each row's last token (B,
+    hidden)."""
     last = np.empty((len(sequences), model.config.hidden_size), np.float32)
     step = max(1, BATCH_TOKENS // len(sequences))
     for start in range(0, max(len(row) for row in sequences), step):
@@ -60,15 +61,22 @@ def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCach
 
 
 def generate(
-    model: LlamaForCausalLM, input_ids: Ids, max_new_tokens: int = 64, do_sample: bool = False, temperature: float = 1.0,
-    top_k: int = 0, top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None,
+    model: LlamaForCausalLM,
+    input_ids: Ids,
+    max_new_tokens: int = 64,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
-) -> list[np.ndarray]:  # fmt: skip
+) -> list[np.ndarray]:
     """Continues each row of `input_ids` (one row, (B, T), or rows of any length) by up to `max_new_tokens` tokens.
 
-    Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] : never).
-    Greedy unless `do_sample`. Each row draws from its own generator seeded by (seed, row): its text does not depend on
-    the rows beside it. `on_token(row, token)` is called as tokens come.
+    Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
+    never). Greedy unless `do_sample`. Each row draws from its own generator seeded by (seed, row): its text does not
+    depend on the rows beside it. `on_token(row, token)` is called as tokens come.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     sequences = to_sequences(input_ids)

@@ -36,9 +36,16 @@ class LlamaConfig:
     """
 
     DEFAULTS: Mapping[str, Any] = {
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False, "initializer_range": 0.02,
-        "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 2, "quantization_config": None,
-    }  # fmt: skip
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_labels": 2,
+        "quantization_config": None,
+    }
     REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
     def __init__(self, values: Mapping[str, Any]):
@@ -51,7 +58,9 @@ class LlamaConfig:
             raise ValueError(f"config: hidden_size {values['hidden_size']} is no multiple of {heads} attention heads")
         head_dim = values.get("head_dim") or values["hidden_size"] // heads
         if heads % kv_heads or head_dim % 2:
-            raise ValueError(f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together")
+            raise ValueError(
+                f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together"
+            )
         self._values = {**self.DEFAULTS, **values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
         rope_parameters(self._values)
 
@@ -95,7 +104,9 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
         rows = [np.asarray(row) for row in input_ids]
     for row in rows:
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-            raise ValueError(f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows")
+            raise ValueError(
+                f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows"
+            )
         if row.size and (row.min() < 0 or row.max() > np.iinfo(np.int32).max):
             raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
     if lengths is not None:
@@ -112,7 +123,8 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
 
 
 class KVCache:
-    """Keys and values of `batch` sequences of up to `capacity` tokens; float32 (layers, batch * capacity, kv heads, d)."""
+    """Keys and values of `batch` sequences of up to `capacity` tokens; float32 (layers, batch * capacity, kv heads,
+    d)."""
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int):
         shape = (config.num_hidden_layers, batch * capacity, config.num_key_value_heads, config.head_dim)
@@ -155,21 +167,32 @@ class Llama:
             return (norms[0], *attention, norms[1], *mlp)
 
         return _core.Llama(
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.intermediate_size,
-            config.rms_norm_eps, self.weight("model.embed_tokens").handle, self.vector("model.norm"),
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.rms_norm_eps,
+            self.weight("model.embed_tokens").handle,
+            self.vector("model.norm"),
             tuple(layer(index) for index in range(config.num_hidden_layers)),
-        )  # fmt: skip
+        )
 
     # ---- loading and saving ----------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
-        cls: type[Self], source: str | Path, dtype: str = "float32", device: str = "cpu", local_files_only: bool = False, **extra: Any
+        cls: type[Self],
+        source: str | Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        local_files_only: bool = False,
+        **extra: Any,
     ) -> Self:
-        """Loads a model from a directory (plain, GPTQ or bitsandbytes safetensors), a `.gguf` file, a hub id, or "demo".
+        """Loads a model from a directory (plain, GPTQ or bitsandbytes safetensors), a `.gguf` file, a hub id, or
+        "demo".
 
-        dtype: what float matrices are held in: float32, bfloat16, float16 (rounded to nearest even), or auto (as stored,
-        without a copy where the file allows it). Arithmetic is float32. Quantized matrices stay as they are.
+        dtype: what float matrices are held in: float32, bfloat16, float16 (rounded to nearest even), or auto (as
+        stored, without a copy where the file allows it). Arithmetic is float32. Quantized matrices stay as they are.
         """
         from quantlab.io import open_checkpoint
 
@@ -193,7 +216,9 @@ class Llama:
         unknown = set(weights) - set(self.weights)
         if unknown:
             raise ValueError(f"weights: no module named {sorted(unknown)[0]!r} in this model")
-        return type(self)(self.config, {**self.weights, **weights}, self.vectors, self.tokenizer, self.checkpoint, **self._extra())
+        return type(self)(
+            self.config, {**self.weights, **weights}, self.vectors, self.tokenizer, self.checkpoint, **self._extra()
+        )
 
     def _extra(self) -> dict[str, Any]:
         return {}
@@ -300,8 +325,11 @@ class Llama:
 
     def _repr_html_(self) -> str:
         size = self.size_report()
-        rows = "".join(f"<tr><td>{part}</td><td style='text-align:right'>{count:,}</td></tr>" for part, count in size["parts"].items())
-        return f"<b>{self!r}</b><table><tr><th>part</th><th>bytes</th></tr>{rows}<tr><td>total</td><td>{size['total']:,}</td></tr></table>"
+        counts = {**size["parts"], "total": size["total"], "in memory": size["memory"]}
+        rows = (
+            f"<tr><td>{part}</td><td style='text-align:right'>{count:,}</td></tr>" for part, count in counts.items()
+        )
+        return f"<b>{self!r}</b><table><tr><th>part</th><th>bytes</th></tr>{''.join(rows)}</table>"
 
 
 class LlamaForCausalLM(Llama):
@@ -335,16 +363,27 @@ class LlamaForCausalLM(Llama):
         return self.logits(hidden.reshape(-1, channels)).reshape(batch, width, -1)
 
     def generate(
-        self, input_ids: Ids, max_new_tokens: int = 64, do_sample: bool = False, temperature: float = 1.0, top_k: int = 0,
-        top_p: float = 1.0, seed: int = 0, eos_token_id: int | Sequence[int] | None = None,
+        self,
+        input_ids: Ids,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
+    ) -> list[np.ndarray]:
         """Continues each row; see `quantlab.generate.generate`."""
         from quantlab.generate import generate
 
-        return generate(self, input_ids, max_new_tokens, do_sample, temperature, top_k, top_p, seed, eos_token_id, on_token)
+        return generate(
+            self, input_ids, max_new_tokens, do_sample, temperature, top_k, top_p, seed, eos_token_id, on_token
+        )
 
-    def perplexity(self, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None) -> dict[str, float]:
+    def perplexity(
+        self, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None
+    ) -> dict[str, float]:
         """Perplexity of a text; see `quantlab.perplexity.perplexity`."""
         from quantlab.perplexity import perplexity
 
@@ -363,7 +402,8 @@ def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
 
 
 def check_device(device: str) -> None:
-    """Raises where a model cannot live on `device`: ValueError for a name nobody knows, CudaError where CUDA is not there."""
+    """Raises where a model cannot live on `device`: ValueError for a name nobody knows, CudaError where CUDA is not
+    there."""
     if device == "cpu":
         return
     if device.split(":")[0] == "cuda":

@@ -21,19 +21,26 @@ def token_losses(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
     """Negative log-likelihood in nats of tokens 1.. of one chunk of ids (T,), float32 (T - 1,)."""
     hidden = model.packed_hidden([ids])[:-1]
     losses = [
-        _core.cross_entropy(model.logits(hidden[i : i + LOGIT_ROWS]), np.ascontiguousarray(ids[i + 1 : i + 1 + LOGIT_ROWS]))
+        _core.cross_entropy(
+            model.logits(hidden[i : i + LOGIT_ROWS]), np.ascontiguousarray(ids[i + 1 : i + 1 + LOGIT_ROWS])
+        )
         for i in range(0, len(hidden), LOGIT_ROWS)
     ]
     return np.concatenate(losses)
 
 
 def perplexity(
-    model: LlamaForCausalLM, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None, show: bool = True
+    model: LlamaForCausalLM,
+    text_or_ids: str | Ids,
+    context: int = 2048,
+    max_tokens: int | None = None,
+    show: bool = True,
 ) -> dict[str, float]:
     """Perplexity of a text or of ids, cut into chunks of `context` tokens that do not see each other.
 
-    Only whole chunks count, unless there is none; the first token of a chunk is not predicted. Returns `ppl`, `nll` (mean,
-    nats a token), `tokens` (predicted), `chunks`, and `stderr` (of ppl, from the spread of the chunks' means; nan for one chunk).
+    Only whole chunks count, unless there is none; the first token of a chunk is not predicted. Returns `ppl`, `nll`
+    (mean, nats a token), `tokens` (predicted), `chunks`, and `stderr` (of ppl, from the spread of the chunks' means;
+    nan for one chunk).
     """
     if context < 2:
         raise ValueError(f"context: got {context}, expected at least 2 tokens")

@@ -29,7 +29,8 @@ def rope_parameters(config: Any) -> dict[str, Any]:
 
 
 def inverse_frequencies(config: Any, length: int) -> np.ndarray:
-    """Radians a position for each pair of elements, float32 (head_dim / 2,). `length` matters to the dynamic type only."""
+    """Radians a position for each pair of elements, float32 (head_dim / 2,). `length` matters to the dynamic type
+    only."""
     settings = rope_parameters(config)
     kind, theta, d = settings["rope_type"], float(settings["rope_theta"]), int(config.head_dim)
     if kind == "dynamic":  # NTK-aware: the base grows with the length beyond what the model was trained for

@@ -13,17 +13,55 @@ if TYPE_CHECKING:
     from quantlab.weight import QuantWeight
 
 KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                   "num_key_value_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-    "llama-2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-                    "num_key_value_heads": 40, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-    "tinyllama-1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-                       "num_key_value_heads": 4, "vocab_size": 32000, "rms_norm_eps": 1e-5},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "rope_theta": 100000.0},
-    "llama-3.1-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                     "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
-}  # fmt: skip
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+    },
+    "llama-2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+    },
+    "tinyllama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-5,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "rope_theta": 100000.0,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+}
 
 
 def size_of_model(weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -31,7 +69,15 @@ def size_of_model(weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.n
     `total`: their sum; `memory`: bytes of the arrays as they are held now."""
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for module, weight in weights.items():
-        kind = "embedding" if module == "model.embed_tokens" else "attention" if "self_attn" in module else "mlp" if "mlp" in module else "head"
+        kind = (
+            "embedding"
+            if module == "model.embed_tokens"
+            else "attention"
+            if "self_attn" in module
+            else "mlp"
+            if "mlp" in module
+            else "head"
+        )
         parts[kind] += weight.checkpoint_nbytes
     parts["norms"] = sum(vector.nbytes for vector in vectors.values())
     memory = sum(weight.nbytes for weight in weights.values()) + parts["norms"]
@@ -39,13 +85,17 @@ def size_of_model(weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.n
 
 
 def size_from_config(
-    config: LlamaConfig | Mapping[str, Any], bits: int, group_size: int = 128, head: str = "classifier", num_labels: int = 3
+    config: LlamaConfig | Mapping[str, Any],
+    bits: int,
+    group_size: int = 128,
+    head: str = "classifier",
+    num_labels: int = 3,
 ) -> dict[str, Any]:
     """Bytes of a checkpoint of this architecture, by part, without loading anything.
 
     bits: 32 or 16 for floats; 2, 3, 4, 8 for GPTQ's layout: codes, float16 scales and zeros at `bits` bits for every
-    `group_size` inputs, int32 g_idx; embedding, norms and head in float16. head: "classifier" (`num_labels` rows, no lm_head:
-    the TweetEval study's model) or "causal" (an lm_head unless it is tied to the embedding).
+    `group_size` inputs, int32 g_idx; embedding, norms and head in float16. head: "classifier" (`num_labels` rows, no
+    lm_head: the TweetEval study's model) or "causal" (an lm_head unless it is tied to the embedding).
     """
     config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
     if bits not in (2, 3, 4, 8, 16, 32):

@@ -1,0 +1,208 @@
+"""The model against a float64 oracle of the whole forward pass, and what a user does with it."""
+
+import numpy as np
+import pytest
+from models import TINY, tiny_model, tiny_parts
+from reference import attention, rmsnorm, rope, swiglu
+
+from quantlab.classify import LlamaForSequenceClassification, pooled_position
+from quantlab.generate import pick
+from quantlab.llama import LlamaConfig, LlamaForCausalLM, to_sequences
+from quantlab.rope import inverse_frequencies, rope_parameters, rope_tables
+from quantlab.size import size_from_config
+
+
+def oracle_hidden(model, ids):
+    """float64 (T, hidden) of one row of ids, from the ops' oracles."""
+    config = model.config
+    heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    t = len(ids)
+    dense = {name: weight.dequantize().astype(np.float64) for name, weight in model.weights.items()}
+    cos, sin = rope_tables(config, t)
+    x = dense["model.embed_tokens"][ids]
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}."
+        h = rmsnorm(x, model.vector(name + "input_layernorm"), config.rms_norm_eps)
+        q, k, v = (h @ dense[f"{name}self_attn.{p}_proj"].T for p in "qkv")
+        q, k = (rope(part.reshape(t, -1, d), cos, sin, np.arange(t)) for part in (q, k))
+        bounds = (np.array([0, t]), np.array([0]), np.array([t]))
+        a = attention(q, k, v.reshape(t, kv, d), *bounds, 1 / np.sqrt(d))
+        x = x + a.reshape(t, heads * d) @ dense[name + "self_attn.o_proj"].T
+        h = rmsnorm(x, model.vector(name + "post_attention_layernorm"), config.rms_norm_eps)
+        gate, up = (h @ dense[f"{name}mlp.{p}_proj"].T for p in ("gate", "up"))
+        x = x + swiglu(gate, up) @ dense[name + "mlp.down_proj"].T
+    return rmsnorm(x, model.vector("model.norm"), config.rms_norm_eps)
+
+
+ROWS = [[5, 9, 3], [7], list(range(20, 57)), [1, 2]]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 4}, {"head_dim": 32}, {"num_key_value_heads": 1}], ids=str
+)
+def test_forward_matches_the_float64_oracle(isa, changes):
+    model = tiny_model(**changes)
+    hidden = model.hidden_states(ROWS)
+    for row, ids in enumerate(ROWS):
+        # two layers of float32 sums over <= 96 products: a few hundred eps of values of order 1
+        np.testing.assert_allclose(hidden[row, : len(ids)], oracle_hidden(model, np.array(ids)), atol=2e-5, rtol=2e-5)
+        assert not hidden[row, len(ids) :].any()
+
+
+def test_a_row_does_not_depend_on_its_batch(isa):
+    model = tiny_model()
+    together = model.hidden_states(ROWS)
+    for row, ids in enumerate(ROWS):
+        np.testing.assert_array_equal(together[row, : len(ids)], model.hidden_states(ids)[0])
+
+
+def test_padding_and_lengths():
+    model = tiny_model()
+    padded = np.zeros((2, 6), np.int64)
+    padded[0, :3], padded[1, :6] = [5, 9, 3], [1, 2, 3, 4, 5, 6]
+    logits = model(padded, lengths=[3, 6])
+    assert logits.shape == (2, 6, 128) and logits.dtype == np.float32
+    np.testing.assert_array_equal(logits[0, :3], model([5, 9, 3])[0])
+    np.testing.assert_array_equal(model(padded, lengths=[3, 6], logits_to_keep=1)[:, 0], [logits[0, 2], logits[1, 5]])
+
+
+def test_generation_equals_recomputation():
+    model = tiny_model()
+    out = model.generate(ROWS, max_new_tokens=12, eos_token_id=[])
+    for row, ids in zip(out, ROWS, strict=True):
+        assert row.dtype == np.int32 and len(row) == len(ids) + 12
+        for end in range(len(ids), len(row)):
+            assert row[end] == model(row[:end])[0, -1].argmax()
+
+
+def test_generation_stops_and_streams():
+    model = tiny_model()
+    greedy = model.generate([5, 9, 3], max_new_tokens=8, eos_token_id=[])[0]
+    seen = []
+    stopped = model.generate(
+        [5, 9, 3], 8, eos_token_id=int(greedy[5]), on_token=lambda row, token: seen.append((row, token))
+    )[0]
+    first = list(greedy[3:]).index(greedy[5]) + 1
+    np.testing.assert_array_equal(stopped, greedy[: 3 + first])
+    assert seen == [(0, token) for token in stopped[3:]]
+
+
+def test_sampling_is_seeded_and_independent_of_the_batch():
+    model = tiny_model()
+    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.5, "seed": 3, "eos_token_id": []}
+    both = model.generate([[5, 9, 3], [7, 7]], **options)
+    np.testing.assert_array_equal(both[0], model.generate([5, 9, 3], **options)[0])
+    assert not np.array_equal(both[0], model.generate([5, 9, 3], **{**options, "seed": 4})[0])
+
+
+def test_pick_follows_top_k_and_top_p():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+
+    def draws(k=0, p=1.0):
+        return {pick(logits, np.random.default_rng(i), 1.0, k, p) for i in range(200)}
+
+    assert draws() == {0, 1, 2, 3} and draws(k=2) == {0, 1} and draws(p=0.7) == {0, 1} and draws(p=0.4) == {0}
+
+
+def test_perplexity_is_the_mean_of_the_oracle():
+    model = tiny_model()
+    ids = np.random.default_rng(1).integers(0, 128, 70)
+    result = model.perplexity(ids, context=32)
+    losses = []
+    for chunk in (ids[:32], ids[32:64]):
+        logits = oracle_hidden(model, chunk) @ model.lm_head.dequantize().astype(np.float64).T
+        norm = np.log(np.exp(logits).sum(1))
+        losses.append(norm[:-1] - logits[np.arange(31), chunk[1:]])
+    assert result["tokens"] == 62 and result["chunks"] == 2
+    assert result["nll"] == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
+    assert result["ppl"] == pytest.approx(np.exp(result["nll"]))
+
+
+@pytest.mark.parametrize(
+    "settings, factor",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 0.25),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}, 0.25),
+        ({}, 1.0),
+    ],
+)
+def test_rope_spellings(settings, factor):
+    plain = inverse_frequencies(LlamaConfig(TINY), 10)
+    np.testing.assert_allclose(inverse_frequencies(LlamaConfig({**TINY, **settings}), 10), plain * factor, rtol=1e-6)
+
+
+def test_rope_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="rope_type: got 'yarn'"):
+        rope_parameters({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+
+
+def test_pooling_as_transformers():
+    assert pooled_position(np.array([3, 4, 0, 0]), 0) == 1
+    assert pooled_position(np.array([0, 4, 0, 5]), 0) == 3
+    assert pooled_position(np.array([0, 0]), 0) == 0
+    assert pooled_position(np.array([3, 4, 0]), None) == 2
+
+
+def test_head_training_learns_and_saves_the_best():
+    clf = LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 120)
+    texts = [[10 + label, *rng.integers(20, 128, 3), 10 + label] for label in labels]
+    history = clf.fit_head(
+        texts[:90], labels[:90], texts[90:], labels[90:], epochs=30, lr=0.02, batch_size=16, patience=5
+    )
+    assert set(history[0]) == {"step", "epoch", "train_loss", "eval_loss", "eval_accuracy"}
+    logits = clf.predict(texts[90:])
+    assert logits.shape == (30, 3) and (logits.argmax(1) == labels[90:]).mean() > 0.9
+    np.testing.assert_array_equal(logits, clf.predict(texts[90:], batch_tokens=1))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m([]), "empty row"),
+        (lambda m: m([[1, 2], []]), "empty row"),
+        (lambda m: m([1, 128]), "input_ids: got 128, expected 0 to 127"),
+        (lambda m: m([-1]), "input_ids: got -1"),
+        (lambda m: m(np.array([0.5])), "input_ids: got an array of float64"),
+        (lambda m: m([[1, 2]], lengths=[3]), "lengths: got 3"),
+        (lambda m: m.generate([1], max_new_tokens=0), "max_new_tokens: got 0"),
+        (lambda m: m.generate([1], temperature=0.0), "temperature: got 0"),
+        (lambda m: m.perplexity([1]), "at least 2"),
+        (lambda m: m.perplexity("text"), "tokenizer: this checkpoint has none"),
+        (lambda m: m.replace({"nothing": m.lm_head}), "no module named 'nothing'"),
+        (lambda m: LlamaConfig({**TINY, "hidden_size": 65}), "hidden_size 65"),
+        (lambda m: LlamaConfig({**TINY, "vocab_size": 0}), "vocab_size is 0"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny_model())
+
+
+def test_labels_are_checked():
+    clf = LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    with pytest.raises(ValueError, match="labels: got 0 to 3, expected integers from 0 to 2"):
+        clf.fit_head([[1], [2]], [0, 3], [[1]], [0])
+
+
+def test_sizes_of_the_study():
+    # the published sizes of LLaMA-2-7B with a 3-label head at 8, 4 and 3 bits, in decimal GB
+    sizes = [size_from_config(LlamaConfig({**TINY, **LLAMA_2_7B}), bits)["total"] / 1e9 for bits in (8, 4, 3)]
+    assert [round(size, 3) for size in sizes] == [6.895, 3.632, 2.816]
+
+
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+def test_sequences_are_ragged_rows():
+    assert [row.tolist() for row in to_sequences([[1, 2], [3]])] == [[1, 2], [3]]
+    assert to_sequences(np.array([4, 5]))[0].dtype == np.int32
+    assert isinstance(tiny_model(), LlamaForCausalLM)
