@@ -1,0 +1,5 @@
+"""Checkpoint layouts, tokenizers, data sets and the cache."""
+
+from quantlab.io.checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["Checkpoint", "open_checkpoint"]

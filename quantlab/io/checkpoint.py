@@ -1,0 +1,94 @@
+"""Checkpoint: one face for every file layout that a Llama model comes in; open_checkpoint chooses the reader."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from quantlab.weight import QuantWeight
+
+
+class Checkpoint(ABC):
+    """A memory-mapped model on disk: nothing is read before it is asked for.
+
+    config: config.json with Hugging Face's names and the family's defaults filled in (GGUF metadata translated).
+    quantization: config["quantization_config"], or None.
+    modules: "model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj", …, "model.norm",
+    "lm_head" (absent where tied to the embedding), "score" (where there is one), in the order of the layers.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    quantization: dict[str, Any] | None
+    modules: list[str]
+
+    @abstractmethod
+    def weight(self, module: str) -> QuantWeight:
+        """The (outputs, inputs) matrix of a module, in the format it is stored in, zero-copy where the file allows."""
+
+    @abstractmethod
+    def vector(self, module: str) -> np.ndarray:
+        """The float32 vector of a module: a norm's gain."""
+
+    def has(self, module: str) -> bool:
+        return module in self.modules
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, read when first asked for; None where the checkpoint has none."""
+
+    @property
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """{file name: content} of what a copy of the checkpoint should carry for its tokenizer."""
+
+    @property
+    @abstractmethod
+    def chat_template(self) -> str | None:
+        """The Jinja template of a chat, if there is one."""
+
+    def _require(self, module: str, rank: int) -> None:
+        """ValueError unless the module is there and is a matrix (rank 2) or a vector (rank 1)."""
+        if module not in self.modules:
+            raise ValueError(f"module: got {module!r}, which {self.path} does not hold")
+        if module.endswith("norm") != (rank == 1):
+            raise ValueError(f"module: got {module!r}, which is not a {'vector' if rank == 1 else 'matrix'}")
+
+    def __repr__(self) -> str:
+        kind = (self.quantization or {}).get("quant_method", "plain")
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self.modules)} modules, {kind})"
+
+
+def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = False) -> Checkpoint:
+    """Opens a directory (Hugging Face safetensors: plain, GPTQ or bitsandbytes), a .gguf file, a hub id, or "demo".
+
+    local_files_only: use the caches, never the network. FileNotFoundError where there is no such source, ValueError
+    where what is there is damaged or not supported.
+    """
+    from quantlab.io.directory import DirectoryCheckpoint
+    from quantlab.io.gguf import GGUFCheckpoint
+
+    path = Path(source)
+    if path.is_dir():
+        return DirectoryCheckpoint(path)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GGUFCheckpoint(path)
+        raise ValueError(f"source: got the file {path}; accepted: a directory, a .gguf file, a hub id, or 'demo'")
+    if str(source) == "demo":
+        from quantlab.io.cache import fetch
+
+        return GGUFCheckpoint(fetch("demo-model", local_files_only=local_files_only))
+    if path.suffix == ".gguf" or path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
+    from quantlab.io.hub import download
+
+    return DirectoryCheckpoint(download(str(source), local_files_only=local_files_only))

@@ -1,0 +1,51 @@
+"""Files that appear whole or not at all: written under a temporary name, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 256,000 tokens has about 35 MB
+
+
+@contextmanager
+def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """`with atomic_writer(path) as file: file.write(…)`: the file at `path` is replaced only if the block succeeds."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> int:
+    """Writes `data` atomically; returns its size in bytes."""
+    with atomic_writer(path) as file:
+        file.write(data)
+    return len(data)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object from a file; ValueError with the file's name where it is none, FileNotFoundError where it is missing."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ValueError(f"{path}: {size} bytes, at most {MAX_JSON} are accepted in a JSON file")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
