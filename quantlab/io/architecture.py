@@ -27,7 +27,9 @@ def check_config(config: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}")
     if config.get("head_dim") is None:
         if config["hidden_size"] % heads:
-            raise ValueError(f"{where}: num_attention_heads {heads} does not divide hidden_size {config['hidden_size']}")
+            raise ValueError(
+                f"{where}: num_attention_heads {heads} does not divide hidden_size {config['hidden_size']}"
+            )
         config["head_dim"] = config["hidden_size"] // heads
     if _natural(config, "head_dim", 1 << 16, where) % 2:
         raise ValueError(f"{where}: head_dim is {config['head_dim']}, expected an even number")

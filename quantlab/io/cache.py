@@ -55,8 +55,8 @@ ITEMS = {
             name="demo-tweets", file="tweets_GroundTruth.txt", requirement="vaderSentiment==0.5",
             archive="vaderSentiment-0.5.zip",
             archive_sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-            members=("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", "TWEETS_MEMBER"),
-            sha256="TWEETS_SHA", size=0, license="MIT",
+            members=("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/tweets_GroundTruth.txt"),
+            sha256="dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f", size=389886, license="MIT",
         ),
     )
 }  # fmt: skip
@@ -140,7 +140,9 @@ def _pip_download(item: Item, folder: Path) -> Path:
     shown = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else subprocess.DEVNULL
     environment = {"PIP_RESUME_RETRIES": "5", **os.environ}
     try:
-        done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
+        done = subprocess.run(
+            command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+        )
     except OSError as error:
         raise ConnectionError(f"{item.name}: {sys.executable} -m pip cannot be run ({error.strerror})") from None
     archive = folder / item.archive
@@ -167,4 +169,6 @@ def _extract(archive: Path, item: Item, out: BinaryIO) -> None:
             size += len(block)
             out.write(block)
     if (digest.hexdigest(), size) != (item.sha256, item.size):
-        raise ValueError(f"{item.name}: {item.archive} holds {item.file} with SHA-256 {digest.hexdigest()}, expected {item.sha256}")
+        raise ValueError(
+            f"{item.name}: {item.archive} holds {item.file} with SHA-256 {digest.hexdigest()}, expected {item.sha256}"
+        )

@@ -87,7 +87,12 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
         from quantlab.io.cache import fetch
 
         return GGUFCheckpoint(fetch("demo-model", local_files_only=local_files_only))
-    if path.suffix == ".gguf" or path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+    if (
+        path.suffix == ".gguf"
+        or path.is_absolute()
+        or str(source).startswith((".", "~"))
+        or str(source).count("/") != 1
+    ):
         raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
     from quantlab.io.hub import download
 

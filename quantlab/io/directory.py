@@ -76,7 +76,9 @@ def read_index(folder: Path) -> dict[str, str]:
         raise ValueError(f"{folder / INDEX}: lacks weight_map, an object of tensor and file names")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{folder / INDEX}: tensor {name!r} lies in {file!r}, expected a .safetensors file beside the index")
+            raise ValueError(
+                f"{folder / INDEX}: tensor {name!r} lies in {file!r}, expected a .safetensors file beside the index"
+            )
     return weight_map
 
 
@@ -222,6 +224,8 @@ class DirectoryCheckpoint(Checkpoint):
                 continue
             if name.endswith(".bias"):
                 if np.any(self._tensors.array(name)):
-                    raise ValueError(f"{self.path}: tensor {name!r}: a bias is not supported (linear layers here have none)")
+                    raise ValueError(
+                        f"{self.path}: tensor {name!r}: a bias is not supported (linear layers here have none)"
+                    )
                 continue
             raise ValueError(f"{self.path}: tensor {name!r} is not one of a Llama model with this config.json")

@@ -146,7 +146,9 @@ class GGUFFile:
             begin = start + offset
             end = begin + math.prod(shape) // block * nbytes
             if offset % alignment or end > self._size:
-                raise self._fail(f"tensor {name!r} lies at bytes {begin} to {end}, the file has {self._size} (cut short?)")
+                raise self._fail(
+                    f"tensor {name!r} lies at bytes {begin} to {end}, the file has {self._size} (cut short?)"
+                )
             tensors[name] = GGUFTensor(ggml.name, shape, begin, end)
         ordered = sorted(tensors.items(), key=lambda item: item[1].begin)
         for (before, a), (after, b) in zip(ordered, ordered[1:], strict=False):
@@ -164,7 +166,9 @@ class GGUFFile:
         if info.kind in FLOATS:
             return np.frombuffer(self._map, FLOATS[info.kind], math.prod(info.shape), info.begin).reshape(info.shape)
         if info.kind not in DECODED:
-            raise ValueError(f"{self.path}: tensor {name!r} has type {info.kind}; supported: F32 F16 BF16 {' '.join(DECODED)}")
+            raise ValueError(
+                f"{self.path}: tensor {name!r} has type {info.kind}; supported: F32 F16 BF16 {' '.join(DECODED)}"
+            )
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -187,7 +191,9 @@ class GGUFCheckpoint(Checkpoint):
                 raise ValueError(f"{path}: lacks tensor {self._gguf_name(module)!r} ({module})")
             got = self.file.tensors[self._names[module]]
             if got.shape != shape:
-                raise ValueError(f"{path}: tensor {self._names[module]!r} has shape {got.shape}, expected {shape} ({module})")
+                raise ValueError(
+                    f"{path}: tensor {self._names[module]!r} has shape {got.shape}, expected {shape} ({module})"
+                )
             if got.kind not in (*FLOATS, "BF16", *DECODED) or (len(shape) == 1 and got.kind not in (*FLOATS, "BF16")):
                 raise ValueError(f"{path}: tensor {self._names[module]!r} has type {got.kind}; "
                                  f"supported: F32 F16 BF16, and for matrices {' '.join(DECODED)}")  # fmt: skip
@@ -240,7 +246,9 @@ class GGUFCheckpoint(Checkpoint):
     def _translate_config(self) -> dict[str, Any]:
         meta = self.file.metadata
         if meta.get("general.architecture") != "llama":
-            raise ValueError(f"{self.path}: general.architecture is {meta.get('general.architecture')!r}; supported: 'llama'")
+            raise ValueError(
+                f"{self.path}: general.architecture is {meta.get('general.architecture')!r}; supported: 'llama'"
+            )
         if self._meta("expert_count", 0):
             raise ValueError(f"{self.path}: a mixture of {self._meta('expert_count')} experts is not supported")
         embedding = self.file.tensors.get("token_embd.weight")
@@ -263,7 +271,9 @@ class GGUFCheckpoint(Checkpoint):
         config = check_config(config, str(self.path))
         rotated = self._meta("rope.dimension_count", config["head_dim"])
         if rotated != config["head_dim"]:
-            raise ValueError(f"{self.path}: llama.rope.dimension_count is {rotated}; supported: head_dim, {config['head_dim']}")
+            raise ValueError(
+                f"{self.path}: llama.rope.dimension_count is {rotated}; supported: head_dim, {config['head_dim']}"
+            )
         config["rope_scaling"] = self._rope_scaling(config)
         return config
 
@@ -283,14 +293,18 @@ class GGUFCheckpoint(Checkpoint):
         stored = self.file.decode("rope_freqs.weight").astype(np.float64).ravel()
         low, high, original = 1.0, 4.0, 8192
         if len(stored) != config["head_dim"] // 2 or not np.isfinite(stored).all():
-            raise ValueError(f"{self.path}: rope_freqs.weight has {len(stored)} factors, expected {config['head_dim'] // 2}")
+            raise ValueError(
+                f"{self.path}: rope_freqs.weight has {len(stored)} factors, expected {config['head_dim'] // 2}"
+            )
         factor = float(np.round(stored.max(), 4))
         frequencies = config["rope_theta"] ** (-np.arange(len(stored)) * 2.0 / config["head_dim"])
         turns = original * frequencies / (2 * np.pi)
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         expected = 1.0 / ((1.0 - smooth) / factor + smooth)
         if not np.allclose(stored, expected, rtol=1e-3):
-            raise ValueError(f"{self.path}: rope_freqs.weight holds factors other than Llama 3's, which is not supported")
+            raise ValueError(
+                f"{self.path}: rope_freqs.weight holds factors other than Llama 3's, which is not supported"
+            )
         return {
             "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
             "original_max_position_embeddings": original,

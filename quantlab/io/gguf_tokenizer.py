@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Llama 3's pattern, as in its tokenizer.json and in tiktoken's cl100k
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then GPT-2's pattern
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 GPT2 = ("gpt-2", "gpt2", "default")
@@ -70,7 +68,9 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str], where: str) -> 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     bad = next((m for m in merges if len(m) != 2 or not {m[0], m[1], m[0] + m[1]} <= vocabulary.keys()), None)
     if bad is not None or not merges:
-        raise ValueError(f"{where}: tokenizer.ggml.merges has {' '.join(bad) if bad else 'no merges'!r}, expected pairs of tokens")
+        raise ValueError(
+            f"{where}: tokenizer.ggml.merges has {' '.join(bad) if bad else 'no merges'!r}, expected pairs of tokens"
+        )
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre in LLAMA3))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,7 +81,11 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int
     from tokenizers import AddedToken
 
     for kind, special in ((PieceType.CONTROL, True), (PieceType.UNKNOWN, True), (PieceType.USER_DEFINED, False)):
-        added = [AddedToken(token, normalized=False, special=special) for token, t in zip(tokens, types, strict=False) if t == kind]
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, t in zip(tokens, types, strict=False)
+            if t == kind
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 

@@ -157,7 +157,9 @@ class LazyTensor:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, LazyTensor | np.ndarray], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, LazyTensor | np.ndarray],
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Writes a file (to a temporary name, then renamed) and returns its size in bytes. OSError where the disk is full."""
     lazy = {name: LazyTensor.of(item) if isinstance(item, np.ndarray) else item for name, item in tensors.items()}

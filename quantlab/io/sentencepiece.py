@@ -31,19 +31,27 @@ def sentencepiece_tokenizer(pieces: list[tuple[str, float, int]], add_prefix: bo
     vocabulary = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     unknown = next((piece for piece, _, kind in pieces if kind == PieceType.UNKNOWN), None)
     has_bytes = any(kind == PieceType.BYTE for _, _, kind in pieces)
-    model = models.BPE(vocabulary, merges_from_scores(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+    model = models.BPE(
+        vocabulary, merges_from_scores(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes
+    )
     tokenizer = Tokenizer(model)
     prepend = [normalizers.Prepend(SPACE)] if add_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(content=" ", left=1)] if add_prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer
 
 
 def merges_from_scores(pieces: Iterable[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """SentencePiece joins the neighbours whose union scores best. As ranked pairs: every split of every piece into two
     pieces, best score first."""
-    joinable = {piece: (i, score) for i, (piece, score, kind) in enumerate(pieces) if kind in (PieceType.NORMAL, PieceType.UNUSED)}
+    joinable = {
+        piece: (i, score)
+        for i, (piece, score, kind) in enumerate(pieces)
+        if kind in (PieceType.NORMAL, PieceType.UNUSED)
+    }
     ranked = []
     for piece, (_, score) in joinable.items():
         for cut in range(1, len(piece)):
