@@ -88,3 +88,34 @@ def cross_entropy(logits: F32, targets: I32, gradient: Literal[False] = False, /
 @overload
 def cross_entropy(logits: F32, targets: I32, gradient: Literal[True], /) -> tuple[F32, F32]: ...
 def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+class Llama:
+    """A model over weights and gains, which it keeps alive. A layer is (input norm (c,), q, k, v, o, post-attention norm
+    (c,), gate, up, down), matrices as `Weight`."""
+
+    def __new__(
+        cls,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        eps: float,
+        embed: Weight,
+        norm: F32,
+        layers: tuple[tuple[Any, ...], ...],
+    ) -> Llama: ...
+    def forward(
+        self,
+        input_ids: I32,  # (t,): the sequences end to end
+        positions: I32,  # (t,)
+        q_start: I64,  # (b + 1,)
+        kv_start: I64,  # (b,)
+        kv_len: I64,  # (b,)
+        cos: F32,  # (positions, d / 2)
+        sin: F32,
+        cache_k: F32 | None = None,  # (layers, rows, kv_heads, d)
+        cache_v: F32 | None = None,
+        /,
+    ) -> F32: ...  # hidden states after the final norm (t, c)

@@ -50,8 +50,8 @@ KERNEL_FORBIDDEN = re.compile(r"\b(malloc|calloc|realloc|free|printf|fprintf|put
 PYTHON_LAYERS = [
     {"_core", "arrays", "config", "cuda", "errors", "progress"},
     {"backend", "weight", "rope"},
-    {"io", "size", "gptq"},
-    {"llama", "quantize", "generate", "perplexity", "classify", "lora"},
+    {"io", "gptq"},
+    {"llama", "quantize", "generate", "perplexity", "classify", "size", "lora"},
     {"bench"},
     {"experiments"},
     {"report"},
