@@ -92,7 +92,7 @@ def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb)
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 class Llama:
-    """A model over weights and gains, which it keeps alive. A layer is (input norm (c,), q, k, v, o, post-attention norm
+    """A model over weights and gains, which it keeps alive. A layer is (input norm (c,), q, k, v, o, second norm
     (c,), gate, up, down), matrices as `Weight`."""
 
     def __new__(
