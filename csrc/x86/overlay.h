@@ -8,18 +8,25 @@
 void ql_overlay_avx2(ql_backend *table);
 void ql_overlay_avx512(ql_backend *table);
 
-/* the plain ops that have a kernel for every ISA, written once as <op>_body.h */
-#define QL_X86_PLAIN_OPS(X) \
-    X(embedding_forward)    \
-    X(rmsnorm_forward)      \
-    X(rope_forward)         \
-    X(attention_forward)    \
-    X(swiglu_forward)       \
-    X(add_forward)          \
-    X(cross_entropy_forward)
+/* the ops that have a kernel for every ISA, written once as <op>_body.h */
+#define QL_X86_PLAIN_OPS(X)  \
+    X(embedding_forward)     \
+    X(rmsnorm_forward)       \
+    X(rope_forward)          \
+    X(attention_forward)     \
+    X(swiglu_forward)        \
+    X(add_forward)           \
+    X(cross_entropy_forward) \
+    X(gram_forward)
+
+#define QL_X86_FORMAT_OPS(X) \
+    X(decode_forward)        \
+    X(linear_forward)        \
+    X(linear_backward_input)
 
 #define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params;
 QL_OPS(X)
+QL_FORMAT_OPS(X)
 #undef X
 
 #endif

@@ -5,4 +5,9 @@ void ql_overlay_avx512(ql_backend *table) {
 #define X(op) table->op = ql_##op##_avx512;
     QL_X86_PLAIN_OPS(X)
 #undef X
+    for (int f = 0; f < QL_FORMAT_COUNT; f++) {
+#define X(op) table->op[f] = ql_##op##_avx512;
+        QL_X86_FORMAT_OPS(X)
+#undef X
+    }
 }

@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h> /* memcpy: unaligned loads of a few bytes */
 
 #define V_NAME(op) ql_##op##_avx2
 #define V_AVX512 0
@@ -25,6 +26,20 @@ static inline void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 static inline void v_store_tail(float *p, vf a, int64_t n) { _mm256_maskstore_ps(p, _mm256_castps_si256(vm_first(n)), a); }
 static inline void v_stream(float *p, vf a) { _mm256_stream_ps(p, a); } /* past the caches; p on 32 bytes */
 static inline void v_stream_end(void) { _mm_sfence(); }
+
+/* out[q] = column q of the VL x 4 matrix at p: p[0 ld + q], p[1 ld + q], … */
+static inline void v_transpose4(vf out[4], const float *p, int64_t ld) {
+    vf r[4]; /* r[q]: rows q and 4 + q, four columns of each */
+    for (int q = 0; q < 4; q++) {
+        r[q] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + q * ld)), _mm_loadu_ps(p + (4 + q) * ld), 1);
+    }
+    __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1])), b = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3]));
+    __m256d c = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1])), d = _mm256_castps_pd(_mm256_unpackhi_ps(r[2], r[3]));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+}
 
 /* ---- arithmetic ---------------------------------------------------------------------------------------------- */
 
@@ -92,6 +107,37 @@ static inline vi vi_load_i8(const void *p) { return _mm256_cvtepi8_epi32(_mm_loa
 static inline vi vi_load_u16(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 static inline vf v_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }
+
+/* the first n of VL dwords at p, 0 <= n <= VL, the rest 0; lane i of a permutation is lane index[i] of a */
+static inline vi vi_load_tail(const void *p, int64_t n) { return _mm256_maskload_epi32(p, vf_as_vi(vm_first(n))); }
+static inline vi vi_permute(vi a, vi index) { return _mm256_permutevar8x32_epi32(a, index); }
+static inline vi vi_shl_by(vi a, vi n) { return _mm256_sllv_epi32(a, n); }
+
+/* VL / 2 bytes of nibble codes at p, the even element of a byte in its high nibble, as lanes: code in the low 4 bits,
+ * other bits above it */
+static inline vi vi_load_nibbles(const void *p) {
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return vi_shr_by(vi_set1(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+}
+/* the low byte of each 32-bit lane, in order */
+static inline int64_t vi_low_bytes(vi a) {
+    const __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,
+                                          12, -1, -1, -1, -1, -1, -1, -1, -1);
+    __m256i bytes = _mm256_shuffle_epi8(a, pick);
+    return _mm_cvtsi128_si64(_mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+/* the reverse: lanes hold codes of 0 to 15 */
+static inline void vi_store_nibbles(void *p, vi codes) {
+    uint64_t c = (uint64_t)vi_low_bytes(_mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32)));
+    uint8_t bytes[4] = {(uint8_t)c, (uint8_t)(c >> 16), (uint8_t)(c >> 32), (uint8_t)(c >> 48)};
+    memcpy(p, bytes, sizeof bytes);
+}
+/* lanes of -128 to 127 as VL bytes */
+static inline void vi_store_i8(void *p, vi a) {
+    int64_t bytes = vi_low_bytes(a);
+    memcpy(p, &bytes, sizeof bytes);
+}
 
 /* a table of 16 floats in registers: v_table_get(t, i) is t[i & 15] */
 typedef struct { vf low, high; } v_table;

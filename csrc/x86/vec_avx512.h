@@ -25,6 +25,23 @@ static inline void v_store_tail(float *p, vf a, int64_t n) { _mm512_mask_storeu_
 static inline void v_stream(float *p, vf a) { _mm512_stream_ps(p, a); } /* past the caches; p on 64 bytes */
 static inline void v_stream_end(void) { _mm_sfence(); }
 
+/* out[q] = column q of the VL x 4 matrix at p: p[0 ld + q], p[1 ld + q], … */
+static inline void v_transpose4(vf out[4], const float *p, int64_t ld) {
+    vf r[4]; /* r[q]: rows q, 4 + q, 8 + q, 12 + q, four columns of each */
+    for (int q = 0; q < 4; q++) {
+        r[q] = _mm512_castps128_ps512(_mm_loadu_ps(p + q * ld));
+        r[q] = _mm512_insertf32x4(r[q], _mm_loadu_ps(p + (4 + q) * ld), 1);
+        r[q] = _mm512_insertf32x4(r[q], _mm_loadu_ps(p + (8 + q) * ld), 2);
+        r[q] = _mm512_insertf32x4(r[q], _mm_loadu_ps(p + (12 + q) * ld), 3);
+    }
+    __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])), b = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+    __m512d c = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1])), d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+}
+
 /* ---- arithmetic ---------------------------------------------------------------------------------------------- */
 
 static inline vf v_zero(void) { return _mm512_setzero_ps(); }
@@ -83,6 +100,26 @@ static inline vi vi_load_i8(const void *p) { return _mm512_cvtepi8_epi32(_mm_loa
 static inline vi vi_load_u16(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 static inline vf v_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }
+
+/* the first n of VL dwords at p, 0 <= n <= VL, the rest 0; lane i of a permutation is lane index[i] of a */
+static inline vi vi_load_tail(const void *p, int64_t n) { return _mm512_maskz_loadu_epi32(vm_first(n), p); }
+static inline vi vi_permute(vi a, vi index) { return _mm512_permutexvar_epi32(index, a); }
+static inline vi vi_shl_by(vi a, vi n) { return _mm512_sllv_epi32(a, n); }
+
+/* VL / 2 bytes of nibble codes at p, the even element of a byte in its high nibble, as lanes: code in the low 4 bits,
+ * other bits above it */
+static inline vi vi_load_nibbles(const void *p) {
+    const vi dword = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const vi shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    return vi_shr_by(vi_permute(_mm512_castsi128_si512(_mm_loadl_epi64(p)), dword), shift);
+}
+/* the reverse: lanes hold codes of 0 to 15 */
+static inline void vi_store_nibbles(void *p, vi codes) {
+    __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
+    _mm_storel_epi64(p, _mm512_cvtepi64_epi8(pairs));
+}
+/* lanes of -128 to 127 as VL bytes */
+static inline void vi_store_i8(void *p, vi a) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8(a)); }
 
 /* a table of 16 floats in registers: v_table_get(t, i) is t[i & 15] */
 typedef struct { vf all; } v_table;

@@ -1,0 +1,187 @@
+/* gemm_body.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, in float32.
+ *
+ * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: a block of b is packed once, (KC, LDB)
+ * row-major in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet its panels of NR columns
+ * in a kernel that holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
+ *     for each block of KC: sum = fma(a[i, s], b[s, j], sum) for s in order; c[i, j] += sum
+ * whatever m, the tile, the task or the number of threads: a row's result does not depend on the batch it is in.
+ *
+ * The file that includes this one has included vec_<isa>.h and defines GEMM_A_TRANSPOSED: 0, a is (m, k); 1, a is (k, m). */
+#ifndef QL_GEMM_BODY_H
+#define QL_GEMM_BODY_H
+
+#include "../quantlab.h"
+
+#include <stdalign.h> /* alignas */
+#include <string.h>   /* memcpy */
+
+enum {
+    MR = V_AVX512 ? 14 : 6, /* 28 or 12 registers of sums, 2 of b, the rest for a */
+    NR = 2 * VL,
+    KC = 256,
+    NB = 192,      /* widest block of b: 6 or 12 panels */
+    LDB = NB + 16, /* an odd number of cache lines: the rows of a panel spread over all sets of the cache */
+    A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
+    A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
+    A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
+    MAX_CHUNK = 2048, /* rows: a task stays well under a second */
+    MIN_CHUNK = 112   /* rows below which packing b costs more than an idle thread */
+};
+
+typedef struct gemm gemm;
+struct gemm {
+    float *c; /* (m, n) */
+    int64_t ldc;
+    const int32_t *c_columns; /* (n,) or NULL: column j of the product goes to column c_columns[j] of c */
+    int accumulate;
+    int lower; /* only elements with row >= column are written */
+    const float *a;
+    int64_t lda;
+    const int32_t *a_columns; /* (k,) or NULL: column s of a is column a_columns[s] of the array */
+    const void *b;            /* what pack_b reads */
+    int64_t ldb;
+    /* block[(s - k0) * LDB + (j - j0)] = b[s, j] for s in [k0, k1), j in [j0, j1) */
+    void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
+    int64_t m, n, k;
+    int64_t chunk, width;
+};
+
+static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* ---- the register tile --------------------------------------------------------------------------------------- */
+
+/* c (rows, NR) = or += a tile of a times a panel of b */
+static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, int add, const float *a, const float *b,
+                                                       int64_t steps, const int rows) {
+    vf sum[MR][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) { sum[r][0] = sum[r][1] = v_zero(); }
+    for (int64_t s = 0; s < steps; s++) {
+        vf b0 = v_load(b), b1 = v_load(b + VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            vf x = v_set1(a[r * A_ROW]);
+            sum[r][0] = v_fma(x, b0, sum[r][0]);
+            sum[r][1] = v_fma(x, b1, sum[r][1]);
+        }
+        a += A_STEP, b += LDB;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        float *row = c + r * ldc;
+        v_store(row, add ? v_add(v_load(row), sum[r][0]) : sum[r][0]);
+        v_store(row + VL, add ? v_add(v_load(row + VL), sum[r][1]) : sum[r][1]);
+    }
+}
+
+typedef void tile_function(float *c, int64_t ldc, int add, const float *a, const float *b, int64_t steps);
+#define TILE(rows)                                                                                             \
+    static void tile_##rows(float *c, int64_t ldc, int add, const float *a, const float *b, int64_t steps) { \
+        tile(c, ldc, add, a, b, steps, rows);                                                                \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if V_AVX512
+TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
+#endif
+static tile_function *const tiles[MR + 1] = {
+    NULL, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
+#if V_AVX512
+    tile_7, tile_8, tile_9, tile_10, tile_11, tile_12, tile_13, tile_14,
+#endif
+};
+
+/* ---- packing ------------------------------------------------------------------------------------------------- */
+
+/* rows [i, i + rows) of a, steps [k0, k1) */
+static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_t k0, int64_t k1) {
+#if GEMM_A_TRANSPOSED
+    for (int64_t s = k0; s < k1; s++) { v_store(tile_a + (s - k0) * A_STEP, v_load_tail(g->a + s * g->lda + i, rows)); }
+#else
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = g->a + (i + r) * g->lda;
+        float *out = tile_a + r * A_ROW;
+        if (g->a_columns == NULL) {
+            memcpy(out, row + k0, (size_t)(k1 - k0) * sizeof *out);
+        } else {
+            for (int64_t s = k0; s < k1; s++) { out[s - k0] = row[g->a_columns[s]]; }
+        }
+    }
+#endif
+}
+
+/* the columns that fill the last panel of a block are zero */
+static void pad_block(float *block, int64_t steps, int64_t columns) {
+    int64_t missing = pieces(columns, NR) * NR - columns;
+    for (int64_t s = 0; s < steps && missing > 0; s++) { memset(block + s * LDB + columns, 0, (size_t)missing * sizeof *block); }
+}
+
+/* ---- tasks --------------------------------------------------------------------------------------------------- */
+
+/* a tile that cannot go to c as it is: a partial panel, the diagonal, scattered columns */
+static void merge_tile(const gemm *g, const float *sums, int add, int64_t i, int64_t rows, int64_t j, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = g->c + (i + r) * g->ldc;
+        int64_t count = g->lower ? at_most(columns, i + r - j + 1) : columns;
+        for (int64_t q = 0; q < count; q++) {
+            float *element = row + (g->c_columns != NULL ? g->c_columns[j + q] : j + q);
+            *element = add ? *element + sums[r * NR + q] : sums[r * NR + q];
+        }
+    }
+}
+
+static void multiply_tile(const gemm *g, const float *tile_a, const float *block, int add, int64_t i, int64_t rows, int64_t j0,
+                          int64_t j1, int64_t steps) {
+    alignas(64) float sums[MR * NR];
+    for (int64_t j = j0; j < j1; j += NR) {
+        int64_t columns = at_most(NR, j1 - j);
+        if (g->lower && j > i + rows - 1) { break; }
+        if (columns == NR && g->c_columns == NULL && !(g->lower && j + NR - 1 > i)) {
+            tiles[rows](g->c + i * g->ldc + j, g->ldc, add, tile_a, block + (j - j0), steps);
+        } else {
+            tiles[rows](sums, NR, 0, tile_a, block + (j - j0), steps);
+            merge_tile(g, sums, add, i, rows, j, columns);
+        }
+    }
+}
+
+static void gemm_task(void *context, int64_t task) {
+    const gemm *g = context;
+    alignas(64) float block[KC * LDB];
+    alignas(64) float tile_a[A_SIZE];
+    int64_t blocks = pieces(g->n, g->width);
+    int64_t i0 = task / blocks * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
+    int64_t j0 = task % blocks * g->width, j1 = at_most(j0 + g->width, g->n);
+    if (g->lower && j0 > i1 - 1) { return; }
+    for (int64_t k0 = 0; k0 < g->k; k0 += KC) {
+        int64_t k1 = at_most(k0 + KC, g->k);
+        g->pack_b(block, g, k0, k1, j0, j1);
+        pad_block(block, k1 - k0, j1 - j0);
+        for (int64_t i = i0; i < i1; i += MR) {
+            int64_t rows = at_most(MR, i1 - i);
+            pack_a(tile_a, g, i, rows, k0, k1);
+            multiply_tile(g, tile_a, block, g->accumulate || k0 > 0, i, rows, j0, j1, k1 - k0);
+        }
+    }
+}
+
+static int64_t task_count(const gemm *g) { return pieces(g->m, g->chunk) * pieces(g->n, g->width); }
+
+/* 1: no thread waits for another at the end, were all tasks equal */
+static double balance(const gemm *g, int64_t threads) {
+    int64_t tasks = task_count(g);
+    return (double)tasks / (double)(pieces(tasks, threads) * threads);
+}
+
+/* Tasks as large as the number of threads allows. Few rows have little to reuse: then narrow blocks cost nothing. */
+static void gemm_run(gemm *g) {
+    const double enough = 0.9;
+    int64_t threads = ql_threads();
+    g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : NB;
+    g->chunk = at_most(g->m, MAX_CHUNK);
+    while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = pieces(pieces(g->chunk, 2), MR) * MR; }
+    while (balance(g, threads) < enough && g->width > NR) { g->width -= NR; }
+    ql_parallel_for(task_count(g), gemm_task, g);
+}
+
+#endif

@@ -1,0 +1,47 @@
+/* linear_body.h: y = x W^T and dx = dy W for every format: a block of W is decoded to float32 in the cache, then gemm. */
+#include "overlay.h"
+
+#define GEMM_A_TRANSPOSED 0
+#include "gemm_body.h"
+
+enum { LD_ROWS = KC + 16 };
+
+/* b = W^T: VL rows of W at a time are decoded, then transposed to (step, row) */
+static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const ql_weight *w = g->b;
+    alignas(64) float rows[VL * LD_ROWS];
+    int64_t steps = k1 - k0;
+    for (int64_t j = j0; j < j1; j += VL) {
+        int64_t count = at_most(VL, j1 - j), ld = LD_ROWS;
+        const float *source = rows;
+        if (w->format == QL_F32 && count == VL && steps % 4 == 0) {
+            source = (const float *)w->codes + j * w->k + k0, ld = w->k;
+        } else {
+            if (count < VL) { memset(rows, 0, sizeof rows); }
+            V_NAME(decode_forward)(rows, LD_ROWS, w, j, j + count, k0, k1);
+        }
+        float *out = block + (j - j0);
+        for (int64_t s = 0; s < steps; s += 4) { /* up to 3 steps too many, never used: KC is a multiple of 4 */
+            vf columns[4];
+            v_transpose4(columns, source + s, ld);
+            for (int q = 0; q < 4; q++) { v_store(out + (s + q) * LDB, columns[q]); }
+        }
+    }
+}
+
+void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
+              .pack_b = pack_transposed, .m = m, .n = w->n, .k = w->k};
+    gemm_run(&g);
+}
+
+/* b = W: its rows are the steps */
+static void pack_rows(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    V_NAME(decode_forward)(block, LDB, g->b, k0, k1, j0, j1);
+}
+
+void V_NAME(linear_backward_input)(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
+    gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w,
+              .pack_b = pack_rows, .m = m, .n = w->k, .k = w->n};
+    gemm_run(&g);
+}
