@@ -21,7 +21,9 @@ static void decode_bf16(float *out, const uint16_t *codes, int64_t count) {
 
 static void decode_int8(float *out, const int8_t *codes, int64_t count, float scale) {
     int64_t i = 0;
-    for (; i + VL <= count; i += VL) { v_store(out + i, v_mul(vi_to_vf(vi_load_i8(codes + i)), v_set1(scale))); }
+    for (; i + VL <= count; i += VL) {
+        v_store(out + i, v_mul(v_mul(vi_to_vf(vi_load_i8(codes + i)), v_set1(QL_INT8_STEP)), v_set1(scale)));
+    }
     for (; i < count; i++) { out[i] = ql_int8_value(codes[i]) * scale; }
 }
 
