@@ -66,9 +66,10 @@ def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or inf
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 
-def embedding(ids: I32, table: Weight, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
-def rmsnorm(x: F32, gain: F32, eps: float, /) -> F32: ...  # (t, c), (c,) -> (t, c)
-def rope(x: F32, cos: F32, sin: F32, positions: I32, /) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
+# `out`, where given, is filled and returned; it shares no memory with the inputs (in rope it may be x itself)
+def embedding(ids: I32, table: Weight, out: F32 | None = None, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
+def rmsnorm(x: F32, gain: F32, eps: float, out: F32 | None = None, /) -> F32: ...  # (t, c), (c,) -> (t, c)
+def rope(x: F32, cos: F32, sin: F32, positions: I32, out: F32 | None = None, /) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
 def attention(
     q: F32,  # (t, hq, d)
     k: F32,  # (rows, hkv, d)
@@ -77,12 +78,13 @@ def attention(
     kv_start: I64,  # (b,): its first row of k and v
     kv_len: I64,  # (b,): its rows of k and v
     scale: float,
+    out: F32 | None = None,
     /,
 ) -> F32: ...
-def swiglu(gate: F32, up: F32, /) -> F32: ...  # gate * sigmoid(gate) * up
+def swiglu(gate: F32, up: F32, out: F32 | None = None, /) -> F32: ...  # gate * sigmoid(gate) * up
 def add_into(y: F32, x: F32, /) -> None: ...  # y += x
-def linear(x: F32, weight: Weight, /) -> F32: ...  # (m, k) -> (m, n)
-def linear_backward_input(dy: F32, weight: Weight, /) -> F32: ...  # (m, n) -> (m, k)
+def linear(x: F32, weight: Weight, out: F32 | None = None, /) -> F32: ...  # (m, k) -> (m, n)
+def linear_backward_input(dy: F32, weight: Weight, out: F32 | None = None, /) -> F32: ...  # (m, n) -> (m, k)
 @overload
 def cross_entropy(logits: F32, targets: I32, gradient: Literal[False] = False, /) -> F32: ...
 @overload

@@ -62,6 +62,17 @@ PyArrayObject *ql_new(int ndim, const int64_t *dims, int type) {
     return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type);
 }
 
+PyArrayObject *ql_out(PyObject *object, int ndim, const int64_t *dims, int type) {
+    if (object == NULL || object == Py_None) { return ql_new(ndim, dims, type); }
+    PyArrayObject *out = ql_array(object, "out", type, ndim);
+    if (out == NULL) { return NULL; }
+    for (int axis = 0; axis < ndim; axis++) {
+        if (!ql_check_dim(out, "out", axis, dims[axis])) { return NULL; }
+    }
+    if (!PyArray_ISWRITEABLE(out)) { return PyErr_SetString(PyExc_ValueError, "out: not writeable"), NULL; }
+    return (PyArrayObject *)Py_NewRef(out);
+}
+
 static int check_signals(void) {
     PyGILState_STATE state = PyGILState_Ensure();
     int interrupted = PyErr_CheckSignals() != 0;

@@ -21,12 +21,12 @@ static int check_ids(PyArrayObject *ids, const char *name, int64_t limit, int32_
 
 static PyObject *embedding(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *ids_object, *table_object;
-    if (!PyArg_ParseTuple(arguments, "OO", &ids_object, &table_object)) { return NULL; }
+    PyObject *ids_object, *table_object, *out_object = NULL;
+    if (!PyArg_ParseTuple(arguments, "OO|O", &ids_object, &table_object, &out_object)) { return NULL; }
     PyArrayObject *ids = ql_array(ids_object, "ids", NPY_INT32, 1);
     const ql_weight *table = ids == NULL ? NULL : ql_weight_arg(table_object, "table");
     if (table == NULL || !check_ids(ids, "ids", table->n, 0)) { return NULL; }
-    PyArrayObject *out = ql_new(2, (int64_t[]){ql_dim(ids, 0), table->k}, NPY_FLOAT32);
+    PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(ids, 0), table->k}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
@@ -37,13 +37,13 @@ static PyObject *embedding(PyObject *self, PyObject *arguments) {
 
 static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *x_object, *gain_object;
+    PyObject *x_object, *gain_object, *out_object = NULL;
     float eps;
-    if (!PyArg_ParseTuple(arguments, "OOf", &x_object, &gain_object, &eps)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OOf|O", &x_object, &gain_object, &eps, &out_object)) { return NULL; }
     PyArrayObject *x = ql_array(x_object, "x", NPY_FLOAT32, 2);
     PyArrayObject *gain = x == NULL ? NULL : ql_array(gain_object, "gain", NPY_FLOAT32, 1);
     if (gain == NULL || !ql_check_dim(gain, "gain", 0, ql_dim(x, 1))) { return NULL; }
-    PyArrayObject *out = ql_new(2, (int64_t[]){ql_dim(x, 0), ql_dim(x, 1)}, NPY_FLOAT32);
+    PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(x, 0), ql_dim(x, 1)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
@@ -54,8 +54,8 @@ static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
 
 static PyObject *rope(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *x_object, *cos_object, *sin_object, *positions_object;
-    if (!PyArg_ParseTuple(arguments, "OOOO", &x_object, &cos_object, &sin_object, &positions_object)) { return NULL; }
+    PyObject *x_object, *cos_object, *sin_object, *positions_object, *out_object = NULL;
+    if (!PyArg_ParseTuple(arguments, "OOOO|O", &x_object, &cos_object, &sin_object, &positions_object, &out_object)) { return NULL; }
     PyArrayObject *x = ql_array(x_object, "x", NPY_FLOAT32, 3);
     PyArrayObject *cos = x == NULL ? NULL : ql_array(cos_object, "cos", NPY_FLOAT32, 2);
     PyArrayObject *sin = cos == NULL ? NULL : ql_array(sin_object, "sin", NPY_FLOAT32, 2);
@@ -69,8 +69,9 @@ static PyObject *rope(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "x: head size is %lld, expected twice that of cos, %lld",
                             (long long)ql_dim(x, 2), (long long)ql_dim(cos, 1));
     }
-    PyArrayObject *out = (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER);
+    PyArrayObject *out = ql_out(out_object, 3, (int64_t[]){ql_dim(x, 0), ql_dim(x, 1), ql_dim(x, 2)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
+    if (out != x && PyArray_CopyInto(out, x) < 0) { return Py_DECREF(out), NULL; }
     int stopped;
     QL_CALL_BEGIN
     ql_cpu()->rope_forward(ql_data(out), ql_data(cos), ql_data(sin), ql_data(positions), ql_dim(x, 0), ql_dim(x, 1), ql_dim(x, 2));
@@ -96,9 +97,9 @@ static int check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *qs, P
 
 static PyObject *attention(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *o[6];
+    PyObject *o[6], *out_object = NULL;
     float scale;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOf", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &scale)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OOOOOOf|O", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &scale, &out_object)) { return NULL; }
     PyArrayObject *q = ql_array(o[0], "q", NPY_FLOAT32, 3);
     PyArrayObject *k = q == NULL ? NULL : ql_array(o[1], "k", NPY_FLOAT32, 3);
     PyArrayObject *v = k == NULL ? NULL : ql_array(o[2], "v", NPY_FLOAT32, 3);
@@ -115,8 +116,9 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "q: %lld heads are no multiple of the %lld heads of k", (long long)ql_dim(q, 1),
                             (long long)ql_dim(k, 1));
     }
-    PyArrayObject *out = (PyArrayObject *)PyArray_ZEROS(3, PyArray_DIMS(q), NPY_FLOAT32, 0);
+    PyArrayObject *out = ql_out(out_object, 3, (int64_t[]){ql_dim(q, 0), ql_dim(q, 1), ql_dim(q, 2)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
+    if (out_object == NULL) { PyArray_FILLWBYTE(out, 0); } /* queries of no sequence */
     int stopped;
     QL_CALL_BEGIN
     ql_cpu()->attention_forward(ql_data(out), NULL, ql_data(q), ql_data(k), ql_data(v), ql_data(q_start), ql_data(kv_start),
@@ -127,13 +129,16 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
 
 static PyObject *swiglu(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *gate_object, *up_object;
-    if (!PyArg_ParseTuple(arguments, "OO", &gate_object, &up_object)) { return NULL; }
+    PyObject *gate_object, *up_object, *out_object = NULL;
+    if (!PyArg_ParseTuple(arguments, "OO|O", &gate_object, &up_object, &out_object)) { return NULL; }
     PyArrayObject *gate = ql_array(gate_object, "gate", NPY_FLOAT32, -1);
     PyArrayObject *up = gate == NULL ? NULL : ql_array(up_object, "up", NPY_FLOAT32, -1);
     if (up == NULL) { return NULL; }
     if (!PyArray_SAMESHAPE(gate, up)) { return PyErr_Format(PyExc_ValueError, "up: its shape is not that of gate"); }
-    PyArrayObject *out = (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(gate), PyArray_DIMS(gate), NPY_FLOAT32);
+    int64_t dims[8];
+    if (PyArray_NDIM(gate) > 8) { return PyErr_Format(PyExc_ValueError, "gate: got %d dimensions, expected at most 8", PyArray_NDIM(gate)); }
+    for (int axis = 0; axis < PyArray_NDIM(gate); axis++) { dims[axis] = ql_dim(gate, axis); }
+    PyArrayObject *out = ql_out(out_object, PyArray_NDIM(gate), dims, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
@@ -162,14 +167,14 @@ static PyObject *add_into(PyObject *self, PyObject *arguments) {
 }
 
 static PyObject *linear_like(PyObject *arguments, int backward) {
-    PyObject *x_object, *w_object;
-    if (!PyArg_ParseTuple(arguments, "OO", &x_object, &w_object)) { return NULL; }
+    PyObject *x_object, *w_object, *out_object = NULL;
+    if (!PyArg_ParseTuple(arguments, "OO|O", &x_object, &w_object, &out_object)) { return NULL; }
     const char *name = backward ? "dy" : "x";
     PyArrayObject *x = ql_array(x_object, name, NPY_FLOAT32, 2);
     const ql_weight *w = x == NULL ? NULL : ql_weight_arg(w_object, "weight");
     if (w == NULL || !ql_check_dim(x, name, 1, backward ? w->n : w->k)) { return NULL; }
     int64_t m = ql_dim(x, 0);
-    PyArrayObject *out = ql_new(2, (int64_t[]){m, backward ? w->k : w->n}, NPY_FLOAT32);
+    PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){m, backward ? w->k : w->n}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
@@ -228,14 +233,14 @@ static PyObject *gram_into(PyObject *self, PyObject *arguments) {
 }
 
 static PyMethodDef methods[] = {
-    {"embedding", embedding, METH_VARARGS, "embedding(ids int32 (t,), table) -> (t, c)"},
-    {"rmsnorm", rmsnorm, METH_VARARGS, "rmsnorm(x (t, c), gain (c,), eps) -> (t, c)"},
-    {"rope", rope, METH_VARARGS, "rope(x (t, heads, d), cos, sin (positions, d/2), positions int32 (t,)) -> (t, heads, d)"},
-    {"attention", attention, METH_VARARGS, "attention(q (t, hq, d), k, v (rows, hkv, d), q_start, kv_start, kv_len int64, scale) -> (t, hq, d)"},
-    {"swiglu", swiglu, METH_VARARGS, "swiglu(gate, up) -> gate * sigmoid(gate) * up"},
+    {"embedding", embedding, METH_VARARGS, "embedding(ids int32 (t,), table, out=None) -> (t, c)"},
+    {"rmsnorm", rmsnorm, METH_VARARGS, "rmsnorm(x (t, c), gain (c,), eps, out=None) -> (t, c)"},
+    {"rope", rope, METH_VARARGS, "rope(x (t, heads, d), cos, sin (positions, d/2), positions int32 (t,), out=None) -> (t, heads, d)"},
+    {"attention", attention, METH_VARARGS, "attention(q (t, hq, d), k, v (rows, hkv, d), q_start, kv_start, kv_len int64, scale, out=None) -> (t, hq, d)"},
+    {"swiglu", swiglu, METH_VARARGS, "swiglu(gate, up, out=None) -> gate * sigmoid(gate) * up"},
     {"add_into", add_into, METH_VARARGS, "add_into(y, x): y += x"},
-    {"linear", linear, METH_VARARGS, "linear(x (m, k), weight) -> x W^T (m, n)"},
-    {"linear_backward_input", linear_backward_input, METH_VARARGS, "linear_backward_input(dy (m, n), weight) -> dy W (m, k)"},
+    {"linear", linear, METH_VARARGS, "linear(x (m, k), weight, out=None) -> x W^T (m, n)"},
+    {"linear_backward_input", linear_backward_input, METH_VARARGS, "linear_backward_input(dy (m, n), weight, out=None) -> dy W (m, k)"},
     {"cross_entropy", cross_entropy, METH_VARARGS, "cross_entropy(logits (t, v), targets int32 (t,), gradient=False) -> loss (t,) or (loss, dlogits)"},
     {"gram_into", gram_into, METH_VARARGS, "gram_into(h (ka, kb), a (t, ka), b (t, kb), lower): h += a^T b"},
     {NULL, NULL, 0, NULL},

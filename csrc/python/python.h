@@ -29,6 +29,8 @@ PyArrayObject *ql_array_or_none(PyObject *object, const char *name, int type, in
 int ql_check_dim(PyArrayObject *array, const char *name, int axis, int64_t expected);
 int ql_check_size(PyArrayObject *array, const char *name, int64_t expected); /* total number of elements, at least */
 PyArrayObject *ql_new(int ndim, const int64_t *dims, int type);               /* new uninitialized array */
+/* a new reference to the caller's `out`, where given: an array of exactly this shape, apart from the inputs; else a new one */
+PyArrayObject *ql_out(PyObject *object, int ndim, const int64_t *dims, int type);
 
 static inline int64_t ql_dim(PyArrayObject *array, int axis) { return (int64_t)PyArray_DIM(array, axis); }
 static inline void *ql_data(PyArrayObject *array) { return array == NULL ? NULL : PyArray_DATA(array); }
