@@ -69,7 +69,9 @@ def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or inf
 # `out`, where given, is filled and returned; it shares no memory with the inputs (in rope it may be x itself)
 def embedding(ids: I32, table: Weight, out: F32 | None = None, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
 def rmsnorm(x: F32, gain: F32, eps: float, out: F32 | None = None, /) -> F32: ...  # (t, c), (c,) -> (t, c)
-def rope(x: F32, cos: F32, sin: F32, positions: I32, out: F32 | None = None, /) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
+def rope(
+    x: F32, cos: F32, sin: F32, positions: I32, out: F32 | None = None, /
+) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
 def attention(
     q: F32,  # (t, hq, d)
     k: F32,  # (rows, hkv, d)

@@ -147,6 +147,43 @@ def info(as_json: Json = False) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
+@app.command(epilog="Example: quantlab fetch demo")
+def fetch(
+    source: Annotated[
+        str, typer.Argument(help='"demo" (model and tweets), or the hub id of a model.', show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Put a model or data set in the cache, and check it."""
+    from quantlab.io import open_checkpoint
+    from quantlab.io.cache import ITEMS
+    from quantlab.io.cache import fetch as fetch_item
+
+    if source == "demo" or source in ITEMS:
+        names = list(ITEMS) if source == "demo" else [source]
+        paths = {fetch_item(name, verify=True): ITEMS[name].sha256 for name in names}
+    else:
+        folder = Path(open_checkpoint(source).path)
+        files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+        paths = {path: sha256(path) for path in files}
+    found = [{"path": path, "bytes": path.stat().st_size, "sha256": digest} for path, digest in paths.items()]
+    if as_json:
+        print_json({"source": source, "files": found})
+        return
+    for file in found:
+        print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
+
+
+def sha256(path: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @app.command(epilog="Example: quantlab size llama-2-7b --bits 8 4 3")
 def size(
     config: Annotated[
@@ -329,10 +366,11 @@ def generate(
     options = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with wrong_call():
         model.generate(ids, max_new_tokens=max_new_tokens, on_token=show, **options)
+    text = model.tokenizer.decode(tokens)
     if as_json:
-        print_json({"prompt": prompt, "text": model.tokenizer.decode(tokens), "tokens": tokens})
+        print_json({"prompt": prompt, "text": text, "tokens": tokens})
     else:
-        print()
+        print(text[len(shown) :])
 
 
 # ---- studies ---------------------------------------------------------------------------------------------------------
