@@ -62,6 +62,7 @@ def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ..
 
 # (n, k) -> codes (n, words), scales (n, groups), zeros (n, groups) or None where sym
 def quantize_rtn(w: F32, bits: int, group: int, sym: bool, /) -> tuple[NDArray[np.uint32], F32, U8 | None]: ...
+def double_quantize(scales: F32, /) -> tuple[U8, F32, F32, float]: ...  # codes, absmax, map, offset
 def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or infinity, -1 where there is none
 
 # ---- ops -------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,9 @@ def check_finite(array: np.ndarray, name: str = "weight") -> None:
 def _quantize_4bit(w: np.ndarray, config: NF4Config) -> QuantWeight:
     codes, scales = _core.quantize(w, config.method, config.block_size)
     meta = MappingProxyType(config.to_dict())
-    return QuantWeight(config.method, 4, _shape(w), config.block_size, codes, scales, meta=meta)
+    nested = DoubleQuant(*_core.double_quantize(scales)) if config.double_quant else None
+    plain = None if config.double_quant else scales
+    return QuantWeight(config.method, 4, _shape(w), config.block_size, codes, plain, double_quant=nested, meta=meta)
 
 
 def _quantize_int8(w: np.ndarray, config: Int8Config) -> QuantWeight:

@@ -3,7 +3,7 @@
  *
  * NF4, FP4: scale = absmax of the block. A full block encodes x * (1 / max(absmax, 1e-38)); the last, shorter block
  * encodes x / max(absmax, 1e-38) and stores that maximum as its scale. An odd count is padded by one zero element.
- * INT8: scale = absmax of the row, code = round to even of x * (127 / absmax); 0 where 127 / absmax is infinite. */
+ * INT8: scale = absmax of the row, code = round to even of x * (1 / absmax * 127); 0 where that factor is infinite. */
 #include "../formats/weight.h"
 
 #include <math.h> /* fabsf, isinf, nearbyintf */
@@ -30,7 +30,7 @@ static uint8_t encode(ql_format format, float unit) {
 }
 
 static void quantize_row_int8(int8_t *codes, float *scale, const float *x, int64_t count) {
-    float absmax = block_absmax(x, count), factor = 127.0f / absmax;
+    float absmax = block_absmax(x, count), factor = 1.0f / absmax * 127.0f;
     for (int64_t i = 0; i < count; i++) { codes[i] = isinf(factor) ? 0 : (int8_t)nearbyintf(x[i] * factor); }
     *scale = absmax;
 }

@@ -30,6 +30,29 @@ static PyObject *quantize_rtn(PyObject *self, PyObject *arguments) {
     return Py_BuildValue("(NNN)", codes, scales, zeros);
 }
 
+/* double_quantize(scales) -> (codes, absmax, map, offset) */
+static PyObject *double_quantize(PyObject *self, PyObject *object) {
+    (void)self;
+    int stopped;
+    float offset;
+    PyArrayObject *scales = ql_array(object, "scales", NPY_FLOAT32, 1);
+    if (scales == NULL) { return NULL; }
+    int64_t blocks = ql_dim(scales, 0);
+    if (blocks < 1) { return PyErr_Format(PyExc_ValueError, "scales: got none, expected at least 1"); }
+    PyArrayObject *codes = ql_new(1, (int64_t[]){blocks}, NPY_UINT8);
+    PyArrayObject *absmax = ql_new(1, (int64_t[]){(blocks + 255) / 256}, NPY_FLOAT32);
+    PyArrayObject *map = ql_new(1, (int64_t[]){256}, NPY_FLOAT32);
+    if (codes == NULL || absmax == NULL || map == NULL) {
+        return Py_XDECREF(codes), Py_XDECREF(absmax), Py_XDECREF(map), NULL;
+    }
+    memcpy(ql_data(map), ql_double_quant_map(), 256 * sizeof(float));
+    QL_CALL_BEGIN
+    ql_double_quantize(ql_data(codes), ql_data(absmax), &offset, ql_data(scales), blocks);
+    QL_CALL_END(stopped)
+    if (stopped) { return Py_DECREF(codes), Py_DECREF(absmax), Py_DECREF(map), NULL; }
+    return Py_BuildValue("(NNNd)", codes, absmax, map, (double)offset);
+}
+
 /* first_nonfinite(x) -> flat index of the first NaN or infinity, or -1 */
 static PyObject *first_nonfinite(PyObject *self, PyObject *object) {
     (void)self;
@@ -45,6 +68,7 @@ static PyObject *first_nonfinite(PyObject *self, PyObject *object) {
 
 static PyMethodDef methods[] = {
     {"quantize_rtn", quantize_rtn, METH_VARARGS, "quantize_rtn(w (n, k), bits, group, sym) -> (codes, scales, zeros or None)"},
+    {"double_quantize", double_quantize, METH_O, "double_quantize(scales (blocks,)) -> (codes, absmax, map, offset)"},
     {"first_nonfinite", first_nonfinite, METH_O, "first_nonfinite(x) -> flat index of the first NaN or infinity, or -1"},
     {NULL, NULL, 0, NULL},
 };
