@@ -5,6 +5,8 @@
 
 #include <pthread.h> /* pthread_once */
 #include <stdatomic.h>
+#include <stdlib.h> /* getenv */
+#include <string.h> /* strcmp */
 
 static ql_backend tables[QL_ISA_COUNT];
 static int usable[QL_ISA_COUNT];
@@ -62,7 +64,16 @@ static void initialize(void) {
     }
 }
 
-static void ensure(void) { pthread_once(&once, initialize); }
+/* QL_ISA names the ISA to begin with; a name that is not usable here is left to the caller to tell (ql_isa_selected) */
+static void initialize_from_environment(void) {
+    initialize();
+    const char *wanted = getenv("QL_ISA");
+    for (int isa = 0; wanted != NULL && isa < QL_ISA_COUNT; isa++) {
+        if (usable[isa] && strcmp(wanted, isa_names[isa]) == 0) { atomic_store(&selected, isa); }
+    }
+}
+
+static void ensure(void) { pthread_once(&once, initialize_from_environment); }
 
 const char *ql_isa_name(ql_isa isa) { return isa_names[isa]; }
 int ql_isa_built(ql_isa isa) { return built[isa]; }

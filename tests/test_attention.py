@@ -34,8 +34,8 @@ class Case:
         return self.q, self.k, self.v, self.q_start, self.kv_start, self.kv_len, self.scale
 
     def bound(self) -> float:
-        """A score is a sum of d products, whose roundings add up like a random walk, sqrt(d) EPS of their sizes; an error of a
-        score is a relative error of its weight. The sums over keys walk likewise; exp and the quotient give the rest."""
+        """A score is a sum of d products, whose roundings add up like a random walk, sqrt(d) EPS of their sizes; an
+        error of a score is a relative error of its weight. The sums over keys walk likewise; exp comes on top."""
         d = self.q.shape[2]
         size = np.abs(self.q).sum(-1).max() * np.abs(self.k).max() * self.scale
         return float(np.abs(self.v).max() * ref.EPS * (2 * np.sqrt(d) * size + 2 * np.sqrt(self.kv_len.max()) + 8))

@@ -73,7 +73,19 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* a wrong QL_ISA does not stop the import: the best usable ISA is taken, and that is said */
+static int warn_about_environment(void) {
+    const char *wanted = getenv("QL_ISA"), *selected = ql_isa_name(ql_isa_selected());
+    if (wanted == NULL || *wanted == '\0' || strcmp(wanted, selected) == 0) { return 0; }
+    const char *why_not = "expected scalar, avx2, avx512 or amx";
+    for (int isa = 0; isa < QL_ISA_COUNT; isa++) {
+        if (strcmp(wanted, ql_isa_name(isa)) == 0) { why_not = ql_isa_why_not(isa); }
+    }
+    return PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "QL_ISA: '%s' is not used: %s; using %s", wanted, why_not, selected);
+}
+
 int ql_register_backend(PyObject *module) {
+    if (warn_about_environment() < 0) { return -1; }
     if (PyModule_AddStringConstant(module, "compiler", QL_COMPILER) < 0) { return -1; }
     return PyModule_AddFunctions(module, methods);
 }

@@ -1,0 +1,90 @@
+"""Which kernels run: the instruction set, the threads, the device.
+
+Environment, read once when quantlab is imported: QL_ISA (scalar, avx2, avx512, amx) and QL_THREADS. Without them: the
+best instruction set that this machine has, and one thread for each core that this process may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from quantlab import _core, cuda
+
+
+@contextmanager
+def use(isa: str | None = None, threads: int | None = None, device: str | None = None) -> Iterator[None]:
+    """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
+
+    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu" or "cuda". The choice holds for the
+    whole process, so two Python threads should not make different ones at the same time.
+
+    ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
+    CudaError: device="cuda" where CUDA cannot be used, with the reason.
+    """
+    _check(threads, device)
+    isa_before, threads_before = _core.isa_selected(), _core.threads()
+    try:
+        if isa is not None:
+            _core.isa_select(isa)
+        if threads is not None:
+            _core.set_threads(threads)
+        yield
+    finally:
+        _core.isa_select(isa_before)
+        _core.set_threads(threads_before)
+
+
+def _check(threads: int | None, device: str | None) -> None:
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise TypeError(f"threads: got {type(threads).__name__}, expected an int")
+    if threads is not None and not 1 <= threads <= 4096:
+        raise ValueError(f"threads: got {threads}, expected 1 to 4096")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+    if device == "cuda" and not cuda.usable():
+        raise _core.CudaError(f"device: 'cuda' cannot be used here: {cuda.why_not()}")
+
+
+def table() -> dict[str, dict[str, str]]:
+    """{op: {format: variant in use}}; the variant is the ISA that its kernel was written for."""
+    return _core.op_table()
+
+
+def info() -> dict[str, Any]:
+    """What is built, what this machine can use, and why the rest cannot be.
+
+    version, compiler, isa {built, usable, why_not: {name: …}, selected}, threads,
+    cuda {built, usable, why_not, device, libraries}.
+    """
+    states = _core.isa_info()
+    return {
+        "version": _version(),
+        "compiler": _core.compiler,
+        "isa": {
+            "built": {name: state["built"] for name, state in states.items()},
+            "usable": {name: state["usable"] for name, state in states.items()},
+            "why_not": {name: state["why_not"] for name, state in states.items()},
+            "selected": _core.isa_selected(),
+        },
+        "threads": _core.threads(),
+        "cuda": {
+            "built": cuda.built(),
+            "usable": cuda.usable(),
+            "why_not": cuda.why_not(),
+            "device": None,
+            "libraries": {},
+        },
+    }
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("quantlab-llm")
+    except PackageNotFoundError:  # a source tree that was built in place and not installed
+        from quantlab import __version__
+
+        return __version__
