@@ -110,7 +110,10 @@ typedef struct {
     X(cross_entropy_forward,                                                                                            \
       (float *loss, float *dlogits, const float *logits, const int32_t *targets, int64_t t, int64_t v))                 \
     /* h += a^T b; a (t, ka), b (t, kb), h (ka, kb). lower: only elements with row >= column are written (ka == kb) */  \
-    X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))
+    X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))           \
+    /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: GPTQ's error feedback */          \
+    X(feedback_forward, (double *z, const double *e, const double *a, int64_t rows, int64_t depth, int64_t width,       \
+                         int64_t ldz, int64_t lde, int64_t lda))
 
 /* The same, one slot a format. */
 #define QL_FORMAT_OPS(X)                                                                                                \
