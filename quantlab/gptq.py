@@ -125,7 +125,7 @@ class _Factor:
                 return damp_percent, lower
             damp_percent = round(damp_percent + DAMP_STEP, 10)
         raise _core.NumericError(
-            f"{name}: its Hessian is not positive definite with any damp_percent below 1: use more or other calibration text"
+            f"{name}: its Hessian is not positive definite with any damp_percent below 1: use more calibration text"
         )
 
     def solve(self, rows: np.ndarray) -> np.ndarray:
