@@ -26,7 +26,7 @@ def oracle_hidden(model, ids):
         q, k, v = (h @ dense[f"{name}self_attn.{p}_proj"].T for p in "qkv")
         q, k = (rope(part.reshape(t, -1, d), cos, sin, np.arange(t)) for part in (q, k))
         bounds = (np.array([0, t]), np.array([0]), np.array([t]))
-        a = attention(q, k, v.reshape(t, kv, d), *bounds, 1 / np.sqrt(d))
+        a, _ = attention(q, k, v.reshape(t, kv, d), *bounds, 1 / np.sqrt(d))
         x = x + a.reshape(t, heads * d) @ dense[name + "self_attn.o_proj"].T
         h = rmsnorm(x, model.vector(name + "post_attention_layernorm"), config.rms_norm_eps)
         gate, up = (h @ dense[f"{name}mlp.{p}_proj"].T for p in ("gate", "up"))
