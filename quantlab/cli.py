@@ -422,9 +422,10 @@ def main(words: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        status = run(words)
+        status, message = run(words), "interrupted"
         sys.stdout.flush()
-        return status
+        if status != 130:  # what typer makes of Ctrl-C
+            return status
     except UsageError as error:
         status, message = 2, wrong(error)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,0 +1,192 @@
+"""The shell: what each command prints, its exit status, its one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import save_tiny
+
+from quantlab import cli
+
+TEXT = "Quantization maps many values to few, and what is lost depends on who looks. " * 30
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def call(capsys, *words: object) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of one command line, in this process."""
+    capsys.readouterr()
+    status = cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def result(capsys, *words: object):
+    """The JSON that a command prints."""
+    status, out, err = call(capsys, *words, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+def commands() -> list[str]:
+    return sorted(command.name or command.callback.__name__ for command in cli.app.registered_commands)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_has_an_example(capsys, command):
+    status, out, err = call(capsys, command, "--help")
+    assert (status, err) == (0, "")
+    assert f"Example: quantlab {command}" in " ".join(out.split())
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    code = "import sys\nfrom quantlab import cli\ncli.main(['--help'])\nprint(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f" {command} " in done.stdout for command in commands())
+    modules = set(eval(done.stdout.splitlines()[-1]))
+    assert not modules & {"numpy", "scipy", "tokenizers", "matplotlib", "sklearn", "pyarrow", "torch"}
+
+
+def test_info(capsys):
+    found = result(capsys, "info")
+    assert found["isa"]["selected"] in found["isa"]["built"]
+    assert found["cuda"]["usable"] or found["cuda"]["why_not"]
+    status, out, _ = call(capsys, "info")
+    assert status == 0 and "scalar" in out and "cuda" in out
+
+
+def test_size_of_llama_2_7b_is_what_the_study_published(capsys):
+    found = result(capsys, "size", "llama-2-7b", "--bits", 8, 4, 3)
+    assert [round(size["total"] / 1e9, 3) for size in found["sizes"]] == [6.895, 3.632, 2.816]
+    status, out, _ = call(capsys, "size", "--bits", 8, 4, 3, "llama-2-7b")  # several values, then the argument
+    assert status == 0 and all(total in out for total in ("6.895 GB", "3.632 GB", "2.816 GB"))
+
+
+def test_size_reads_directories_and_files(capsys, tiny):
+    by_folder = result(capsys, "size", tiny, "--bits", 4, "--head", "causal")
+    by_file = result(capsys, "size", tiny / "config.json", "--bits", 4, "--head", "causal")
+    assert by_folder["sizes"] == by_file["sizes"]
+
+
+def test_perplexity(capsys, tiny, text_file):
+    found = result(capsys, "perplexity", tiny, "--text", text_file, "--context", 64)
+    assert found["tokens"] == len(TEXT) // 64 * 63 and found["ppl"] > 1
+    status, out, _ = call(capsys, "perplexity", tiny, "--text", text_file, "--context", 64)
+    assert status == 0 and out.startswith(f"perplexity {found['ppl']:.4f}")
+
+
+def test_generate(capsys, tiny):
+    words = ["generate", tiny, "abc", "--max-new-tokens", 6]
+    found = result(capsys, *words)
+    assert 1 <= len(found["tokens"]) <= 6
+    assert call(capsys, *words) == (0, found["text"] + "\n", "")
+    sampled = [result(capsys, *words, "--do-sample", "--seed", seed)["tokens"] for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+METHODS = [
+    ("gptq", ["--bits", 4, "--group-size", 32, "--samples", 4, "--context", 32]),
+    ("gptq", ["--bits", 3, "--recommended", "--group-size", 32, "--samples", 4, "--context", 32]),
+    ("rtn", ["--bits", 8, "--asym"]),
+    ("nf4", ["--double-quant"]),
+    ("fp4", ["--block-size", 32]),
+    ("int8", []),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS, ids=[f"{m}{'-r' if len(o) > 6 else ''}" for m, o in METHODS])
+def test_quantize_then_use(capsys, tmp_path, tiny, text_file, method, options):
+    out = tmp_path / "out"
+    options = [*options, *(["--calibration", text_file] if method == "gptq" else [])]
+    found = result(capsys, "quantize", tiny, out, "--method", method, *options)
+    assert found["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+    assert found["config"]["method"] == method
+    before, after = (result(capsys, "perplexity", model, "--text", text_file, "--context", 64) for model in (tiny, out))
+    assert after["ppl"] == pytest.approx(before["ppl"], rel=0.2)
+
+
+def one_line(err: str) -> None:
+    assert err.startswith("quantlab: ") and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing"], "nothing"),
+        (["size"], "config"),
+        (["size", "llama-2-7b", "--bits", "5"], "5"),
+        (["size", "llama-2-7b", "--bits", "four"], "--bits"),
+        (["size", "llama-2-7b", "--head", "tail"], "tail"),
+        (["size", "no.json"], "no.json"),
+        (["info", "--loud"], "--loud"),
+        (["perplexity", "demo"], "--text"),
+        (["perplexity", "demo", "--text", "/no/such/file"], "/no/such/file"),
+        (["quantize", "demo", "out", "--method", "magic"], "magic"),
+        (["quantize", "demo", "out", "--method", "nf4", "--bits", "3"], "nf4"),
+        (["quantize", "demo", "out", "--method", "int8", "--desc-act"], "desc_act"),
+        (["quantize", "demo", "out", "--method", "gptq", "--bits", "7"], "7"),
+        (["quantize", "demo", "out", "--damp-percent", "2"], "damp_percent"),
+        (["quantize", "demo", "out", "--method", "rtn", "--recommended"], "recommended"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_call_is_status_2(capsys, words, said):
+    status, out, err = call(capsys, *words)
+    assert status == 2 and out == "", (status, out, err)
+    one_line(err)
+    assert said in err and "--help" in err
+
+
+def test_quantize_writes_only_where_nothing_is(capsys, tiny):
+    before = sorted(tiny.iterdir())
+    status, _, err = call(capsys, "quantize", tiny, tiny, "--method", "nf4")
+    assert status == 2 and "exists" in err
+    assert sorted(tiny.iterdir()) == before
+
+
+def test_a_failed_job_is_status_1_and_debug_shows_the_traceback(capsys, tmp_path):
+    words = ["generate", tmp_path / "nowhere", "hi"]
+    status, _, err = call(capsys, *words)
+    assert status == 1 and "nowhere" in err
+    one_line(err)
+    for debugged in (["--debug", *words], [*words, "--debug"]):
+        status, _, err = call(capsys, *debugged)
+        assert status == 1 and "Traceback" in err and err.splitlines()[-1].startswith("quantlab: ")
+
+
+def test_interrupt_is_status_130(tmp_path):
+    endless = save_tiny(tmp_path / "endless", eos_token_id=None)
+    words = ["generate", str(endless), "hi", "--max-new-tokens", "50000"]
+    command = [sys.executable, "-m", "quantlab.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout.read(1)  # it generates
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=20)
+    assert (child.returncode, err) == (130, b"quantlab: interrupted\n")
+
+
+def test_a_reader_that_leaves_is_no_error(tiny):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantlab.cli", "size", str(tiny)], stdout=write, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(write)
+    assert done.stderr == b"" and done.returncode in (0, 1)
