@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk for the tests: random weights, a byte-level tokenizer, a directory as Hugging Face lays it out."""
+"""Tiny checkpoints for the tests: random weights, a byte-level tokenizer, a directory as Hugging Face lays it out."""
 
 from __future__ import annotations
 

