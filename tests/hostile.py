@@ -104,7 +104,7 @@ SAFETENSORS: dict[str, tuple[Breaker, str]] = {
     "offsets beyond the file": (entry_edit(data_offsets=[0, 1 << 50]), EMBEDDING),
     "offsets backwards": (entry_edit(data_offsets=[64, 0]), EMBEDDING),
     "offsets below zero": (entry_edit(data_offsets=[-64, 0]), EMBEDDING),
-    "overlapping tensors": (header_edit(lambda h: h["lm_head.weight"].update(h[EMBEDDING])), "overlaps"),
+    "overlapping tensors": (header_edit(lambda h: h["lm_head.weight"].update(h[EMBEDDING])), "lm_head"),
     "a tensor named twice": (twice, "twice"),
     "a size below zero": (entry_edit(shape=[-1, 64]), EMBEDDING),
     "sizes whose product overflows": (entry_edit(shape=[1 << 40, 1 << 40]), EMBEDDING),
