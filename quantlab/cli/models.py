@@ -1,153 +1,22 @@
-"""The shell: `quantlab <command>`. Each command turns words into one call of the library and shows its result.
-
-Exit status: 0 done, 1 the job failed, 2 the call was wrong, 130 interrupted. An error is one line; `--debug` adds the
-traceback. Heavy modules are imported inside the commands, so that `quantlab --help` is quick.
-"""
+"""Commands about models: `fetch`, `size`, `quantize`, `perplexity`, `generate`."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from quantlab.cli.common import Json, Local, Source, gigabytes, print_json, print_table, read_text, wrong_call
 
 if TYPE_CHECKING:
     import numpy as np
 
     from quantlab.config import QuantizationConfig
 
-UsageError = typer.BadParameter.__base__  # click's, which some releases of typer carry inside
-REPEATED = {"--bits": str.isdigit, "--variants": lambda word: not word.startswith("-")}  # take several words
-EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError, ImportError)
 
-app = typer.Typer(
-    name="quantlab",
-    help="Quantize LLaMA models, measure what it costs and what it saves. No PyTorch needed.",
-    epilog="Start here: quantlab demo",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-Source = Annotated[str, typer.Argument(help='A directory, a .gguf file, a hub id, or "demo".', show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")]
-Out = Annotated[Path, typer.Option("--out", help="The run's directory; a run that is there is continued.")]
-
-
-@app.callback(invoke_without_command=True)
-def root(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
-        import quantlab
-
-        print(f"quantlab {quantlab.__version__}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-# ---- what the commands share ---------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """`value` in types that JSON knows: NumPy scalars and arrays as numbers and lists, paths as text, nan as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned first column, right-aligned others; never cropped, whatever the width of the terminal."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.3f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"
-
-
-@contextmanager
-def wrong_call() -> Iterator[None]:
-    """A ValueError in this block is the caller's: exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def require_new(out: Path) -> None:
-    """A checkpoint is written where nothing is yet."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
-
-
-def read_text(path: Path) -> str:
-    if not path.is_file():
-        raise typer.BadParameter(f"{path}: there is no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
-
-
-# ---- the machine ---------------------------------------------------------------------------------------------------
-
-
-@app.command(epilog="Example: quantlab info --json")
-def info(as_json: Json = False) -> None:
-    """What is built, what this machine can use, and why the rest cannot be."""
-    import quantlab
-
-    found = quantlab.info()
-    if as_json:
-        print_json(found)
-        return
-    isa, cuda = found["isa"], found["cuda"]
-    print(f"quantlab {found['version']}, built by {found['compiler']}, {found['threads']} threads\n")
-    rows = []
-    for name in isa["built"]:
-        state = "in use" if name == isa["selected"] else "usable" if isa["usable"][name] else "not usable"
-        rows.append((name, "built" if isa["built"][name] else "not built", state, isa["why_not"][name]))
-    rows.append(
-        (
-            "cuda",
-            "built" if cuda["built"] else "not built",
-            "usable" if cuda["usable"] else "not usable",
-            cuda["why_not"],
-        )
-    )
-    for name, built, state, why_not in rows:
-        print(f"{name:8}{built:11}{state:12}{why_not}".rstrip())
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-@app.command(epilog="Example: quantlab fetch demo")
 def fetch(
     source: Annotated[
         str, typer.Argument(help='"demo" (model and tweets), or the hub id of a model.', show_default=False)
@@ -184,7 +53,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@app.command(epilog="Example: quantlab size llama-2-7b --bits 8 4 3")
 def size(
     config: Annotated[
         str, typer.Argument(help="A known name (llama-2-7b), a model directory, a config.json or a hub id.")
@@ -269,7 +137,12 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
     return ids[: rows * context].reshape(rows, context)
 
 
-@app.command(epilog="Example: quantlab quantize demo smollm2-gptq4 --method gptq --bits 4 --calibration demo")
+def require_new(out: Path) -> None:
+    """A checkpoint is written where nothing is yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
+
+
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The new checkpoint's directory.", show_default=False)],
@@ -311,7 +184,6 @@ def quantize(
         print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
 
 
-@app.command(epilog="Example: quantlab perplexity demo --text wiki.test.txt --context 512")
 def perplexity(
     source: Source,
     text: Annotated[Path, typer.Option(help="A text file.")],
@@ -333,7 +205,6 @@ def perplexity(
         print(f"perplexity {result['ppl']:.4f} ± {result['stderr']:.4f} over {result['tokens']} tokens")
 
 
-@app.command(epilog='Example: quantlab generate demo "The capital of France is" --max-new-tokens 20')
 def generate(
     source: Source,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
@@ -371,79 +242,3 @@ def generate(
         print_json({"prompt": prompt, "text": text, "tokens": tokens})
     else:
         print(text[len(shown) :])
-
-
-# ---- studies ---------------------------------------------------------------------------------------------------------
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------
-
-
-def spread(words: Sequence[str]) -> list[str]:
-    """`--bits 8 4 3` as `--bits 8 --bits 4 --bits 3`, which is how the parser takes several values."""
-    out: list[str] = []
-    option = ""
-    for word in words:
-        if option and out[-1] != option and REPEATED[option](word):
-            out += [option, word]
-            continue
-        if not (option and out[-1] == option):
-            option = word if word in REPEATED else ""
-        out.append(word)
-    return out
-
-
-def describe(error: BaseException) -> str:
-    """One line: what was wrong, where, what to do."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError):
-        return f"out of memory{': ' + text if text else ''}"
-    if isinstance(error, EXPECTED) and not isinstance(error, NotImplementedError):
-        return text or type(error).__name__
-    return f"internal error, {type(error).__name__}: {text}. Please report it with the output of --debug"
-
-
-def wrong(error: Any) -> str:
-    """The line for a call that was wrong, with where to read how it is made."""
-    command = error.ctx.command_path if error.ctx is not None else "quantlab"
-    text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").rstrip(".")
-    return f"{text}. See {command} --help"
-
-
-def run(words: Sequence[str]) -> int:
-    command = typer.main.get_command(app)
-    status = command.main(args=spread(words), prog_name="quantlab", standalone_mode=False)
-    return status if isinstance(status, int) else 0
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status."""
-    words = list(sys.argv[1:] if words is None else words)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
-    try:
-        status, message = run(words), "interrupted"
-        sys.stdout.flush()
-        if status != 130:  # what typer makes of Ctrl-C
-            return status
-    except UsageError as error:
-        status, message = 2, wrong(error)
-    except (KeyboardInterrupt, typer.Abort):
-        status, message = 130, "interrupted"
-    except BrokenPipeError:  # `quantlab … | head`: nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        status, message = 1, describe(error)
-        if debug:
-            traceback.print_exc()
-    print(f"quantlab: {message}", file=sys.stderr)
-    return status
-
-
-def entry() -> NoReturn:
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    entry()

@@ -1,0 +1,5 @@
+"""`python -m quantlab` is `quantlab`."""
+
+from quantlab.cli import entry
+
+entry()

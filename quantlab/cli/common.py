@@ -1,0 +1,143 @@
+"""What all commands share: the parser, how a call ends, how errors and results are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+UsageError = typer.BadParameter.__base__  # click's, which some releases of typer carry inside
+REPEATED = {"--bits": str.isdigit, "--variants": lambda word: not word.startswith("-")}  # options of several words
+EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError, ImportError)
+
+app = typer.Typer(
+    name="quantlab",
+    help="Quantize LLaMA models, measure what it costs and what it saves. No PyTorch needed.",
+    epilog="Start here: quantlab demo",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(help='A directory, a .gguf file, a hub id, or "demo".', show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")]
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    from quantlab.experiments.record import plain
+
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """First column to the left, the others to the right; never cropped, whatever the width of the terminal."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([first.strip().ljust(widths[0]), *rest]).rstrip())
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 1e9 else f"{count / 1e6:.3f} MB"
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def wrong_call() -> Iterator[None]:
+    """A ValueError in this block is the caller's: exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise typer.BadParameter(f"{path}: there is no such file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+
+
+def spread(words: Sequence[str]) -> list[str]:
+    """`--bits 8 4 3` as `--bits 8 --bits 4 --bits 3`, which is how the parser takes several values."""
+    out: list[str] = []
+    option, first = "", False  # the option of several words that is open, and whether its first word is still to come
+    for word in words:
+        if option and first:
+            out.append(word)
+            first = False
+        elif option and REPEATED[option](word):
+            out += [option, word]
+        else:
+            option, first = (word, True) if word in REPEATED else ("", False)
+            out.append(word)
+    return out
+
+
+# ---- the end of a call -----------------------------------------------------------------------------------------------
+
+
+def describe(error: BaseException) -> str:
+    """One line: what was wrong, where, what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' + text if text else ''}"
+    if isinstance(error, EXPECTED) and not isinstance(error, NotImplementedError):
+        return text or type(error).__name__
+    return f"internal error, {type(error).__name__}: {text}. Please report it with the output of --debug"
+
+
+def wrong(error: Any) -> str:
+    """The line for a call that was wrong, with where to read how it is made."""
+    command = error.ctx.command_path if error.ctx is not None else "quantlab"
+    text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").rstrip(".")
+    return f"{text}. See {command} --help"
+
+
+def run(words: Sequence[str]) -> int:
+    command = typer.main.get_command(app)
+    status = command.main(args=spread(words), prog_name="quantlab", standalone_mode=False)
+    return status if isinstance(status, int) else 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status."""
+    words = list(sys.argv[1:] if words is None else words)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        status, message = run(words), "interrupted"
+        sys.stdout.flush()
+        if status != 130:  # what typer makes of Ctrl-C
+            return status
+    except UsageError as error:
+        status, message = 2, wrong(error)
+    except (KeyboardInterrupt, typer.Abort):
+        status, message = 130, "interrupted"
+    except BrokenPipeError:  # `quantlab … | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        status, message = 1, describe(error)
+        if debug:
+            traceback.print_exc()
+    print(f"quantlab: {message}", file=sys.stderr)
+    return status
+
+
+def entry() -> NoReturn:
+    sys.exit(main())
