@@ -75,4 +75,5 @@ def as_float32(value: Any, name: str = "x", ndim: int | None = None) -> np.ndarr
         raise TypeError(f"{name}: got dtype {array.dtype}, expected floating-point numbers")
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimensions")
-    return np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is then refused by name
+        return np.ascontiguousarray(array, np.float32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,12 @@ class DoubleQuant:
     map: np.ndarray  # float32 (256,)
     offset: float
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.absmax.nbytes + self.map.nbytes
-
     def scales(self) -> np.ndarray:
         """The block scales they stand for, float32 (blocks,)."""
         return self.map[self.codes] * np.repeat(self.absmax, SCALE_BLOCK)[: self.codes.size] + np.float32(self.offset)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantWeight:
     """W, shape (n, k) = (outputs, inputs): W[i, j] = scale(i, j) * value(code[i, j], zero(i, j)).
 
@@ -55,11 +51,12 @@ class QuantWeight:
     zeros: np.ndarray | None = None
     perm: np.ndarray | None = None
     double_quant: DoubleQuant | None = None
-    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format: got {self.format!r}, expected one of {', '.join(FORMATS)}")
+        _ = self.handle  # validates the arrays
 
     @cached_property
     def handle(self) -> _core.Weight:
@@ -119,11 +116,104 @@ class QuantWeight:
             raise ValueError(f"rows: got step {step}, expected 1")
         return _core.decode(self.handle, first, max(first, last))
 
+    def stored_codes(self, rows: slice | None = None) -> np.ndarray:
+        """The integer codes of a slice of rows, (rows, k) in stored order: int8 for int8, else uint8."""
+        n, k = self.shape
+        first, last, _ = (rows or slice(None)).indices(n)
+        if self.format in FLOAT_BITS:
+            raise ValueError(f"format: {self.format} has no integer codes")
+        if self.format == "int8":
+            return self.codes.reshape(n, k)[first:last]
+        if self.format == "affine":
+            stream = np.unpackbits(self.codes.reshape(n, -1)[first:last].view(np.uint8), axis=1, bitorder="little")
+            code_bits = stream[:, : k * self.bits].reshape(-1, k, self.bits)
+            return np.packbits(code_bits, axis=2, bitorder="little")[:, :, 0]
+        pairs = self.codes.reshape(-1)[first * k // 2 : (last * k + 1) // 2]
+        flat = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1)[first * k % 2 :]
+        return flat[: (last - first) * k].reshape(-1, k)
+
+    def equals(self, other: QuantWeight) -> bool:
+        """Whether all of both but `meta` is the same to the last bit."""
+        mine, theirs = self._arrays(), other._arrays()
+        same_header = (self.format, self.bits, self.shape, self.group) == (
+            other.format, other.bits, other.shape, other.group,
+        )  # fmt: skip
+        return same_header and mine.keys() == theirs.keys() and all(
+            mine[name].shape == theirs[name].shape and mine[name].tobytes() == theirs[name].tobytes() for name in mine
+        )  # fmt: skip
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        parts = {name: getattr(self, name) for name in ("codes", "scales", "zeros", "perm")}
+        if self.double_quant is not None:
+            parts |= {f"double_quant.{name}": np.asarray(part) for name, part in vars(self.double_quant).items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    # ---- sizes ----------------------------------------------------------------------------------------------------
+
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays in memory."""
-        parts = (self.codes, self.scales, self.zeros, self.perm, self.double_quant)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self._arrays().values() if part.ndim > 0)
+
+    @property
+    def checkpoint_nbytes(self) -> int:
+        """Bytes of its tensors in a checkpoint: plain, GPTQ (affine), bitsandbytes-4bit (nf4, fp4) or LLM.int8()."""
+        n, k = self.shape
+        if self.format in FLOAT_BITS:
+            return n * k * self.bits // 8
+        if self.format == "int8":
+            return n * k + 4 * n + 1  # weight, SCB, weight_format
+        if self.format == "affine":
+            groups = -(-k // self.group)
+            qweight, qzeros = 4 * n * -(-k * self.bits // 32), 4 * groups * -(-n * self.bits // 32)
+            return qweight + qzeros + 2 * groups * n + 4 * k  # … scales, g_idx
+        blocks = -(-n * k // self.group)
+        nested = self.double_quant
+        scales = 4 * blocks if nested is None else blocks + nested.absmax.nbytes + nested.map.nbytes
+        return -(-n * k // 2) + scales + 4 * 16 + len(self.quant_state())  # … quant_map
+
+    def quant_state(self, dtype: str = "float32") -> bytes:
+        """The JSON that bitsandbytes keeps beside a 4-bit weight; `dtype` is what it decodes to there."""
+        if self.format not in ("nf4", "fp4"):
+            raise ValueError(f"format: got {self.format}, expected nf4 or fp4")
+        state: dict[str, Any] = {"quant_type": self.format, "blocksize": self.group, "dtype": dtype}
+        state["shape"] = list(self.shape)
+        if self.double_quant is not None:
+            offset = float(self.double_quant.offset)
+            state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        return json.dumps(state).encode()
+
+    # ---- shown ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        extras = [f"group={self.group}"] if self.format in ("affine", "nf4", "fp4") else []
+        extras += ["asymmetric"] * (self.zeros is not None) + ["reordered"] * (self.perm is not None)
+        extras += ["double_quant"] * (self.double_quant is not None)
+        kind = f"{self.format} {self.bits}-bit" if self.format == "affine" else self.format
+        return f"QuantWeight({', '.join([kind, f'shape={self.shape}', *extras, f'{self.nbytes} bytes'])})"
+
+    def _repr_html_(self) -> str:
+        """A line of facts and a small histogram: of the codes, or of the values where the codes are floats."""
+        sample = slice(0, min(self.shape[0], -(-(1 << 16) // self.shape[1])))
+        if self.format in FLOAT_BITS or self.format == "int8":
+            values = self.stored_codes(sample) if self.format == "int8" else self.dequantize(sample)
+            counts, label = np.histogram(values, bins=32)[0], "codes" if self.format == "int8" else "values"
+        else:
+            counts, label = np.bincount(self.stored_codes(sample).reshape(-1), minlength=1 << self.bits), "codes"
+        facts = f"{self!r}, {8 * self.nbytes / (self.shape[0] * self.shape[1]):.3f} bits a weight"
+        return f"<div><code>{facts}</code><br>{_histogram_svg(counts, f'{label} of {sample.stop} rows')}</div>"
+
+
+def _histogram_svg(counts: np.ndarray, title: str, width: int = 320, height: int = 64) -> str:
+    step, tallest = width / len(counts), max(int(counts.max()), 1)
+    bars = "".join(
+        f'<rect x="{i * step:.2f}" y="{height - bar:.2f}" width="{0.9 * step:.2f}" height="{bar:.2f}"/>'
+        for i, bar in enumerate((counts * (height / tallest)).tolist())
+    )
+    return (
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" fill="currentColor" role="img">'
+        f"<title>{title}</title>{bars}</svg>"
+    )
 
 
 def linear(x: Any, w: QuantWeight) -> np.ndarray:
@@ -156,7 +246,7 @@ def check_finite(array: np.ndarray, name: str = "weight") -> None:
 
 def _quantize_4bit(w: np.ndarray, config: NF4Config) -> QuantWeight:
     codes, scales = _core.quantize(w, config.method, config.block_size)
-    meta = MappingProxyType(config.to_dict())
+    meta = config.to_dict()
     nested = DoubleQuant(*_core.double_quantize(scales)) if config.double_quant else None
     plain = None if config.double_quant else scales
     return QuantWeight(config.method, 4, _shape(w), config.block_size, codes, plain, double_quant=nested, meta=meta)
@@ -165,13 +255,11 @@ def _quantize_4bit(w: np.ndarray, config: NF4Config) -> QuantWeight:
 def _quantize_int8(w: np.ndarray, config: Int8Config) -> QuantWeight:
     n, k = w.shape
     codes, scales = _core.quantize(w, "int8", k)
-    return QuantWeight("int8", 8, (n, k), k, codes.reshape(n, k), scales, meta=MappingProxyType(config.to_dict()))
+    return QuantWeight("int8", 8, (n, k), k, codes.reshape(n, k), scales, meta=config.to_dict())
 
 
 def _quantize_rtn(w: np.ndarray, config: RTNConfig) -> QuantWeight:
     n, k = w.shape
     group = k if config.group_size == -1 else config.group_size
     codes, scales, zeros = _core.quantize_rtn(w, config.bits, group, config.sym)
-    return QuantWeight(
-        "affine", config.bits, (n, k), group, codes, scales, zeros, meta=MappingProxyType(config.to_dict())
-    )
+    return QuantWeight("affine", config.bits, (n, k), group, codes, scales, zeros, meta=config.to_dict())
