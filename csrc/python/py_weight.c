@@ -179,7 +179,9 @@ static PyObject *quantize(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "format: got %s, expected nf4, fp4 or int8", name);
     }
     int64_t count = PyArray_SIZE(x);
-    if (group < 1 || count < 1) { return PyErr_Format(PyExc_ValueError, "group: got %lld over %lld elements", group, (long long)count); }
+    if (group < 1 || count < 1 || (format == QL_INT8 && count % group != 0)) {
+        return PyErr_Format(PyExc_ValueError, "group: got %lld over %lld elements", group, (long long)count);
+    }
     PyArrayObject *codes = format == QL_INT8 ? ql_new(1, (int64_t[]){count}, NPY_INT8) : ql_new(1, (int64_t[]){(count + 1) / 2}, NPY_UINT8);
     PyArrayObject *scales = ql_new(1, (int64_t[]){(count + group - 1) / group}, NPY_FLOAT32);
     if (codes == NULL || scales == NULL) { return Py_XDECREF(codes), Py_XDECREF(scales), NULL; }
