@@ -33,14 +33,14 @@ def _from_dlpack(value: Any, name: str) -> np.ndarray:
             f"{name}: the array lies on device {tuple(map(int, device))}, expected one in host memory"
         )
     try:
+        if "bfloat16" in str(getattr(value, "dtype", "")):
+            return _bfloat16_from_dlpack(value.__dlpack__())
         return np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as refusal:
-        if "bfloat16" in str(getattr(value, "dtype", "")):
-            return _bfloat16_from_dlpack(value)
         raise TypeError(f"{name}: NumPy cannot take this {type(value).__name__}: {refusal}") from None
 
 
-def _bfloat16_from_dlpack(value: Any) -> np.ndarray:
+def _bfloat16_from_dlpack(capsule: Any) -> np.ndarray:
     """NumPy knows no bfloat16 in DLPack: reads the description in the capsule, and keeps the capsule alive."""
     import ctypes
 
@@ -54,7 +54,6 @@ def _bfloat16_from_dlpack(value: Any) -> np.ndarray:
             ("byte_offset", ctypes.c_uint64),
         )  # fmt: skip
 
-    capsule = value.__dlpack__()
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = Tensor.from_address(get_pointer(capsule, b"dltensor"))
@@ -76,4 +75,4 @@ def as_float32(value: Any, name: str = "x", ndim: int | None = None) -> np.ndarr
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{name}: got shape {array.shape}, expected {ndim} dimensions")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which is then refused by name
-        return np.ascontiguousarray(array, np.float32)
+        return np.asarray(array, np.float32, order="C")
