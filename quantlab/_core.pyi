@@ -124,3 +124,9 @@ class Llama:
         cache_v: F32 | None = None,
         /,
     ) -> F32: ...  # hidden states after the final norm (t, c)
+
+# ---- roofs of the selected ISA, on threads() threads; the caller takes the time ------------------------------------
+
+def roof_fma(tasks: int, rounds: int, /) -> int: ...  # floating-point operations done, all of them in registers
+def roof_read(x: F32, /) -> None: ...  # loads every element of x (count,) once
+def roof_copy(out: F32 | None, x: F32, /) -> F32: ...  # out = x (count,), past the caches where the ISA can

@@ -69,6 +69,7 @@ int ql_register_backend(PyObject *module);
 int ql_register_weight(PyObject *module);
 int ql_register_quantize(PyObject *module);
 int ql_register_ops(PyObject *module);
+int ql_register_roof(PyObject *module);
 int ql_register_gptq(PyObject *module);
 int ql_register_llama(PyObject *module);
 

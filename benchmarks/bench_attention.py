@@ -1,0 +1,14 @@
+"""Benchmarks of attention: see harness.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness import each_case, measure
+
+from quantlab.bench import Case
+
+
+@each_case("attention")
+def test_attention(benchmark: Any, case: Case) -> None:
+    measure(benchmark, case)

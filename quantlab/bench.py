@@ -1,0 +1,419 @@
+"""The engine of `quantlab bench` and of benchmarks/: every op at the shapes of real models, timed in interleaved
+rounds, each beside the roof that this machine has for it.
+
+A record (one JSON line) has: commit, version, compiler, machine, threads, isa, op, format, model, shape, variant, cold,
+rounds, median_s, p10_s, p90_s, gb_per_s, gflop_per_s, roof ("memory" or "compute"), roof_percent, peer_ratio (None: no
+peer was run), error. gb_per_s counts every array once, in 10^9 bytes. error is the largest difference from the scalar
+reference at a tiny size, over the largest result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quantlab import _core, backend
+from quantlab.config import FP4Config, Int8Config, NF4Config, RTNConfig
+from quantlab.progress import progress
+from quantlab.weight import QuantWeight
+
+FLUSH_BYTES = 160 << 20  # above the last-level cache of a server
+SAMPLE_SECONDS = 2e-3  # a warm sample repeats the call until it lasts this long
+COPY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions of a model, and how many tokens an op is given."""
+
+    model: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tokens: int
+
+
+MODELS = (
+    Sizes("smollm2-135m", 576, 1536, 9, 3, 64, 49152, 512),
+    Sizes("llama-2-7b", 4096, 11008, 32, 32, 128, 32000, 512),
+)
+TINY = (Sizes("tiny", 40, 72, 4, 2, 8, 96, 24),)
+WEIGHTS: dict[str, Any] = {  # name -> config; floats: dtype
+    "f32": "float32", "f16": "float16", "bf16": "bfloat16", "int8": Int8Config(), "affine8": RTNConfig(8, 128),
+    "affine4": RTNConfig(4, 128), "affine3": RTNConfig(3, 128), "affine2": RTNConfig(2, 64), "nf4": NF4Config(64),
+    "fp4": FP4Config(64),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. run() fills and returns its output; nbytes and flops are those of one run."""
+
+    op: str
+    format: str
+    model: str
+    shape: str
+    run: Callable[[], Any]
+    nbytes: int
+    flops: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.format}-{self.model}-{self.shape}"
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+
+def _floats(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+@lru_cache(maxsize=2)
+def _matrix(n: int, k: int) -> np.ndarray:
+    return _floats(n, k, seed=1) * np.float32(0.02)
+
+
+@lru_cache(maxsize=2 * len(WEIGHTS) + 4)  # decode and both linears share the matrices of both models
+def _weight(name: str, n: int, k: int) -> QuantWeight:
+    how = WEIGHTS[name]
+    if isinstance(how, str):
+        dtype = ml_dtypes.bfloat16 if how == "bfloat16" else np.dtype(how)
+        return QuantWeight.from_array(_matrix(n, k).astype(dtype))
+    return QuantWeight.from_float(_matrix(n, k), how)
+
+
+def _nbytes(*arrays: np.ndarray) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
+def _embedding(s: Sizes) -> Iterator[Case]:
+    if s.vocabulary * s.hidden > 40_000_000:  # half a gigabyte of table to read 8 MB of it
+        return
+    ids = np.random.default_rng(2).integers(0, s.vocabulary, s.tokens).astype(np.int32)
+    out = np.empty((s.tokens, s.hidden), np.float32)
+    for name in WEIGHTS:
+        table = _weight(name, s.vocabulary, s.hidden)
+        read = table.nbytes * s.tokens // s.vocabulary
+        run = lambda table=table.handle: _core.embedding(ids, table, out)  # noqa: E731
+        yield Case("embedding", name, s.model, f"t{s.tokens} c{s.hidden}", run, read + _nbytes(ids, out), 0)
+
+
+def _rmsnorm(s: Sizes) -> Iterator[Case]:
+    for t in (1, s.tokens):
+        x, gain, out = _floats(t, s.hidden), _floats(s.hidden), np.empty((t, s.hidden), np.float32)
+        run = lambda x=x, gain=gain, out=out: _core.rmsnorm(x, gain, 1e-5, out)  # noqa: E731
+        yield Case("rmsnorm", "f32", s.model, f"t{t} c{s.hidden}", run, _nbytes(x, gain, out), 4 * x.size)
+
+
+def _rope(s: Sizes) -> Iterator[Case]:
+    x, half = _floats(s.tokens, s.heads, s.head_dim), s.head_dim // 2
+    angles = np.arange(s.tokens, dtype=np.float32)[:, None] * np.linspace(1, 1e-4, half, dtype=np.float32)
+    cos, sin, positions = np.cos(angles), np.sin(angles), np.arange(s.tokens, dtype=np.int32)
+    shape = f"t{s.tokens} h{s.heads} d{s.head_dim}"
+    run = lambda: _core.rope(x, cos, sin, positions, x)  # noqa: E731 (in place, as the model does)
+    yield Case("rope", "f32", s.model, shape, run, _nbytes(x, x, cos, sin), 3 * x.size)
+
+
+def _attention(s: Sizes) -> Iterator[Case]:
+    for queries, past in ((s.tokens, 0), (1, 2 * s.tokens - 1)):
+        keys = queries + past
+        q, out = _floats(queries, s.heads, s.head_dim), np.empty((queries, s.heads, s.head_dim), np.float32)
+        k, v = _floats(keys, s.kv_heads, s.head_dim, seed=1), _floats(keys, s.kv_heads, s.head_dim, seed=2)
+        ranges = np.array([0, queries]), np.array([0]), np.array([keys])
+        run = lambda q=q, k=k, v=v, r=ranges, out=out: _core.attention(q, k, v, *r, s.head_dim**-0.5, out)  # noqa: E731
+        pairs = queries * past + queries * (queries + 1) // 2  # of a query and a key that it sees
+        shape = f"t{queries} s{keys} h{s.heads}/{s.kv_heads} d{s.head_dim}"
+        yield Case("attention", "f32", s.model, shape, run, _nbytes(q, k, v, out), 4 * pairs * s.heads * s.head_dim)
+
+
+def _swiglu(s: Sizes) -> Iterator[Case]:
+    gate, up = _floats(s.tokens, s.intermediate), _floats(s.tokens, s.intermediate, seed=1)
+    out = np.empty_like(gate)
+    run = lambda: _core.swiglu(gate, up, out)  # noqa: E731
+    yield Case("swiglu", "f32", s.model, f"t{s.tokens} f{s.intermediate}", run, _nbytes(gate, up, out), 0)
+
+
+def _add(s: Sizes) -> Iterator[Case]:
+    y, x = _floats(s.tokens, s.hidden), _floats(s.tokens, s.hidden, seed=1)
+
+    def run() -> np.ndarray:
+        _core.add_into(y, x)
+        return y
+
+    yield Case("add", "f32", s.model, f"t{s.tokens} c{s.hidden}", run, _nbytes(y, y, x), y.size)
+
+
+def _cross_entropy(s: Sizes) -> Iterator[Case]:
+    logits, targets = _floats(s.tokens // 4, s.vocabulary), np.arange(s.tokens // 4, dtype=np.int32)
+    run = lambda: _core.cross_entropy(logits, targets)  # noqa: E731
+    yield Case("cross_entropy", "f32", s.model, f"t{len(targets)} v{s.vocabulary}", run, logits.nbytes, 0)
+
+
+def _gram(s: Sizes) -> Iterator[Case]:
+    x, h = _floats(s.tokens, s.hidden), np.zeros((s.hidden, s.hidden), np.float32)
+
+    def run() -> np.ndarray:
+        _core.gram_into(h, x, x, True)
+        return h
+
+    flops = s.tokens * s.hidden * (s.hidden + 1)
+    yield Case("gram", "f32", s.model, f"t{s.tokens} k{s.hidden} lower", run, _nbytes(x, h), flops)
+
+
+def _projection(s: Sizes) -> tuple[int, int]:
+    """(n, k) of the matrix that stands for a model: up_proj of a small one, q_proj of a large one."""
+    return (s.intermediate, s.hidden) if s.hidden < 1024 else (s.hidden, s.hidden)
+
+
+def _decode(s: Sizes) -> Iterator[Case]:
+    n, k = _projection(s)
+    for name in WEIGHTS:
+        w = _weight(name, n, k)
+        run = lambda w=w.handle: _core.decode(w, 0, n)  # noqa: E731
+        yield Case("decode", name, s.model, f"n{n} k{k}", run, w.nbytes + 4 * n * k, 0)
+
+
+def _linear_like(s: Sizes, op: str, function: Callable, rows: Sequence[int]) -> Iterator[Case]:
+    n, k = _projection(s)
+    columns_in, columns_out = (k, n) if op == "linear" else (n, k)
+    for name in WEIGHTS:
+        w = _weight(name, n, k)
+        for m in rows:
+            x, out = _floats(m, columns_in), np.empty((m, columns_out), np.float32)
+            run = lambda x=x, w=w.handle, out=out: function(x, w, out)  # noqa: E731
+            yield Case(op, name, s.model, f"m{m} n{n} k{k}", run, w.nbytes + _nbytes(x, out), 2 * m * n * k)
+
+
+def _linear(s: Sizes) -> Iterator[Case]:
+    return _linear_like(s, "linear", _core.linear, (1, s.tokens))
+
+
+def _linear_backward_input(s: Sizes) -> Iterator[Case]:
+    return _linear_like(s, "linear_backward_input", _core.linear_backward_input, (s.tokens,))
+
+
+def _quantize(s: Sizes) -> Iterator[Case]:
+    n, k = _projection(s)
+    for name, group, bits in (("nf4", 64, 4), ("fp4", 64, 4), ("int8", k, 8)):
+        run = lambda name=name, group=group: _core.quantize(_matrix(n, k), name, group)  # noqa: E731
+        written = n * k * bits // 8 + 4 * -(-n * k // group)
+        yield Case("quantize", name, s.model, f"n{n} k{k}", run, 4 * n * k + written, 0)
+
+
+OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+    "embedding": _embedding, "rmsnorm": _rmsnorm, "rope": _rope, "attention": _attention, "swiglu": _swiglu,
+    "add": _add, "cross_entropy": _cross_entropy, "gram": _gram, "decode": _decode, "linear": _linear,
+    "linear_backward_input": _linear_backward_input, "quantize": _quantize,
+}  # fmt: skip
+
+
+def cases(op: str, models: Iterable[Sizes] = MODELS) -> list[Case]:
+    """All cases of an op. ValueError: no such op."""
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    return [case for sizes in models for case in OPS[op](sizes)]
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What this machine reaches with the ISA and threads in use: bytes/s read and copied, operations/s in registers."""
+
+    read: float
+    copy: float
+    fma: float
+
+
+@lru_cache
+def _roofs(isa: str, threads: int) -> Roofs:
+    x, out = np.ones(COPY_BYTES // 4, np.float32), np.empty(COPY_BYTES // 4, np.float32)
+    _core.roof_copy(out, x)  # touches the pages
+    rounds = 20_000
+    flops = _core.roof_fma(8 * threads, rounds)
+    return Roofs(
+        read=x.nbytes / min(_seconds(lambda: _core.roof_read(x)) for _ in range(5)),
+        copy=2 * x.nbytes / min(_seconds(lambda: _core.roof_copy(out, x)) for _ in range(5)),
+        fma=flops / min(_seconds(lambda: _core.roof_fma(8 * threads, rounds)) for _ in range(9)),
+    )
+
+
+def roofs() -> Roofs:
+    """Measured once for each ISA and number of threads: the best of some runs."""
+    return _roofs(_core.isa_selected(), _core.threads())
+
+
+def environment() -> dict[str, Any]:
+    """What a record says about where it was measured."""
+    return {
+        "commit": _commit(),
+        "version": backend.info()["version"],
+        "compiler": _core.compiler,
+        "machine": _processor(),
+        "threads": _core.threads(),
+        "isa": _core.isa_selected(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package lies in; None for an installed one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def _processor() -> str:
+    """The model's name and the number of processors."""
+    name = platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {os.cpu_count()} processors"
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+@lru_cache(maxsize=1)
+def _flush_buffer() -> np.ndarray:
+    return np.ones(FLUSH_BYTES // 4, np.float32)
+
+
+def flush_caches() -> None:
+    """Reads more memory than the caches hold, so that the next call finds none of its arrays there."""
+    _core.roof_read(_flush_buffer())
+
+
+def is_cold(case: Case) -> bool:
+    """Cases that memory limits are measured with their arrays out of the caches, as a model's next layer finds them."""
+    limits = roofs()
+    return case.nbytes / limits.read > case.flops / limits.fma
+
+
+def repeats(case: Case) -> int:
+    """How often a sample runs the case: once if it is cold, else often enough to take SAMPLE_SECONDS."""
+    if is_cold(case):
+        return 1
+    case.run()
+    return min(1000, 1 + int(SAMPLE_SECONDS / max(_seconds(case.run), 1e-7)))
+
+
+def sample(case: Case, times: int) -> float:
+    """Seconds of one run, over `times` of them; a cold case has its caches flushed first."""
+    if is_cold(case):
+        flush_caches()
+    return _seconds(lambda: [case.run() for _ in range(times)]) / times
+
+
+def variant(case: Case) -> str:
+    """The ISA of the kernel that runs a case."""
+    table = backend.table()
+    formats = table[case.op if case.op in table else f"{case.op}_forward"]
+    name = "affine" if case.format.startswith("affine") else case.format
+    return formats.get(name) or formats["f32"]  # embedding has one kernel for all formats
+
+
+def record(case: Case, samples: Sequence[float], error: float | None) -> dict[str, Any]:
+    """One JSON line: see the head of this file."""
+    p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
+    limits = roofs()
+    memory, compute = case.nbytes / limits.read, case.flops / limits.fma
+    return {
+        **environment(),
+        "op": case.op,
+        "format": case.format,
+        "model": case.model,
+        "shape": case.shape,
+        "variant": variant(case),
+        "cold": is_cold(case),
+        "rounds": len(samples),
+        "median_s": median,
+        "p10_s": p10,
+        "p90_s": p90,
+        "gb_per_s": case.nbytes / median / 1e9,
+        "gflop_per_s": case.flops / median / 1e9,
+        "roof": "memory" if memory > compute else "compute",
+        "roof_percent": 100 * max(memory, compute) / median,
+        "peer_ratio": None,
+        "error": error,
+    }
+
+
+def errors(op: str) -> dict[str, float]:
+    """{format: largest difference from the scalar reference, over its largest result}, at a tiny size."""
+
+    def results() -> list[tuple[str, list[np.ndarray]]]:
+        found = []
+        for case in cases(op, TINY):  # new cases: some ops change their arrays
+            result = case.run()
+            parts = result if isinstance(result, tuple) else (result,)
+            found.append((case.format, [part.astype(np.float64) for part in parts]))
+        return found
+
+    mine = results()
+    with backend.use(isa="scalar"):
+        reference = results()
+    worst: dict[str, float] = {}
+    for (format, parts), (_, expected) in zip(mine, reference, strict=True):
+        error = max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(parts, expected, strict=True))
+        worst[format] = max(worst.get(format, 0.0), float(error))
+    return worst
+
+
+def run(ops: Sequence[str] = (), models: Iterable[Sizes] = MODELS, rounds: int = 7, device: str = "cpu",
+        show_progress: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+    """Times every case of the ops (all without names) and returns its records, in the order of OPS.
+
+    A round of an op goes over all its cases, so that a slow moment of the machine does not fall on one of them.
+    ValueError: no such op. CudaError: device="cuda" where it cannot be used.
+    """
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        raise ValueError(f"op: got {unknown[0]!r}, expected one of {', '.join(OPS)}")
+    models, chosen, records = tuple(models), list(ops or OPS), []
+    with backend.use(device=device), progress(len(chosen) * rounds, "benchmarks", "round", show_progress) as bar:
+        for op in chosen:
+            todo, error = cases(op, models), errors(op)
+            times = [repeats(case) for case in todo]
+            samples: list[list[float]] = [[] for _ in todo]
+            for _ in range(rounds):
+                for case, count, seconds in zip(todo, times, samples, strict=True):
+                    seconds.append(sample(case, count))
+                bar.advance(note=op)
+            records += [
+                record(case, seconds, error.get(case.format)) for case, seconds in zip(todo, samples, strict=True)
+            ]
+    return records
+
+
+def write_jsonl(records: Iterable[dict[str, Any]], path: str | Path) -> None:
+    """One record a line, written beside the file and then renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    temporary.replace(path)
