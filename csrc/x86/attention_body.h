@@ -10,7 +10,8 @@
  * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads. */
 #include "../quantlab.h"
 
-#include <math.h> /* logf, INFINITY */
+#include <math.h>   /* logf, INFINITY */
+#include <string.h> /* memcpy */
 
 enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8 };
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
@@ -143,6 +144,36 @@ ALWAYS_INLINE void attend_keys(attention_rows *a, const int tile, const int vect
 static void attend_one_vector(attention_rows *a) { attend_keys(a, MAX_TILE, 1); }
 static void attend_two_vectors(attention_rows *a) { attend_keys(a, V_AVX512 ? MAX_TILE : MAX_TILE / 2, 2); } /* registers */
 
+/* a square of 4 x 4: out[j * ldo + i] = in[i][j] */
+static void transpose_4(float *out, int64_t ldo, const float *in0, const float *in1, const float *in2, const float *in3) {
+    __m128 a = _mm_loadu_ps(in0), b = _mm_loadu_ps(in1), c = _mm_loadu_ps(in2), d = _mm_loadu_ps(in3);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, a);
+    _mm_storeu_ps(out + ldo, b);
+    _mm_storeu_ps(out + 2 * ldo, c);
+    _mm_storeu_ps(out + 3 * ldo, d);
+}
+
+/* qt = scaled queries, transposed; ot = 0 */
+static void load_queries(attention_rows *a, const attention_context *c, int64_t lanes) {
+    for (int64_t r = 0; r < lanes; r += 4) {
+        const float *q[4];
+        for (int64_t j = 0; j < 4; j++) { q[j] = c->q + a->index[r + j] * c->d; }
+        int64_t i = 0;
+        for (; i + 4 <= c->d; i += 4) { transpose_4(a->qt + i * ROWS + r, ROWS, q[0] + i, q[1] + i, q[2] + i, q[3] + i); }
+        for (; i < c->d; i++) {
+            for (int64_t j = 0; j < 4; j++) { a->qt[i * ROWS + r + j] = q[j][i]; }
+        }
+    }
+    vf scale = v_set1(c->scale);
+    for (int64_t i = 0; i < c->d; i++) {
+        for (int64_t r = 0; r < lanes; r += VL) {
+            v_store(a->qt + i * ROWS + r, v_mul(v_load(a->qt + i * ROWS + r), scale));
+            v_store(a->ot + i * ROWS + r, v_zero());
+        }
+    }
+}
+
 /* rows [row0, row0 + count) of sequence `sequence` and key head `kv_head` */
 static void load_rows(attention_rows *a, const attention_context *c, int64_t sequence, int64_t kv_head, int64_t row0) {
     int64_t group = c->hq / c->hkv, first = c->q_start[sequence], queries = c->q_start[sequence + 1] - first;
@@ -157,14 +188,7 @@ static void load_rows(attention_rows *a, const attention_context *c, int64_t seq
         a->maximum[r] = -INFINITY, a->sum[r] = 0.0f;
     }
     a->keys_min = a->keys[0], a->keys_max = a->keys[ROWS - 1];
-    int64_t lanes = a->count <= VL ? VL : ROWS;
-    for (int64_t r = 0; r < lanes; r++) {
-        const float *q = c->q + a->index[r] * c->d;
-        for (int64_t i = 0; i < c->d; i++) { a->qt[i * ROWS + r] = q[i] * c->scale; }
-    }
-    for (int64_t i = 0; i < c->d; i++) {
-        for (int64_t r = 0; r < lanes; r += VL) { v_store(a->ot + i * ROWS + r, v_zero()); }
-    }
+    load_queries(a, c, a->count <= VL ? VL : ROWS);
 }
 
 static void store_rows(attention_rows *a, const attention_context *c) {
@@ -172,9 +196,19 @@ static void store_rows(attention_rows *a, const attention_context *c) {
         vf sum = v_load(a->sum + r);
         for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * ROWS + r, v_div(v_load(a->ot + i * ROWS + r), sum)); }
     }
+    for (int64_t r = 0; r < a->count; r += 4) {
+        int64_t rows = a->count - r < 4 ? a->count - r : 4, i = 0;
+        for (; rows == 4 && i + 4 <= c->d; i += 4) {
+            float square[16];
+            const float *ot = a->ot + i * ROWS + r;
+            transpose_4(square, 4, ot, ot + ROWS, ot + 2 * ROWS, ot + 3 * ROWS);
+            for (int64_t j = 0; j < 4; j++) { memcpy(c->out + a->index[r + j] * c->d + i, square + 4 * j, 4 * sizeof(float)); }
+        }
+        for (; i < c->d; i++) {
+            for (int64_t j = 0; j < rows; j++) { c->out[a->index[r + j] * c->d + i] = a->ot[i * ROWS + r + j]; }
+        }
+    }
     for (int64_t r = 0; r < a->count; r++) {
-        float *out = c->out + a->index[r] * c->d;
-        for (int64_t i = 0; i < c->d; i++) { out[i] = a->ot[i * ROWS + r]; }
         if (c->lse != NULL) { c->lse[a->index[r]] = a->maximum[r] + logf(a->sum[r]); }
     }
 }
