@@ -247,8 +247,8 @@ def _roofs(isa: str, threads: int) -> Roofs:
     rounds = 20_000
     flops = _core.roof_fma(8 * threads, rounds)
     return Roofs(
-        read=x.nbytes / min(_seconds(lambda: _core.roof_read(x)) for _ in range(5)),
-        copy=2 * x.nbytes / min(_seconds(lambda: _core.roof_copy(out, x)) for _ in range(5)),
+        read=x.nbytes / min(_seconds(lambda: _core.roof_read(x)) for _ in range(9)),
+        copy=2 * x.nbytes / min(_seconds(lambda: _core.roof_copy(out, x)) for _ in range(9)),
         fma=flops / min(_seconds(lambda: _core.roof_fma(8 * threads, rounds)) for _ in range(9)),
     )
 
