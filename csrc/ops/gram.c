@@ -1,6 +1,8 @@
 /* gram.c: h += a^T b, the Hessian of GPTQ (a == b, lower) and the cross moments of its drift correction. */
 #include "../quantlab.h"
 
+enum { COLUMNS = 64 };
+
 typedef struct {
     float *h;       /* (ka, kb) */
     const float *a; /* (t, ka) */
@@ -12,10 +14,14 @@ typedef struct {
 static void gram_row(void *context, int64_t i) {
     const gram_context *c = context;
     int64_t end = c->lower ? i + 1 : c->kb;
-    for (int64_t j = 0; j < end; j++) {
-        float sum = 0.0f;
-        for (int64_t s = 0; s < c->t; s++) { sum += c->a[s * c->ka + i] * c->b[s * c->kb + j]; }
-        c->h[i * c->kb + j] += sum;
+    for (int64_t j0 = 0; j0 < end; j0 += COLUMNS) { /* by blocks, so that b is read along its rows */
+        float sums[COLUMNS] = {0.0f};
+        int64_t columns = end - j0 < COLUMNS ? end - j0 : COLUMNS;
+        for (int64_t s = 0; s < c->t; s++) {
+            float a = c->a[s * c->ka + i];
+            for (int64_t j = 0; j < columns; j++) { sums[j] += a * c->b[s * c->kb + j0 + j]; }
+        }
+        for (int64_t j = 0; j < columns; j++) { c->h[i * c->kb + j0 + j] += sums[j]; }
     }
 }
 
