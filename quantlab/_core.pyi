@@ -69,7 +69,7 @@ def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or inf
 
 # `out`, where given, is filled and returned; it shares no memory with the inputs (in rope it may be x itself)
 def embedding(ids: I32, table: Weight, out: F32 | None = None, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
-def rmsnorm(x: F32, gain: F32, eps: float, out: F32 | None = None, /) -> F32: ...  # (t, c), (c,) -> (t, c)
+def rmsnorm(x: F32, gain: F32, eps: float, out: F32 | None = None, inv_rms: F32 | None = None, /) -> F32: ...  # (t, c), (c,) -> (t, c)
 def rope(
     x: F32, cos: F32, sin: F32, positions: I32, out: F32 | None = None, /
 ) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
@@ -82,6 +82,7 @@ def attention(
     kv_len: I64,  # (b,): its rows of k and v
     scale: float,
     out: F32 | None = None,
+    lse: F32 | None = None,  # (t, hq), filled: log-sum-exp of the scaled scores
     /,
 ) -> F32: ...
 def swiglu(gate: F32, up: F32, out: F32 | None = None, /) -> F32: ...  # gate * sigmoid(gate) * up

@@ -43,11 +43,15 @@ class Case:
 
 def check(case: Case) -> None:
     out, buffer = ref.guarded(np.zeros(case.q.shape))
-    assert _core.attention(*case.arguments(), out) is out
-    expected, _ = ref.attention(*case.arguments())
+    lse, lse_buffer = ref.guarded(np.zeros(case.q.shape[:2]))
+    assert _core.attention(*case.arguments(), out, lse) is out
+    expected, expected_lse = ref.attention(*case.arguments())
     error = np.abs(out - expected).max()
     assert error <= case.bound(), f"{error} > {case.bound()}"
-    assert ref.guards_intact(buffer)
+    # the error of a score, as in the bound, and the rounding of a result of some size
+    lse_bound = case.bound() / np.abs(case.v).max() + 2 * ref.EPS * np.abs(expected_lse).max()
+    assert np.abs(lse - expected_lse).max() <= lse_bound
+    assert ref.guards_intact(buffer) and ref.guards_intact(lse_buffer)
 
 
 @pytest.mark.parametrize("length", [*ref.SIZES, 63, 64, 65, 130])

@@ -19,9 +19,12 @@ def test_matches_float64(isa: str, rng: np.random.Generator, t: int, c: int) -> 
     x = rng.standard_normal((t, c), dtype=np.float32) * np.exp(rng.uniform(-3, 3, (t, 1))).astype(np.float32)
     gain = rng.uniform(-2, 2, c).astype(np.float32)
     out, buffer = ref.guarded(np.zeros((t, c)))
-    assert _core.rmsnorm(x, gain, 1e-5, out) is out
+    inv_rms, inv_rms_buffer = ref.guarded(np.zeros(t))
+    assert _core.rmsnorm(x, gain, 1e-5, out, inv_rms) is out
+    expected_inv_rms = 1 / np.sqrt(np.mean(x.astype(np.float64) ** 2, -1) + np.float32(1e-5))
+    np.testing.assert_allclose(inv_rms, expected_inv_rms, rtol=BOUND, atol=0)
     np.testing.assert_allclose(out, ref.rmsnorm(x, gain, np.float32(1e-5)), rtol=BOUND, atol=0)
-    assert ref.guards_intact(buffer)
+    assert ref.guards_intact(buffer) and ref.guards_intact(inv_rms_buffer)
 
 
 def test_extreme_values(isa: str) -> None:

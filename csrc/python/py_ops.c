@@ -19,6 +19,17 @@ static int check_ids(PyArrayObject *ids, const char *name, int64_t limit, int32_
     return 1;
 }
 
+/* a second output that the caller may want: a writeable float32 array of the first `ndim` of `dims`, or none */
+static int also_out(PyObject *object, const char *name, int ndim, const npy_intp *dims, PyArrayObject **out) {
+    int failed = 0;
+    *out = ql_array_or_none(object, name, NPY_FLOAT32, ndim, &failed);
+    for (int axis = 0; *out != NULL && axis < ndim; axis++) {
+        if (!ql_check_dim(*out, name, axis, (int64_t)dims[axis])) { return 0; }
+    }
+    if (*out != NULL && !PyArray_ISWRITEABLE(*out)) { return PyErr_Format(PyExc_ValueError, "%s: not writeable", name), 0; }
+    return !failed;
+}
+
 static PyObject *embedding(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *ids_object, *table_object, *out_object = NULL;
@@ -37,17 +48,19 @@ static PyObject *embedding(PyObject *self, PyObject *arguments) {
 
 static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *x_object, *gain_object, *out_object = NULL;
+    PyObject *x_object, *gain_object, *out_object = NULL, *inv_rms_object = NULL;
     float eps;
-    if (!PyArg_ParseTuple(arguments, "OOf|O", &x_object, &gain_object, &eps, &out_object)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OOf|OO", &x_object, &gain_object, &eps, &out_object, &inv_rms_object)) { return NULL; }
     PyArrayObject *x = ql_array(x_object, "x", NPY_FLOAT32, 2);
     PyArrayObject *gain = x == NULL ? NULL : ql_array(gain_object, "gain", NPY_FLOAT32, 1);
     if (gain == NULL || !ql_check_dim(gain, "gain", 0, ql_dim(x, 1))) { return NULL; }
+    PyArrayObject *inv_rms = NULL;
+    if (!also_out(inv_rms_object, "inv_rms", 1, PyArray_DIMS(x), &inv_rms)) { return NULL; }
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(x, 0), ql_dim(x, 1)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
-    ql_cpu()->rmsnorm_forward(ql_data(out), NULL, ql_data(x), ql_data(gain), ql_dim(x, 0), ql_dim(x, 1), eps);
+    ql_cpu()->rmsnorm_forward(ql_data(out), ql_data(inv_rms), ql_data(x), ql_data(gain), ql_dim(x, 0), ql_dim(x, 1), eps);
     QL_CALL_END(stopped)
     return finish(out, stopped);
 }
@@ -97,9 +110,11 @@ static int check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *qs, P
 
 static PyObject *attention(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *o[6], *out_object = NULL;
+    PyObject *o[6], *out_object = NULL, *lse_object = NULL;
     float scale;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOf|O", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &scale, &out_object)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OOOOOOf|OO", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &scale, &out_object, &lse_object)) {
+        return NULL;
+    }
     PyArrayObject *q = ql_array(o[0], "q", NPY_FLOAT32, 3);
     PyArrayObject *k = q == NULL ? NULL : ql_array(o[1], "k", NPY_FLOAT32, 3);
     PyArrayObject *v = k == NULL ? NULL : ql_array(o[2], "v", NPY_FLOAT32, 3);
@@ -116,12 +131,14 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "q: %lld heads are no multiple of the %lld heads of k", (long long)ql_dim(q, 1),
                             (long long)ql_dim(k, 1));
     }
+    PyArrayObject *lse = NULL;
+    if (!also_out(lse_object, "lse", 2, PyArray_DIMS(q), &lse)) { return NULL; }
     PyArrayObject *out = ql_out(out_object, 3, (int64_t[]){ql_dim(q, 0), ql_dim(q, 1), ql_dim(q, 2)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     if (out_object == NULL) { PyArray_FILLWBYTE(out, 0); } /* queries of no sequence */
     int stopped;
     QL_CALL_BEGIN
-    ql_cpu()->attention_forward(ql_data(out), NULL, ql_data(q), ql_data(k), ql_data(v), ql_data(q_start), ql_data(kv_start),
+    ql_cpu()->attention_forward(ql_data(out), ql_data(lse), ql_data(q), ql_data(k), ql_data(v), ql_data(q_start), ql_data(kv_start),
                                 ql_data(kv_len), ql_dim(kv_len, 0), ql_dim(q, 1), ql_dim(k, 1), ql_dim(q, 2), scale);
     QL_CALL_END(stopped)
     return finish(out, stopped);
@@ -234,9 +251,9 @@ static PyObject *gram_into(PyObject *self, PyObject *arguments) {
 
 static PyMethodDef methods[] = {
     {"embedding", embedding, METH_VARARGS, "embedding(ids int32 (t,), table, out=None) -> (t, c)"},
-    {"rmsnorm", rmsnorm, METH_VARARGS, "rmsnorm(x (t, c), gain (c,), eps, out=None) -> (t, c)"},
+    {"rmsnorm", rmsnorm, METH_VARARGS, "rmsnorm(x (t, c), gain (c,), eps, out=None, inv_rms=None) -> (t, c)"},
     {"rope", rope, METH_VARARGS, "rope(x (t, heads, d), cos, sin (positions, d/2), positions int32 (t,), out=None) -> (t, heads, d)"},
-    {"attention", attention, METH_VARARGS, "attention(q (t, hq, d), k, v (rows, hkv, d), q_start, kv_start, kv_len int64, scale, out=None) -> (t, hq, d)"},
+    {"attention", attention, METH_VARARGS, "attention(q (t, hq, d), k, v (rows, hkv, d), q_start, kv_start, kv_len int64, scale, out=None, lse=None) -> (t, hq, d)"},
     {"swiglu", swiglu, METH_VARARGS, "swiglu(gate, up, out=None) -> gate * sigmoid(gate) * up"},
     {"add_into", add_into, METH_VARARGS, "add_into(y, x): y += x"},
     {"linear", linear, METH_VARARGS, "linear(x (m, k), weight, out=None) -> x W^T (m, n)"},
