@@ -46,22 +46,15 @@ static float ordered_mean(const float *x, int64_t count) {
 }
 
 /* The unit is rounded to a grid of 2^16 points over [-1, 1] first, then to the nearest value of the map (a tie goes
- * down). NaN (0 / 0 where the absmax is a denormal) gives code 0. */
-static uint8_t encode_dynamic(float unit) {
+ * down); midpoints (255,) are those of its neighbours. NaN (0 / 0 where the absmax is a denormal) gives code 0. */
+static uint8_t encode_dynamic(float unit, const float *midpoints) {
     float clamped = unit > 1.0f ? 1.0f : unit < -1.0f ? -1.0f : unit;
     if (!(clamped == clamped)) { return 0; }
     int32_t point = (int32_t)(float)((double)((clamped + 1.0f) * 0.5f) * GRID + 0.5);
     float value = -1.0f + (2.0f * (float)point) / (float)GRID;
-    int low = 0, high = 255; /* the number of midpoints below value */
-    while (low < high) {
-        int middle = (low + high) / 2;
-        if (0.5f * (ql_dynamic_map[middle] + ql_dynamic_map[middle + 1]) < value) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return (uint8_t)low;
+    int rank = 0; /* the number of midpoints below value */
+    for (int bit = 128; bit > 0; bit >>= 1) { rank += midpoints[rank + bit - 1] < value ? bit : 0; }
+    return (uint8_t)rank;
 }
 
 typedef struct {
@@ -70,6 +63,7 @@ typedef struct {
     const float *scales;
     float offset;
     int64_t blocks;
+    float midpoints[255];
 } double_context;
 
 static void quantize_run(const double_context *c, int64_t run) {
@@ -81,7 +75,7 @@ static void quantize_run(const double_context *c, int64_t run) {
     }
     float inverse = 1.0f / absmax;
     for (int64_t i = first; i < end; i++) {
-        c->codes[i] = absmax > 0.0f ? encode_dynamic((c->scales[i] - c->offset) * inverse) : 0;
+        c->codes[i] = absmax > 0.0f ? encode_dynamic((c->scales[i] - c->offset) * inverse, c->midpoints) : 0;
     }
     c->absmax[run] = absmax;
 }
@@ -94,7 +88,8 @@ static void quantize_runs(void *context, int64_t task) {
 }
 
 void ql_double_quantize(uint8_t *codes, float *absmax, float *offset, const float *scales, int64_t blocks) {
-    double_context context = {codes, absmax, scales, *offset = ordered_mean(scales, blocks), blocks};
+    double_context context = {codes, absmax, scales, *offset = ordered_mean(scales, blocks), blocks, {0.0f}};
+    for (int i = 0; i < 255; i++) { context.midpoints[i] = 0.5f * (ql_dynamic_map[i] + ql_dynamic_map[i + 1]); }
     int64_t runs = (blocks + QL_SCALE_BLOCK - 1) / QL_SCALE_BLOCK;
     ql_parallel_for((runs + BLOCKS_PER_TASK - 1) / BLOCKS_PER_TASK, quantize_runs, &context);
 }

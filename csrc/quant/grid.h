@@ -38,11 +38,13 @@ static inline ql_grid ql_grid_fit(const float *x, int64_t count, int bits, int s
     return grid;
 }
 
-/* round to even, clamp */
+/* clamp, round to even. Adding 1.5 * 2^23 leaves no bits for a fraction; rintf is a call at the x86-64 baseline. */
 static inline uint32_t ql_grid_encode(const ql_grid *grid, float x) {
-    float code = rintf(x / grid->scale) + grid->zero;
-    code = code < grid->maxq ? code : grid->maxq;
-    return (uint32_t)(code > 0.0f ? code : 0.0f);
+    const float shift = 12582912.0f;
+    float code = x / grid->scale, low = -grid->zero, high = grid->maxq - grid->zero;
+    code = code < high ? code : high;
+    code = code > low ? code : low;
+    return (uint32_t)(int32_t)((code + shift) - shift + grid->zero);
 }
 
 #endif
