@@ -63,8 +63,8 @@ def _bfloat16_from_dlpack(capsule: Any) -> np.ndarray:
     strides = tuple(2 * tensor.strides[axis] for axis in range(tensor.ndim)) if tensor.strides else None
     extent = 2 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True)) if strides else None
     memory = (ctypes.c_char * (extent or 2 * int(np.prod(shape)))).from_address(tensor.data + tensor.byte_offset)
-    memory.capsule = capsule  # the tensor's memory lives as long as an array over it
-    return np.ndarray(shape, ml_dtypes.bfloat16, memory, strides=strides)
+    memory.capsule = capsule  # type: ignore[attr-defined]  # the tensor's memory lives as long as an array over it
+    return np.ndarray(shape, ml_dtypes.bfloat16, memoryview(memory), strides=strides)
 
 
 def as_float32(value: Any, name: str = "x", ndim: int | None = None) -> np.ndarray:

@@ -138,6 +138,15 @@ def test_isa_gives_the_scalar_bytes(format, count, isa, rng):
         assert fast[0].tobytes() == slow[0].tobytes() and fast[1].tobytes() == slow[1].tobytes()
 
 
+@pytest.mark.parametrize("k", [1, 7, 16, 33, 257])
+def test_isa_gives_the_scalar_int8_rows(k, isa, rng):
+    x = (rng.standard_normal((200, k)) * np.exp(rng.uniform(-90, 80, (200, 1)))).astype(np.float32)
+    fast = _core.quantize(x, "int8", k)
+    _core.isa_select("scalar")
+    slow = _core.quantize(x, "int8", k)
+    assert fast[0].tobytes() == slow[0].tobytes() and fast[1].tobytes() == slow[1].tobytes()
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 def test_threads_do_not_matter(format, rng):
     x = rng.standard_normal((64, 1000)).astype(np.float32)
