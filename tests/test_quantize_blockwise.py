@@ -141,6 +141,9 @@ def test_isa_gives_the_scalar_bytes(format, count, isa, rng):
 @pytest.mark.parametrize("k", [1, 7, 16, 33, 257])
 def test_isa_gives_the_scalar_int8_rows(k, isa, rng):
     x = (rng.standard_normal((200, k)) * np.exp(rng.uniform(-90, 80, (200, 1)))).astype(np.float32)
+    ties = 2.0 * rng.integers(-127, 127, (100, k)) + 1  # half-way between two codes where the row's absmax is 254
+    ties[:, 0] = 254
+    x[:100] = ties * rng.uniform(0.5, 1, (100, 1))
     fast = _core.quantize(x, "int8", k)
     _core.isa_select("scalar")
     slow = _core.quantize(x, "int8", k)
