@@ -87,8 +87,10 @@ def attention(
 ) -> F32: ...
 def swiglu(gate: F32, up: F32, out: F32 | None = None, /) -> F32: ...  # gate * sigmoid(gate) * up
 def add_into(y: F32, x: F32, /) -> None: ...  # y += x
-def linear(x: F32, weight: Weight, out: F32 | None = None, /) -> F32: ...  # (m, k) -> (m, n)
-def linear_backward_input(dy: F32, weight: Weight, out: F32 | None = None, /) -> F32: ...  # (m, n) -> (m, k)
+def linear(x: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /) -> F32: ...  # (m, k) -> (m, n)
+def linear_backward_input(
+    dy: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /
+) -> F32: ...  # (m, n) -> (m, k)
 @overload
 def cross_entropy(logits: F32, targets: I32, gradient: Literal[False] = False, /) -> F32: ...
 @overload

@@ -185,20 +185,24 @@ static PyObject *add_into(PyObject *self, PyObject *arguments) {
 
 static PyObject *linear_like(PyObject *arguments, int backward) {
     PyObject *x_object, *w_object, *out_object = NULL;
-    if (!PyArg_ParseTuple(arguments, "OO|O", &x_object, &w_object, &out_object)) { return NULL; }
+    int accumulate = 0;
+    if (!PyArg_ParseTuple(arguments, "OO|Op", &x_object, &w_object, &out_object, &accumulate)) { return NULL; }
     const char *name = backward ? "dy" : "x";
     PyArrayObject *x = ql_array(x_object, name, NPY_FLOAT32, 2);
     const ql_weight *w = x == NULL ? NULL : ql_weight_arg(w_object, "weight");
     if (w == NULL || !ql_check_dim(x, name, 1, backward ? w->n : w->k)) { return NULL; }
+    if (accumulate && (out_object == NULL || out_object == Py_None)) {
+        return PyErr_Format(PyExc_ValueError, "out: missing, accumulate adds to it");
+    }
     int64_t m = ql_dim(x, 0);
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){m, backward ? w->k : w->n}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
     if (backward) {
-        ql_cpu()->linear_backward_input[w->format](ql_data(out), ql_data(x), w, m, 0);
+        ql_cpu()->linear_backward_input[w->format](ql_data(out), ql_data(x), w, m, accumulate);
     } else {
-        ql_cpu()->linear_forward[w->format](ql_data(out), ql_data(x), w, m, 0);
+        ql_cpu()->linear_forward[w->format](ql_data(out), ql_data(x), w, m, accumulate);
     }
     QL_CALL_END(stopped)
     return finish(out, stopped);
@@ -256,8 +260,8 @@ static PyMethodDef methods[] = {
     {"attention", attention, METH_VARARGS, "attention(q (t, hq, d), k, v (rows, hkv, d), q_start, kv_start, kv_len int64, scale, out=None, lse=None) -> (t, hq, d)"},
     {"swiglu", swiglu, METH_VARARGS, "swiglu(gate, up, out=None) -> gate * sigmoid(gate) * up"},
     {"add_into", add_into, METH_VARARGS, "add_into(y, x): y += x"},
-    {"linear", linear, METH_VARARGS, "linear(x (m, k), weight, out=None) -> x W^T (m, n)"},
-    {"linear_backward_input", linear_backward_input, METH_VARARGS, "linear_backward_input(dy (m, n), weight, out=None) -> dy W (m, k)"},
+    {"linear", linear, METH_VARARGS, "linear(x (m, k), weight, out=None, accumulate=False) -> x W^T (m, n)"},
+    {"linear_backward_input", linear_backward_input, METH_VARARGS, "linear_backward_input(dy (m, n), weight, out=None, accumulate=False) -> dy W (m, k)"},
     {"cross_entropy", cross_entropy, METH_VARARGS, "cross_entropy(logits (t, v), targets int32 (t,), gradient=False) -> loss (t,) or (loss, dlogits)"},
     {"gram_into", gram_into, METH_VARARGS, "gram_into(h (ka, kb), a (t, ka), b (t, kb), lower): h += a^T b"},
     {NULL, NULL, 0, NULL},

@@ -176,7 +176,7 @@ static double balance(const gemm *g, int64_t threads) {
 /* Tasks as large as the number of threads allows. Few rows have little to reuse: then narrow blocks cost nothing. */
 static void gemm_run(gemm *g) {
     const double enough = 0.9;
-    if (g->m < 1) { return; }
+    if (g->m < 1 || g->n < 1) { return; }
     int64_t threads = ql_threads();
     g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : NB;
     g->chunk = at_most(g->m, MAX_CHUNK);

@@ -1,0 +1,74 @@
+"""gram_forward, h += a^T b, on every ISA against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference as ref
+
+from quantlab import _core
+
+SHAPES = [(t, ka, kb) for t, ka, kb in zip(ref.SIZES, reversed(ref.SIZES), ref.SIZES[3:] + ref.SIZES[:3], strict=True)]
+SHAPES += [(300, 65, 200), (5, 130, 33), (257, 14, 193)]
+
+
+def bound(t: int, h, a, b) -> np.ndarray:
+    """A priori: half an EPS for each addition and product on the path, times the sum of the magnitudes."""
+    return (t + 3) * ref.EPS / 2 * (np.abs(h) + np.abs(a.T).astype(np.float64) @ np.abs(b))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(isa: str, rng: np.random.Generator, shape: tuple[int, int, int]) -> None:
+    t, ka, kb = shape
+    a, b = rng.standard_normal((t, ka), dtype=np.float32), rng.standard_normal((t, kb), dtype=np.float32)
+    before = rng.standard_normal((ka, kb), dtype=np.float32)
+    h, buffer = ref.guarded(before)
+    _core.gram_into(h, a, b, False)
+    assert (np.abs(h - ref.gram(before, a, b, False)) <= bound(t, before, a, b)).all()
+    assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("k", [*ref.SIZES, 100, 193, 400])
+def test_lower_writes_only_the_lower_triangle(isa: str, rng: np.random.Generator, k: int) -> None:
+    a = rng.standard_normal((70, k), dtype=np.float32)
+    before = rng.standard_normal((k, k), dtype=np.float32)
+    h, buffer = ref.guarded(before)
+    _core.gram_into(h, a, a, True)
+    upper = np.triu_indices(k, 1)
+    assert h[upper].tobytes() == before[upper].tobytes()
+    assert (np.abs(h - ref.gram(before, a, a, True)) <= bound(70, before, a, a)).all()
+    assert ref.guards_intact(buffer)
+    full = before.copy()
+    _core.gram_into(full, a, a, False)
+    assert np.tril(full).tobytes() == np.tril(h).tobytes()
+
+
+def test_result_does_not_depend_on_threads(isa: str, rng: np.random.Generator) -> None:
+    a = rng.standard_normal((300, 231), dtype=np.float32)
+    threads, results = _core.threads(), set()
+    try:
+        for count in (1, 2, 5):
+            _core.set_threads(count)
+            h = np.zeros((231, 231), np.float32)
+            _core.gram_into(h, a, a, True)
+            results.add(h.tobytes())
+    finally:
+        _core.set_threads(threads)
+    assert len(results) == 1
+
+
+def test_no_tokens(isa: str) -> None:
+    h = np.ones((3, 4), np.float32)
+    _core.gram_into(h, np.zeros((0, 3), np.float32), np.zeros((0, 4), np.float32), False)
+    assert (h == 1).all()
+
+
+def test_refuses_bad_arguments() -> None:
+    h, a, b = np.zeros((3, 4), np.float32), np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="b: dimension 0 is 3, expected 2"):
+        _core.gram_into(h, a, np.zeros((3, 4), np.float32), False)
+    with pytest.raises(ValueError, match="a: dimension 1 is 3, expected 4"):
+        _core.gram_into(h, a, b, True)
+    h.flags.writeable = False
+    with pytest.raises(ValueError, match="h: not writeable"):
+        _core.gram_into(h, a, b, False)

@@ -1,0 +1,169 @@
+"""linear_forward and linear_backward_input: every format and ISA against float64 and scalar; independence of the batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import reference as ref
+
+from quantlab import _core
+
+# name -> arguments of random_weight; "ragged": the last group of a row is shorter, blocks of nf4 and fp4 cross rows
+CASES = {
+    **{format: {"format": format} for format in ("f32", "f16", "bf16", "int8")},
+    **{f"{format}-perm": {"format": format, "perm": True} for format in ("f32", "int8")},
+    **{f"affine{bits}": {"format": "affine", "bits": bits, "group": 32} for bits in range(2, 9)},
+    **{f"affine{bits}-ragged": {"format": "affine", "bits": bits, "group": 7, "zeros": True, "perm": True} for bits in (2, 3, 4, 8)},
+    **{f"affine{bits}-row": {"format": "affine", "bits": bits, "group": 1 << 20, "zeros": True} for bits in (3, 4)},
+    **{f"{format}": {"format": format, "group": 64} for format in ("nf4", "fp4")},
+    **{f"{format}-crossing": {"format": format, "group": 34, "perm": True} for format in ("nf4", "fp4")},
+    **{f"{format}-double": {"format": format, "group": 32, "double": True} for format in ("nf4", "fp4")},
+}  # fmt: skip
+SHAPES = [(n, k) for n, k in zip(ref.SIZES, reversed(ref.SIZES), strict=True)] + [(1, 300), (67, 513), (201, 96), (385, 259)]
+
+
+def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeight:
+    arguments = dict(CASES[case])
+    if "group" in arguments and arguments["format"] == "affine":
+        arguments["group"] = min(arguments["group"], k)
+    return ref.random_weight(rng, arguments.pop("format"), n, k, **arguments)
+
+
+def bound(terms: int, magnitude: np.ndarray, isa: str) -> np.ndarray:
+    """A priori: `magnitude`, the sum of |x w|, times half an EPS for each addition on the longest path to the sum (the
+    kernels sum blocks of 256, the scalar reference all terms in a row), for the product and up to 5 roundings of w."""
+    additions = terms if isa == "scalar" else min(terms, 256) + terms // 256
+    return (additions + 6) * ref.EPS / 2 * magnitude
+
+
+def test_cases_cover_the_registry() -> None:
+    table = _core.op_table()
+    assert {case["format"] for case in CASES.values()} == set(table["linear_forward"]) == set(ref.FORMATS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
+    for (n, k), m in itertools.product(SHAPES, (1, 2, 5, 31)):
+        stored = make(rng, case, n, k)
+        weight, values = stored.core(), ref.decode(stored)
+        x, dy = rng.standard_normal((m, k), dtype=np.float32), rng.standard_normal((m, n), dtype=np.float32)
+        for op, a, w, terms in ((_core.linear, x, values.T, k), (_core.linear_backward_input, dy, values, n)):
+            out, buffer = ref.guarded(np.full((m, w.shape[1]), np.nan))
+            assert op(a, weight, out) is out
+            error = np.abs(out - a.astype(np.float64) @ w)
+            assert (error <= bound(terms, np.abs(a) @ np.abs(w), isa)).all(), (op.__name__, n, k, m)
+            assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4-crossing"])
+def test_error_is_at_most_twice_the_scalar_error(isa: str, rng: np.random.Generator, case: str) -> None:
+    """Root mean square over the matrix; the scalar reference is the naive sum."""
+    stored = make(rng, case, 193, 577)
+    weight, values = stored.core(), ref.decode(stored)
+    x, dy = rng.standard_normal((70, 577), dtype=np.float32), rng.standard_normal((70, 193), dtype=np.float32)
+    for op, a, w in ((_core.linear, x, values.T), (_core.linear_backward_input, dy, values)):
+        exact = a.astype(np.float64) @ w
+        error = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
+        _core.isa_select("scalar")
+        naive = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
+        _core.isa_select(isa)
+        assert error <= 2 * naive
+
+
+@pytest.mark.parametrize("case", ["f32", "f16", "affine3-ragged", "nf4-crossing"])
+def test_accumulates(isa: str, rng: np.random.Generator, case: str) -> None:
+    """out += product: the sum of blocks starts from `out`, so only the last bits may differ from adding afterwards."""
+    stored = make(rng, case, 67, 513)
+    weight = stored.core()
+    for op, size, other in ((_core.linear, 513, 67), (_core.linear_backward_input, 67, 513)):
+        a = rng.standard_normal((18, size), dtype=np.float32)
+        before = rng.standard_normal((18, other), dtype=np.float32)
+        out, buffer = ref.guarded(before)
+        op(a, weight, out, True)
+        values = np.abs(ref.decode(stored))
+        magnitude = np.abs(before) + np.abs(a) @ (values.T if size == 513 else values)
+        exact = before.astype(np.float64) + a.astype(np.float64) @ (ref.decode(stored).T if size == 513 else ref.decode(stored))
+        assert (np.abs(out - exact) <= bound(size + 1, magnitude, isa)).all()
+        assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("case", ["f32", "bf16", "int8-perm", "affine4", "affine3-ragged", "nf4", "fp4-crossing"])
+def test_row_does_not_depend_on_its_batch(isa: str, rng: np.random.Generator, case: str) -> None:
+    stored = make(rng, case, 67, 513)
+    weight = stored.core()
+    for op, size in ((_core.linear, 513), (_core.linear_backward_input, 67)):
+        a = rng.standard_normal((301, size), dtype=np.float32)
+        together = op(a, weight)
+        for first, last in ((0, 1), (299, 301), (5, 8), (100, 113), (17, 147)):
+            assert op(np.ascontiguousarray(a[first:last]), weight).tobytes() == together[first:last].tobytes()
+
+
+@pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4"])
+def test_result_does_not_depend_on_threads(isa: str, rng: np.random.Generator, case: str) -> None:
+    stored = make(rng, case, 201, 300)
+    weight = stored.core()
+    threads = _core.threads()
+    try:
+        for op, size, m in itertools.product((_core.linear, _core.linear_backward_input), (None,), (1, 230)):
+            a = rng.standard_normal((m, 300 if op is _core.linear else 201), dtype=np.float32)
+            results = set()
+            for count in (1, 2, 3, 7):
+                _core.set_threads(count)
+                results.add(op(a, weight).tobytes())
+            assert len(results) == 1
+    finally:
+        _core.set_threads(threads)
+
+
+def test_vector_kernels_agree_bit_for_bit(rng: np.random.Generator) -> None:
+    """Lanes are columns of the output, so AVX2 and AVX-512 add in the same order."""
+    usable = [isa for isa, state in _core.isa_info().items() if state["usable"] and isa != "scalar"]
+    before = _core.isa_selected()
+    try:
+        for case in CASES:
+            weight, x = make(rng, case, 67, 300).core(), rng.standard_normal((9, 300), dtype=np.float32)
+            results = set()
+            for isa in usable:
+                _core.isa_select(isa)
+                results.add(_core.linear(x, weight).tobytes())
+            assert len(results) <= 1, case
+    finally:
+        _core.isa_select(before)
+
+
+def test_large_odd_shape(isa: str, rng: np.random.Generator) -> None:
+    """More than one chunk of rows, many blocks, every kind of edge."""
+    if isa == "scalar":
+        pytest.skip("the specification, too slow at this size")
+    stored = make(rng, "affine4-ragged", 1021, 773)
+    weight, values = stored.core(), ref.decode(stored)
+    x, dy = rng.standard_normal((2065, 773), dtype=np.float32), rng.standard_normal((331, 1021), dtype=np.float32)
+    assert (np.abs(_core.linear(x, weight) - x @ values.T) <= bound(773, np.abs(x) @ np.abs(values.T), isa)).all()
+    assert (np.abs(_core.linear_backward_input(dy, weight) - dy @ values) <= bound(1021, np.abs(dy) @ np.abs(values), isa)).all()
+
+
+def test_no_rows(isa: str, rng: np.random.Generator) -> None:
+    weight = make(rng, "nf4", 5, 9).core()
+    assert _core.linear(np.zeros((0, 9), np.float32), weight).shape == (0, 5)
+    assert _core.linear_backward_input(np.zeros((0, 5), np.float32), weight).shape == (0, 9)
+
+
+def test_nan_stays_in_its_row(isa: str, rng: np.random.Generator) -> None:
+    weight, x = make(rng, "f32", 40, 20).core(), rng.standard_normal((16, 20), dtype=np.float32)
+    x[7, 19] = np.nan
+    y = _core.linear(x, weight)
+    assert np.isnan(y[7]).all() and np.isfinite(np.delete(y, 7, 0)).all()
+
+
+def test_refuses_bad_arguments(rng: np.random.Generator) -> None:
+    weight = make(rng, "f32", 4, 6).core()
+    with pytest.raises(ValueError, match="x: dimension 1 is 5, expected 6"):
+        _core.linear(np.zeros((1, 5), np.float32), weight)
+    with pytest.raises(ValueError, match="dy: dimension 1 is 6, expected 4"):
+        _core.linear_backward_input(np.zeros((1, 6), np.float32), weight)
+    with pytest.raises(ValueError, match="out: missing, accumulate adds to it"):
+        _core.linear(np.zeros((1, 6), np.float32), weight, None, True)
+    with pytest.raises(TypeError, match="weight: got"):
+        _core.linear(np.zeros((1, 6), np.float32), np.zeros((4, 6), np.float32))
