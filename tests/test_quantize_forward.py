@@ -38,9 +38,17 @@ def test_equals_scalar(isa: str, rng: np.random.Generator, format: str) -> None:
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 def test_next_to_every_threshold(isa: str, format: str) -> None:
     """Codes change at the midpoints of neighbouring values; a tie takes the lower."""
-    grid = np.unique(_core.decode(_core.Weight(format, 4, 1, 16, 16, np.arange(0x01, 0x100, 0x22, dtype=np.uint8), np.ones(1, np.float32)), 0, 1))
+    grid = np.unique(
+        _core.decode(
+            _core.Weight(format, 4, 1, 16, 16, np.arange(0x01, 0x100, 0x22, dtype=np.uint8), np.ones(1, np.float32)),
+            0,
+            1,
+        )
+    )
     middle = ((grid[1:] + grid[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([[1], middle, np.nextafter(middle, np.float32(2)), np.nextafter(middle, np.float32(-2))]).astype(np.float32)
+    x = np.concatenate([[1], middle, np.nextafter(middle, np.float32(2)), np.nextafter(middle, np.float32(-2))]).astype(
+        np.float32
+    )
     x = np.pad(x, (0, -len(x) % 64))
     codes, scales = _core.quantize(x, format, 64)
     values = _core.decode(_core.Weight(format, 4, 1, len(x), 64, codes, scales), 0, 1)[0]
