@@ -10,8 +10,8 @@ from quantlab import _core
 
 GROUPS = (1, 7, 32, 33, 128, 4096)
 SHAPES = [(3, k) for k in ref.SIZES] + [(1, 200), (5, 129), (9, 576), (7, 1001)]
-# Roundings of half an EPS: the scale (up to three with double quantization, of terms no larger than 3 times it), the value
-# of an int8 code (two), the product.
+# Roundings of half an EPS: the scale (up to three with double quantization, of terms no larger than 3 times it), the
+# value of an int8 code (two), the product.
 BOUND = 5 * ref.EPS
 
 

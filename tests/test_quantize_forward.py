@@ -1,4 +1,4 @@
-"""quantize_forward: every ISA bit for bit against scalar, which test_quantize_blockwise.py holds against the specification."""
+"""quantize_forward: every ISA bit for bit against scalar; test_quantize_blockwise.py holds scalar to the rules."""
 
 from __future__ import annotations
 
