@@ -69,7 +69,7 @@ static void quantize_block_4bit(const quantize_context *c, int64_t block, grid_t
 }
 
 static void quantize_row_int8(int8_t *codes, float *scale, const float *x, int64_t count) {
-    float absmax = block_absmax(x, count), factor = 127.0f / absmax;
+    float absmax = block_absmax(x, count), factor = 1.0f / absmax * 127.0f;
     *scale = absmax;
     if (isinf(factor)) {
         memset(codes, 0, (size_t)count);
