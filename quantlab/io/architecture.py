@@ -44,8 +44,8 @@ def _check_family(config: dict[str, Any], where: str) -> None:
     family = config.get("model_type", "llama" if architectures else None)
     if family != "llama" or not all(name in ARCHITECTURES for name in architectures):
         raise ValueError(
-            f"{where}: architecture {', '.join(map(str, architectures)) or '(none)'} of model_type {family!r} is not supported; "
-            f"supported: model_type 'llama' with {', '.join(ARCHITECTURES)}"
+            f"{where}: architecture {', '.join(map(str, architectures)) or '(none)'} of model_type {family!r} is not "
+            f"supported; supported: model_type 'llama' with {', '.join(ARCHITECTURES)}"
         )
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):

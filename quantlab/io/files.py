@@ -37,7 +37,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> int:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file; ValueError with the file's name where it is none, FileNotFoundError where it is missing."""
+    """A JSON object from a file; ValueError with the file's name where it is none, FileNotFoundError where missing."""
     path = Path(path)
     size = path.stat().st_size
     if size > MAX_JSON:

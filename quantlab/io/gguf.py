@@ -13,6 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # value types of the metadata: struct codes of the fixed-size ones
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+CHUNK = 1 << 18  # elements decoded at once: a megabyte, which stays in a cache
 FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 DECODED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
@@ -49,7 +51,7 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """`metadata` and `tensors` of one file, memory-mapped. ValueError, with the file's name, where it breaks the format."""
+    """`metadata` and `tensors` of one file, memory-mapped. ValueError, with the file's name, where damaged."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -151,7 +153,7 @@ class GGUFFile:
                 )
             tensors[name] = GGUFTensor(ggml.name, shape, begin, end)
         ordered = sorted(tensors.items(), key=lambda item: item[1].begin)
-        for (before, a), (after, b) in zip(ordered, ordered[1:], strict=False):
+        for (before, a), (after, b) in pairwise(ordered):
             if b.begin < a.end:
                 raise self._fail(f"tensor {after!r} overlaps tensor {before!r}")
         return tensors
@@ -169,11 +171,17 @@ class GGUFFile:
             raise ValueError(
                 f"{self.path}: tensor {name!r} has type {info.kind}; supported: F32 F16 BF16 {' '.join(DECODED)}"
             )
-        from gguf.constants import GGMLQuantizationType
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
-        raw = np.frombuffer(self._map, np.uint8, info.end - info.begin, info.begin)
-        return dequantize(raw.reshape(*info.shape[:-1], -1), GGMLQuantizationType[info.kind])
+        kind = GGMLQuantizationType[info.kind]
+        block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; rows hold whole blocks
+        blocks = np.frombuffer(self._map, np.uint8, info.end - info.begin, info.begin).reshape(-1, nbytes)
+        out = np.empty((len(blocks), block), np.float32)
+        step = CHUNK // block
+        for i in range(0, len(blocks), step):  # as one long row: twice as fast as the library's groups of 16 rows
+            out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), kind).reshape(-1, block)
+        return out.reshape(info.shape)
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -283,8 +291,8 @@ class GGUFCheckpoint(Checkpoint):
         kind = self._meta("rope.scaling.type", "none")
         factor = self._meta("rope.scaling.factor", self._meta("rope.scale_linear", 1.0))
         if kind not in ("none", "linear"):
-            raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is not supported; supported: none, linear, "
-                             "and llama3 by rope_freqs.weight")  # fmt: skip
+            raise ValueError(f"{self.path}: llama.rope.scaling.type {kind!r} is not supported; supported: none, "
+                             "linear, and llama3 by rope_freqs.weight")  # fmt: skip
         return {"rope_type": "linear", "factor": float(factor)} if factor and factor != 1.0 else None
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A `tokenizers.Tokenizer` from the metadata of a GGUF file: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
+"""A `tokenizers.Tokenizer` from a GGUF file's metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Llama 3's pattern, as in its tokenizer.json and in tiktoken's cl100k
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then GPT-2's pattern
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 GPT2 = ("gpt-2", "gpt2", "default")
@@ -90,7 +93,7 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int
 
 
 def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], kind: str) -> None:
-    """Puts the beginning-of-text token first (and the end token last) where the file, or the kind's default, asks so."""
+    """Puts the beginning-of-text token first (and the end token last) where the file or the kind's default asks so."""
     from tokenizers import processors
 
     default = kind == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3

@@ -30,5 +30,6 @@ def download(hub_id: str, *, local_files_only: bool = False) -> Path:
             " (local_files_only)" if local_files_only else ", and the hub cannot be reached"
         )
     except (HfHubHTTPError, OSError) as error:
-        reason = f"the hub cannot be reached ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"the hub cannot be reached ({lines[0]})"
     raise FileNotFoundError(f"source: {hub_id}: no such directory, and {reason}")

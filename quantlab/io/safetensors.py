@@ -1,8 +1,8 @@
 """safetensors files: a hardened reader of memory-mapped, zero-copy views, and an atomic writer.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian length of the header, the header as JSON
-{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the bytes of the tensors. The `safetensors` library copies
-each tensor it gives to NumPy and has no bfloat16 there; both matter for a checkpoint larger than memory.
+{name: {"dtype", "shape", "data_offsets": [begin, end]}}, then the bytes of the tensors. The `safetensors` library
+copies each tensor it gives to NumPy and has no bfloat16 there; both matter for a checkpoint larger than memory.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def write_safetensors(
     tensors: Mapping[str, LazyTensor | np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes a file (to a temporary name, then renamed) and returns its size in bytes. OSError where the disk is full."""
+    """Writes a file (under a temporary name, then renamed); returns its size in bytes. OSError on a full disk."""
     lazy = {name: LazyTensor.of(item) if isinstance(item, np.ndarray) else item for name, item in tensors.items()}
     # wide dtypes first: each tensor then is aligned to its items, as in the library's own writer
     order = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))

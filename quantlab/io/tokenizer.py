@@ -18,7 +18,7 @@ FILES = (
 
 
 def directory_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a directory, without padding or truncation; None where there is none; ValueError where damaged."""
+    """The tokenizer of a directory, without padding or truncation; None where there is none."""
     path = folder / "tokenizer.json"
     if path.is_file():
         return tokenizer_from_json(path.read_bytes(), str(path))
