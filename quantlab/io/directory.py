@@ -136,6 +136,14 @@ def layouts_of(quantization: dict[str, Any] | None, where: str) -> list[Layout]:
     if quantization is None:
         return [PlainLayout()]
     method = quantization.get("quant_method", quantization.get("method"))
+    if method == "gptq":
+        from quantlab.io.gptq import GPTQLayout
+
+        return [GPTQLayout(quantization, where), PlainLayout()]
+    if method == "bitsandbytes":
+        from quantlab.io.bitsandbytes import FourBitLayout, Int8Layout
+
+        return [FourBitLayout(where), Int8Layout(where), PlainLayout()]
     raise ValueError(f"{where}: quant_method {method!r} is not supported; supported: 'gptq', 'bitsandbytes'")
 
 
