@@ -195,18 +195,9 @@ def stored_tensors(module: str, weight: QuantWeight, dtype: str = "float32") -> 
 def _int8_tensors(module: str, weight: QuantWeight) -> dict[str, LazyTensor]:
     return {
         f"{module}.weight": LazyTensor.of(weight.codes.reshape(weight.shape)),
-        f"{module}.SCB": LazyTensor.of(row_maxima(weight.scales)),
+        f"{module}.SCB": LazyTensor.of(weight.scales.reshape(-1)),
         f"{module}.weight_format": LazyTensor.of(np.zeros((), np.uint8)),
     }
-
-
-def row_maxima(scales: np.ndarray) -> np.ndarray:
-    """max|row| from scale = max|row| / 127: of the float32 numbers next to scale * 127 the one that gives `scale` back."""
-    nearest = scales.reshape(-1) * np.float32(127)
-    for candidate in (np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.float32(np.inf))):
-        better = (candidate / np.float32(127) == scales.reshape(-1)) & (nearest / np.float32(127) != scales.reshape(-1))
-        nearest = np.where(better, candidate, nearest)
-    return nearest
 
 
 def quantization_config(weights: Mapping[str, QuantWeight], skipped: list[str], dtype: str) -> dict[str, Any]:
