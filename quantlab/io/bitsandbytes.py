@@ -159,7 +159,7 @@ class Int8Layout:
     def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
         from quantlab.weight import QuantWeight
 
-        scales = tensors.array(f"{module}.SCB") / np.float32(127)
+        scales = tensors.array(f"{module}.SCB")
         return QuantWeight(
             "int8", 8, shape, shape[1], tensors.array(f"{module}.weight"), scales, meta={"method": "int8"}
         )
