@@ -1,0 +1,208 @@
+"""Texts and labels: TweetEval (GitHub's files or the hub's parquet), the demo's tweets, plain text files."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+TASKS = ("emoji", "emotion", "hate", "irony", "offensive", "sentiment")
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # GitHub's names: the hub's
+HUB_ID = "cardiffnlp/tweet_eval"
+NAMES = {
+    "emotion": ["anger", "joy", "optimism", "sadness"],
+    "hate": ["not-hate", "hate"],
+    "irony": ["non_irony", "irony"],
+    "offensive": ["not-offensive", "offensive"],
+    "sentiment": ["negative", "neutral", "positive"],
+}
+DEMO_NAMES = ["negative", "neutral", "positive"]
+DEMO_COUNTS = (1087, 2345, 768)  # negative, neutral, positive
+DEMO_THRESHOLD = 0.5  # mean rating, of -4 to 4, at which a tweet counts as negative or positive
+MAX_TEXT = 1 << 30  # bytes of a text file
+
+Labelled = tuple[list[str], np.ndarray, list[str]]
+
+
+def load_tweeteval(task: str, split: str, root: str | os.PathLike[str] | None = None) -> Labelled:
+    """Texts, labels int64 (N,), and names of the labels, of one TweetEval task (Barbieri et al. 2020).
+
+    split: "train", "val" or "test". Looked for in `root` (a directory with <task>/<split>_text.txt and _labels.txt as
+    in TweetEval's repository, or with <task>/<split>*.parquet as on the hub), or else in QUANTLAB_DATA and its
+    `tweeteval`, or else in the Hugging Face cache, or else on the hub.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, accepted: {', '.join(TASKS)}")
+    split = {"validation": "val", "valid": "val"}.get(split, split)
+    if split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, accepted: {', '.join(SPLITS)}")
+    tried = []
+    for folder in _roots(root):
+        text, labels = (folder / task / f"{split}_{part}.txt" for part in ("text", "labels"))
+        if text.is_file() or labels.is_file():
+            return _read_github(text, labels, folder / task / "mapping.txt", task)
+        found = sorted((folder / task).glob(f"{SPLITS[split]}*.parquet"))
+        if found:
+            return _read_parquet(found, task)
+        tried.append(str(folder / task))
+    if root is not None:
+        raise FileNotFoundError(
+            f"root: {root} holds neither {task}/{split}_text.txt nor {task}/{SPLITS[split]}*.parquet"
+        )
+    return _read_parquet([_hub_file(task, split, tried)], task)
+
+
+def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
+    if root is not None:
+        return [Path(root), Path(root) / "datasets"]  # the second: a clone of the repository
+    data = os.environ.get("QUANTLAB_DATA")
+    return [Path(data) / "tweeteval", Path(data) / "tweeteval" / "datasets", Path(data)] if data else []
+
+
+def _hub_file(task: str, split: str, tried: list[str]) -> Path:
+    import huggingface_hub
+
+    name = f"{task}/{SPLITS[split]}-00000-of-00001.parquet"
+    try:
+        return Path(huggingface_hub.hf_hub_download(HUB_ID, name, repo_type="dataset"))
+    except Exception as error:  # many kinds, of several libraries: all mean that the file cannot be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        looked = f"not in {', '.join(tried)}; " if tried else ""
+        raise FileNotFoundError(
+            f"tweeteval {task} {split}: {looked}{HUB_ID} on the hub cannot be reached ({reason}); give the directory of "
+            f"TweetEval's files as root, or in QUANTLAB_DATA"
+        ) from None
+
+
+def _read_github(text: Path, labels: Path, mapping: Path, task: str) -> Labelled:
+    for path in (text, labels):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing")
+    texts, raw = read_lines(text), read_lines(labels)
+    try:
+        values = np.array([int(line) for line in raw], np.int64)
+    except (ValueError, OverflowError):
+        bad = next(i for i, line in enumerate(raw) if not line.strip().lstrip("-").isdigit())
+        raise ValueError(f"{labels}: line {bad + 1} is {raw[bad][:40]!r}, expected the number of a label") from None
+    names = _read_mapping(mapping) if mapping.is_file() else NAMES.get(task)
+    return check_labelled(texts, values, names or [str(i) for i in range(20)], str(labels))
+
+
+def _read_mapping(path: Path) -> list[str]:
+    """Names from lines `number TAB name`."""
+    names = {}
+    for i, line in enumerate(read_lines(path)):
+        number, _, name = line.partition("\t")
+        if not number.strip().isdigit() or not name.strip():
+            raise ValueError(f"{path}: line {i + 1} is {line[:40]!r}, expected a number, a tab and a name")
+        names[int(number)] = name.strip()
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{path}: numbers {sorted(names)}, expected 0 to {len(names) - 1}")
+    return [names[i] for i in range(len(names))]
+
+
+def _read_parquet(paths: list[Path], task: str) -> Labelled:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts: list[str] = []
+    values: list[int] = []
+    for path in paths:
+        try:
+            table = pyarrow.parquet.read_table(path, columns=["text", "label"])
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a parquet file with the columns text and label: {error}") from None
+        texts += table.column("text").to_pylist()
+        values += table.column("label").to_pylist()
+    where = str(paths[0])
+    if not all(isinstance(text, str) for text in texts) or not all(type(value) is int for value in values):
+        raise ValueError(f"{where}: expected strings in text and integers in label, and none missing")
+    return check_labelled(texts, np.array(values, np.int64), NAMES.get(task) or [str(i) for i in range(20)], where)
+
+
+def check_labelled(texts: Sequence[str], labels: np.ndarray, names: list[str], where: str) -> Labelled:
+    """The three, after checking that there is one label a text, each the number of a name."""
+    if len(texts) != len(labels):
+        raise ValueError(f"{where}: {len(labels)} labels for {len(texts)} texts")
+    if not texts:
+        raise ValueError(f"{where}: no texts")
+    bad = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if bad.size:
+        raise ValueError(f"{where}: label {labels[bad[0]]} of text {bad[0] + 1}, expected 0 to {len(names) - 1}")
+    return list(texts), labels, names
+
+
+def load_demo_tweets(*, local_files_only: bool = False) -> Labelled:
+    """The demo's 4,200 tweets (Hutto and Gilbert, ICWSM 2014; 20 raters each), labels int64 (4200,), and their names:
+    0 negative (mean rating <= -0.5), 1 neutral, 2 positive (>= 0.5)."""
+    from quantlab.io.cache import fetch
+
+    return parse_demo_tweets(fetch("demo-tweets", local_files_only=local_files_only))
+
+
+def parse_demo_tweets(path: str | os.PathLike[str]) -> Labelled:
+    """Lines `number TAB mean rating TAB text`; HTML entities in the text are undone."""
+    texts, ratings = [], []
+    for i, line in enumerate(read_lines(path)):
+        parts = line.split("\t", 2)
+        try:
+            ratings.append(float(parts[1]))
+            texts.append(html.unescape(parts[2]).strip())
+        except (IndexError, ValueError):
+            raise ValueError(f"{path}: line {i + 1} is {line[:40]!r}, expected a number, a rating and a text") from None
+    rating = np.array(ratings)
+    labels = 1 + (rating >= DEMO_THRESHOLD).astype(np.int64) - (rating <= -DEMO_THRESHOLD)
+    counts = tuple(np.bincount(labels, minlength=3).tolist())
+    if counts != DEMO_COUNTS:
+        raise ValueError(f"{path}: {counts} negative, neutral and positive tweets, expected {DEMO_COUNTS}")
+    return texts, labels, DEMO_NAMES
+
+
+def split_indices(
+    count: int, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2), seed: int = 0
+) -> list[np.ndarray]:
+    """Indices of a train, a validation and a test part: the same permutation for the same count and seed."""
+    if count < 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ValueError(
+            f"fractions: got {fractions} of {count}, expected three positive numbers that add up to 1, of 3 or more"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
+    first, second = round(count * fractions[0]), round(count * (fractions[0] + fractions[1]))
+    return [np.sort(part) for part in np.split(order, [first, second])]
+
+
+def load_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 text file, for calibration and perplexity; ValueError where it is empty or not text."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"text: {path}: no such file")
+    size = path.stat().st_size
+    if not 0 < size <= MAX_TEXT:
+        raise ValueError(f"text: {path} has {size} bytes, accepted: 1 to {MAX_TEXT}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {path} is not UTF-8 (byte {error.start})") from None
+    if not text.strip():
+        raise ValueError(f"text: {path} holds only white space")
+    return text
+
+
+def load_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file that are not blank, one text each."""
+    return [line for line in load_text(path).splitlines() if line.strip()]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """Lines of a UTF-8 file, parted by line feeds alone (a tweet may hold other line breaks), without the last's."""
+    path = Path(path)
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_TEXT} are accepted")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
