@@ -20,7 +20,7 @@ NAMES = {
     "sentiment": ["negative", "neutral", "positive"],
 }
 DEMO_NAMES = ["negative", "neutral", "positive"]
-DEMO_COUNTS = (1087, 2345, 768)  # negative, neutral, positive
+DEMO_COUNTS = (1087, 768, 2345)  # negative, neutral, positive
 DEMO_THRESHOLD = 0.5  # mean rating, of -4 to 4, at which a tweet counts as negative or positive
 MAX_TEXT = 1 << 30  # bytes of a text file
 
@@ -72,8 +72,8 @@ def _hub_file(task: str, split: str, tried: list[str]) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         looked = f"not in {', '.join(tried)}; " if tried else ""
         raise FileNotFoundError(
-            f"tweeteval {task} {split}: {looked}{HUB_ID} on the hub cannot be reached ({reason}); give the directory of "
-            f"TweetEval's files as root, or in QUANTLAB_DATA"
+            f"tweeteval {task} {split}: {looked}{HUB_ID} on the hub cannot be reached ({reason}); give the directory "
+            "of TweetEval's files as root, or in QUANTLAB_DATA"
         ) from None
 
 
