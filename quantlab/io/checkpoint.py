@@ -94,6 +94,6 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
         or str(source).count("/") != 1
     ):
         raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
-    from quantlab.io.hub import download
+    from quantlab.io.hub import download_model
 
-    return DirectoryCheckpoint(download(str(source), local_files_only=local_files_only))
+    return DirectoryCheckpoint(download_model(str(source), local_files_only=local_files_only))

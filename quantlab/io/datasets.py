@@ -63,18 +63,14 @@ def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
 
 
 def _hub_file(task: str, split: str, tried: list[str]) -> Path:
-    import huggingface_hub
+    from quantlab.io.hub import download_data
 
-    name = f"{task}/{SPLITS[split]}-00000-of-00001.parquet"
     try:
-        return Path(huggingface_hub.hf_hub_download(HUB_ID, name, repo_type="dataset"))
-    except Exception as error:  # many kinds, of several libraries: all mean that the file cannot be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return download_data(HUB_ID, f"{task}/{SPLITS[split]}-00000-of-00001.parquet")
+    except FileNotFoundError as error:
         looked = f"not in {', '.join(tried)}; " if tried else ""
-        raise FileNotFoundError(
-            f"tweeteval {task} {split}: {looked}{HUB_ID} on the hub cannot be reached ({reason}); give the directory "
-            "of TweetEval's files as root, or in QUANTLAB_DATA"
-        ) from None
+        hint = "give the directory of TweetEval's files as root, or in QUANTLAB_DATA"
+        raise FileNotFoundError(f"tweeteval {task} {split}: {looked}{error}; {hint}") from None
 
 
 def _read_github(text: Path, labels: Path, mapping: Path, task: str) -> Labelled:
