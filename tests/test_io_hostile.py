@@ -352,7 +352,7 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "2^60 tensors": (patch(8, "Q", 2**60), "claims"),
     "2^60 metadata values": (patch(16, "Q", 2**60), "claims"),
     "a name of 2^62 bytes": (patch(24, "Q", 2**62), "cut short"),
-    "cut in the metadata": (lambda data: data[:600], "cut short"),
+    "cut in the metadata": (lambda data: data[:900], "cut short"),
     "cut in the data": (lambda data: data[:-500], "cut short"),
     "an array of 2^62 numbers": (header(text(b"a") + struct.pack("<IIQ", 9, 4, 2**62)), "cut short"),
     "an array of 2^62 texts": (header(text(b"a") + struct.pack("<IIQ", 9, 8, 2**62)), "claims"),
