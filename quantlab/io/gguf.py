@@ -180,7 +180,8 @@ class GGUFFile:
         out = np.empty((len(blocks), block), np.float32)
         step = CHUNK // block
         for i in range(0, len(blocks), step):  # as one long row: twice as fast as the library's groups of 16 rows
-            out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), kind).reshape(-1, block)
+            with np.errstate(all="ignore"):  # a damaged scale may be NaN: whoever uses the weights checks them
+                out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), kind).reshape(-1, block)
         return out.reshape(info.shape)
 
 
