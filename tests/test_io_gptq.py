@@ -1,4 +1,4 @@
-"""The GPTQ layout against published bit patterns, an independent unpacker, and files as AutoGPTQ and GPTQModel write."""
+"""The GPTQ layout against published words, an independent unpacker, and files as AutoGPTQ and GPTQModel write them."""
 
 from __future__ import annotations
 
