@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,11 +79,10 @@ def _read_github(text: Path, labels: Path, mapping: Path, task: str) -> Labelled
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing")
     texts, raw = read_lines(text), read_lines(labels)
-    try:
-        values = np.array([int(line) for line in raw], np.int64)
-    except (ValueError, OverflowError):
-        bad = next(i for i, line in enumerate(raw) if not line.strip().lstrip("-").isdigit())
-        raise ValueError(f"{labels}: line {bad + 1} is {raw[bad][:40]!r}, expected the number of a label") from None
+    bad = next((i for i, line in enumerate(raw) if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", line)), None)
+    if bad is not None:
+        raise ValueError(f"{labels}: line {bad + 1} is {raw[bad][:40]!r}, expected the number of a label")
+    values = np.array([int(line) for line in raw], np.int64)
     names = _read_mapping(mapping) if mapping.is_file() else NAMES.get(task)
     return check_labelled(texts, values, names or [str(i) for i in range(20)], str(labels))
 
