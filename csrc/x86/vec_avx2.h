@@ -93,9 +93,9 @@ static inline vf vi_as_vf(vi a) { return _mm256_castsi256_ps(a); } /* the same b
 static inline vi vf_as_vi(vf a) { return _mm256_castps_si256(a); }
 static inline vi vi_select(vm m, vi a, vi b) { return vf_as_vi(v_select(m, vi_as_vf(a), vi_as_vf(b))); }
 
-/* a 2^q for |q| <= 252, rounded at most twice in the denormals */
-static inline vf v_ldexp(vf a, vi q) {
-    vi half = _mm256_srai_epi32(q, 1), bias = vi_set1(127);
+/* a 2^q for a whole q, |q| <= 252, rounded at most twice in the denormals */
+static inline vf v_ldexp(vf a, vf exponent) {
+    vi q = vi_from_vf(exponent), half = _mm256_srai_epi32(q, 1), bias = vi_set1(127);
     vf first = vi_as_vf(vi_shl(vi_add(half, bias), 23)), second = vi_as_vf(vi_shl(vi_add(vi_sub(q, half), bias), 23));
     return v_mul(v_mul(a, first), second);
 }

@@ -86,12 +86,8 @@ static inline vf vi_as_vf(vi a) { return _mm512_castsi512_ps(a); } /* the same b
 static inline vi vf_as_vi(vf a) { return _mm512_castps_si512(a); }
 static inline vi vi_select(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m, b, a); }
 
-/* a 2^q for |q| <= 252, rounded at most twice in the denormals */
-static inline vf v_ldexp(vf a, vi q) {
-    vi half = _mm512_srai_epi32(q, 1), bias = vi_set1(127);
-    vf first = vi_as_vf(vi_shl(vi_add(half, bias), 23)), second = vi_as_vf(vi_shl(vi_add(vi_sub(q, half), bias), 23));
-    return v_mul(v_mul(a, first), second);
-}
+/* a 2^q for a whole q, |q| <= 252, rounded at most twice in the denormals */
+static inline vf v_ldexp(vf a, vf q) { return _mm512_scalef_ps(a, q); }
 
 /* ---- narrow types to lanes: VL elements at p ------------------------------------------------------------------ */
 

@@ -17,7 +17,7 @@ static inline vf v_exp(vf x) {
     p = v_fma(p, r, v_set1(0.5f));
     p = v_fma(v_mul(p, r), r, r);
     p = v_add(p, v_set1(1.0f));
-    return v_ldexp(p, vi_from_vf(q));
+    return v_ldexp(p, q);
 }
 
 /* 1 / (1 + exp(-x)) */
