@@ -82,7 +82,7 @@ class GPTQConfig(QuantizationConfig):
     scale_search: Literal["mse", "hessian"] | None = None
     drift_correction: bool = False
     residual_correction: bool = False
-    block_stale_scales: bool = False
+    block_stale_scales: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class GPTQConfig(QuantizationConfig):
         _check_choice("bits", bits, BITS)
         return cls(
             bits=bits, group_size=group_size, sym=sym, act_group_aware=True, scale_search="hessian",
-            drift_correction=bits <= 3, residual_correction=bits <= 3,
+            drift_correction=bits <= 3, residual_correction=bits <= 3, block_stale_scales=False,
         )  # fmt: skip
 
 

@@ -56,6 +56,11 @@ class Hessian:
         return self.sum.diagonal().astype(np.float64) * self.factor
 
 
+def add_moments(moments: np.ndarray, full: np.ndarray, own: np.ndarray, x: np.ndarray) -> None:
+    """moments (m, k) += sum over tokens of (full - own) x^T; full, own float32 (t, m), x float32 (t, k)."""
+    _core.gram_into(moments, full - own, x, False)
+
+
 @dataclass(frozen=True)
 class GPTQReport:
     """How one matrix was quantized. loss: mean over tokens of the squared output error, summed over outputs.

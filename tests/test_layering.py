@@ -51,6 +51,7 @@ PYTHON_LAYERS = [
     {"_core", "arrays", "config", "cuda", "errors", "progress"},
     {"backend", "weight", "rope"},
     {"io", "gptq"},
+    {"calibration", "resume"},
     {"llama", "quantize", "generate", "perplexity", "classify", "size", "lora"},
     {"bench"},
     {"experiments"},

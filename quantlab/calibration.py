@@ -1,0 +1,142 @@
+"""Calibration: token rows in chunks, and a model run over them one decoder layer at a time, matrix by matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantlab import _core
+from quantlab.rope import rope_tables
+
+CHUNK_TOKENS = 4096  # tokens that one op works on: bounds the memory of what is not kept
+HOLD_BYTES = 2 << 30  # inputs of a stage up to this size are kept; larger ones are computed again when needed
+
+# the matrices of one layer that share their inputs, in the order of the forward pass
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+ADDED_TO_RESIDUAL = (1, 3)  # the stages whose output is added to the residual stream
+
+Inputs = Callable[[int], np.ndarray]  # chunk -> inputs of a stage, float32 (tokens, k)
+Handles = Mapping[str, _core.Weight]  # "self_attn.q_proj" -> weight
+Steps = Generator[Inputs, Handles, None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole token rows laid end to end."""
+
+    ids: np.ndarray  # int32 (t,)
+    positions: np.ndarray  # int32 (t,)
+    starts: np.ndarray  # int64 (rows + 1,)
+    lengths: np.ndarray  # int64 (rows,)
+
+
+def chunks_of(rows: Iterable[np.ndarray], tokens: int = CHUNK_TOKENS) -> list[Chunk]:
+    """Rows of int32 ids in their order, in chunks of at most `tokens` (a longer row makes a chunk of its own)."""
+    groups: list[list[np.ndarray]] = []
+    for row in rows:
+        if groups and sum(map(len, groups[-1])) + len(row) <= tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_chunk(group) for group in groups]
+
+
+def _chunk(rows: list[np.ndarray]) -> Chunk:
+    lengths = np.array([len(row) for row in rows], np.int64)
+    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    return Chunk(np.concatenate(rows), positions, np.concatenate([[0], np.cumsum(lengths)]), lengths)
+
+
+class Activations:
+    """The residual stream of all chunks, moved through the model one decoder layer at a time."""
+
+    def __init__(self, config: Any, chunks: list[Chunk], embedding: _core.Weight):
+        self.config, self.chunks = config, chunks
+        self.tokens = sum(len(chunk.ids) for chunk in chunks)
+        self.residual = [_core.embedding(chunk.ids, embedding) for chunk in chunks]
+        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def copy(self) -> Activations:
+        other = object.__new__(Activations)
+        other.__dict__.update(self.__dict__)
+        other.residual = [chunk.copy() for chunk in self.residual]
+        return other
+
+    def layer(self, norms: tuple[np.ndarray, np.ndarray]) -> Steps:
+        """Runs one decoder layer: yields the inputs of each stage of STAGES, and is sent that stage's weights."""
+        weights = yield self._norm(norms[0])
+        attended = self._hold(self._attention(self._norm(norms[0]), weights), self.config.num_attention_heads)
+        weights = yield attended
+        self._add(attended, weights["self_attn.o_proj"])
+        weights = yield self._norm(norms[1])
+        activated = self._hold(self._swiglu(self._norm(norms[1]), weights), 0)
+        weights = yield activated
+        self._add(activated, weights["mlp.down_proj"])
+
+    def run(self, norms: tuple[np.ndarray, np.ndarray], weights: Handles) -> None:
+        """Moves on by one layer with these weights."""
+        steps = self.layer(norms)
+        next(steps)
+        for _ in STAGES:
+            advance(steps, weights)
+
+    def _norm(self, gain: np.ndarray) -> Inputs:
+        return lambda i: _core.rmsnorm(self.residual[i], gain, self.config.rms_norm_eps)
+
+    def _add(self, inputs: Inputs, weight: _core.Weight) -> None:
+        for i, residual in enumerate(self.residual):
+            _core.add_into(residual, _core.linear(inputs(i), weight))
+
+    def _attention(self, inputs: Inputs, weights: Handles) -> Inputs:
+        config = self.config
+
+        def attend(i: int) -> np.ndarray:
+            chunk, x = self.chunks[i], inputs(i)
+            q, k, v = (
+                _core.linear(x, weights[module]).reshape(len(x), heads, config.head_dim)
+                for module, heads in zip(
+                    STAGES[0], (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True
+                )
+            )
+            tables = self._rope(int(chunk.lengths.max()))
+            q, k = _core.rope(q, *tables, chunk.positions), _core.rope(k, *tables, chunk.positions)
+            scale = config.head_dim**-0.5
+            out = _core.attention(q, k, v, chunk.starts, chunk.starts[:-1].copy(), chunk.lengths, scale)
+            return out.reshape(len(x), -1)
+
+        return attend
+
+    def _swiglu(self, inputs: Inputs, weights: Handles) -> Inputs:
+        def activate(i: int) -> np.ndarray:
+            x = inputs(i)
+            return _core.swiglu(*(_core.linear(x, weights[module]) for module in STAGES[2]))
+
+        return activate
+
+    def _rope(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        if length not in self._tables:
+            self._tables[length] = rope_tables(self.config, length)
+        return self._tables[length]
+
+    def _hold(self, compute: Inputs, heads: int) -> Inputs:
+        """Keeps what `compute` gives where it is not too large."""
+        width = heads * self.config.head_dim if heads else self.config.intermediate_size
+        if 4 * self.tokens * width > HOLD_BYTES:
+            return compute
+        return [compute(i) for i in range(len(self.chunks))].__getitem__
+
+
+def advance(steps: Steps, weights: Handles) -> Inputs | None:
+    """The inputs of the next stage once the last one has these weights; None after the last stage."""
+    try:
+        return steps.send(weights)
+    except StopIteration:
+        return None

@@ -1,0 +1,241 @@
+"""Quantizes a whole model: matrix by matrix where a method needs no data, by a stream of decoder layers for GPTQ."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlab import gptq
+from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs, advance, chunks_of
+from quantlab.config import GPTQConfig, QuantizationConfig
+from quantlab.llama import LlamaConfig, LlamaForCausalLM, layer_modules, to_sequences
+from quantlab.progress import Progress
+from quantlab.progress import progress as progress_bar
+from quantlab.resume import LayerStore, fingerprint, settings_of
+from quantlab.weight import FLOAT_BITS, QuantWeight
+
+Calibration = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+
+
+def quantize(
+    model: Any,
+    config: QuantizationConfig,
+    calibration: Calibration | None = None,
+    progress: bool = True,
+    resume_dir: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Quantizes the seven matrices of every decoder layer; embedding, norms, lm_head and score stay as they are.
+
+    model: a loaded model, a Checkpoint, or a source for `open_checkpoint`. A model gives one of its own class; anything
+    else gives a LlamaForCausalLM. config: GPTQConfig, NF4Config, FP4Config, RTNConfig or Int8Config. calibration, for
+    GPTQ: texts, or rows of token ids; rows longer than the model's context are cut to it.
+
+    GPTQ reads one decoder layer at a time (from a memory map, if that is where the weights are) and writes each
+    finished one to `resume_dir`, if given: a run with the same arguments goes on where it stopped and ends with the
+    same codes. The result's `quantization_report` has one dictionary a matrix.
+
+    Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite.
+    """
+    if not isinstance(config, QuantizationConfig):
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected GPTQConfig, NF4Config, FP4Config, RTNConfig or Int8Config"
+        )
+    source = _open(model)
+    llama = source.config if isinstance(source.config, LlamaConfig) else LlamaConfig(source.config)
+    _check_float(source, llama)
+    if isinstance(config, GPTQConfig):
+        rows = calibration_rows(source, llama, calibration)
+        run = _LayerStream(source, llama, config, rows, resume_dir)
+        with progress_bar(len(list(layer_modules(llama))), f"GPTQ {config.bits} bits", "matrix", progress) as bar:
+            weights, reports = run.quantize(bar)
+    else:
+        if resume_dir is not None:
+            raise ValueError(f"resume_dir: got {str(resume_dir)!r}, but only GPTQ keeps finished layers")
+        weights, reports = _matrix_by_matrix(source, llama, config, progress)
+    quantized = _build(source, llama, weights)
+    quantized.quantization_report = reports
+    return quantized
+
+
+def _open(model: Any) -> Any:
+    if isinstance(model, (str, Path)):
+        from quantlab.io import open_checkpoint
+
+        return open_checkpoint(model)
+    if not all(hasattr(model, name) for name in ("config", "weight", "vector")):
+        raise TypeError(f"model: got {type(model).__name__}, expected a model, a Checkpoint, or a path or name of one")
+    return model
+
+
+def _check_float(source: Any, llama: LlamaConfig) -> None:
+    module = next(layer_modules(llama))
+    weight = source.weight(module)
+    if weight.format not in FLOAT_BITS:
+        raise ValueError(f"model: its {module} is {weight.format} already; quantize a model with float weights")
+
+
+def _build(source: Any, llama: LlamaConfig, weights: Mapping[str, QuantWeight]) -> Any:
+    if hasattr(source, "replace"):
+        return source.replace(weights)
+    rest = {"model.embed_tokens": source.weight("model.embed_tokens")}
+    if source.has("lm_head"):
+        rest["lm_head"] = source.weight("lm_head")
+    norms = [f"model.layers.{i}.{name}" for i in range(llama.num_hidden_layers) for name in _NORMS]
+    vectors = {module: source.vector(module) for module in (*norms, "model.norm")}
+    return LlamaForCausalLM(llama, {**rest, **weights}, vectors, source.tokenizer, source)
+
+
+def _matrix_by_matrix(
+    source: Any, llama: LlamaConfig, config: QuantizationConfig, show: bool
+) -> tuple[dict[str, QuantWeight], list[dict[str, Any]]]:
+    weights, reports = {}, []
+    modules = list(layer_modules(llama))
+    with progress_bar(len(modules), config.method, "matrix", show) as bar:
+        for module in modules:
+            started = time.perf_counter()
+            weights[module] = QuantWeight.from_float(source.weight(module).dequantize(), config, name=module)
+            seconds = time.perf_counter() - started
+            reports.append(
+                {"module": module, "method": config.method, "bits": weights[module].bits, "seconds": seconds}
+            )
+            bar.advance(note=module)
+    return weights, reports
+
+
+# ---- calibration data ----------------------------------------------------------------------------------------------
+
+
+def calibration_rows(source: Any, llama: LlamaConfig, calibration: Calibration | None) -> list[np.ndarray]:
+    """Rows of int32 token ids, checked against the vocabulary and cut to the model's context."""
+    wanted = "expected a list of texts, or rows of token ids"
+    if calibration is None or isinstance(calibration, (str, bytes)):
+        got = "nothing" if calibration is None else "one text"
+        raise ValueError(f"calibration: got {got}, {wanted}")
+    if len(calibration) == 0:
+        raise ValueError(f"calibration: it is empty, {wanted}")
+    if isinstance(calibration[0], str):
+        encoder = getattr(source, "tokenizer", None)
+        if encoder is None:
+            raise ValueError("calibration: this checkpoint has no tokenizer; pass rows of token ids instead of texts")
+        rows = [np.array(encoding.ids, np.int32) for encoding in encoder.encode_batch(list(calibration))]
+        rows = [row for row in rows if len(row)]
+        if not rows:
+            raise ValueError("calibration: the texts have no tokens")
+    else:
+        try:
+            rows = to_sequences(calibration)
+        except ValueError as error:
+            raise ValueError(f"calibration: {error}") from None
+    for row in rows:
+        if row.max() >= llama.vocab_size:
+            raise ValueError(
+                f"calibration: token id {row.max()}, expected less than the vocabulary of {llama.vocab_size}"
+            )
+    return [row[: llama.max_position_embeddings] for row in rows]
+
+
+# ---- GPTQ, one decoder layer at a time -----------------------------------------------------------------------------
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class _LayerStream:
+    """One pass over the layers. With `true_sequential`, every matrix is quantized before the inputs of the next stage
+    are computed with it, and each product is computed once; without, a layer's inputs are those of its float weights,
+    and the layer runs a second time with the quantized ones."""
+
+    def __init__(
+        self,
+        source: Any,
+        llama: LlamaConfig,
+        config: GPTQConfig,
+        rows: list[np.ndarray],
+        resume_dir: str | os.PathLike[str] | None,
+    ):
+        self.source, self.llama, self.config = source, llama, config
+        self.store = None
+        if resume_dir is not None:
+            modules = ["model.embed_tokens", *layer_modules(llama)]
+            self.store = LayerStore(resume_dir, settings_of(config, rows, fingerprint(source, llama, modules)))
+        embedding = source.weight("model.embed_tokens").handle
+        self.quantized = Activations(llama, chunks_of(rows), embedding)
+        corrected = config.drift_correction or config.residual_correction
+        self.full = self.quantized.copy() if corrected else None
+
+    def quantize(self, bar: Progress) -> tuple[dict[str, QuantWeight], list[dict[str, Any]]]:
+        weights: dict[str, QuantWeight] = {}
+        reports: list[dict[str, Any]] = []
+        for layer in range(self.llama.num_hidden_layers):
+            finished = self.store.load(layer) if self.store is not None else None
+            if finished is None:
+                finished = self._quantize_layer(layer, bar)
+                if self.store is not None:
+                    self.store.save(layer, *finished)
+            else:
+                self._pass_layer(layer, finished[0])
+                bar.advance(sum(map(len, STAGES)), note=f"layer {layer} was finished before")
+            weights.update(finished[0])
+            reports += finished[1]
+        return weights, reports
+
+    def _norms(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(self.source.vector(f"model.layers.{layer}.{name}") for name in _NORMS)  # type: ignore[return-value]
+
+    def _handles(self, layer: int, stages: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """Float weights of these stages."""
+        return {
+            module: self.source.weight(f"model.layers.{layer}.{module}").handle for stage in stages for module in stage
+        }
+
+    def _pass_layer(self, layer: int, weights: Mapping[str, QuantWeight]) -> None:
+        prefix, norms = f"model.layers.{layer}.", self._norms(layer)
+        self.quantized.run(norms, {name.removeprefix(prefix): weight.handle for name, weight in weights.items()})
+        if self.full is not None:
+            self.full.run(norms, self._handles(layer, STAGES))
+
+    def _quantize_layer(self, layer: int, bar: Progress) -> tuple[dict[str, QuantWeight], list[dict[str, Any]]]:
+        norms, sequential = self._norms(layer), self.config.true_sequential
+        run = self.quantized if sequential else self.quantized.copy()
+        steps = run.layer(norms)
+        full_steps = self.full.layer(norms) if self.full is not None else None
+        inputs, full_inputs = next(steps), next(full_steps) if full_steps is not None else None
+        weights: dict[str, QuantWeight] = {}
+        reports: list[dict[str, Any]] = []
+        for index, stage in enumerate(STAGES):
+            names = [f"model.layers.{layer}.{module}" for module in stage]
+            results = self._quantize_stage(index, names, run, inputs, full_inputs, bar)
+            weights.update({name: weight for name, (weight, _) in results.items()})
+            reports += [{"method": "gptq", **report.to_dict()} for _, report in results.values()]
+            float_handles = self._handles(layer, [stage]) if full_steps is not None or not sequential else {}
+            own = {module: weights[name].handle for module, name in zip(stage, names, strict=True)}
+            inputs = advance(steps, own if sequential else float_handles)
+            full_inputs = advance(full_steps, float_handles) if full_steps is not None else None
+        if not sequential:
+            prefix = f"model.layers.{layer}."
+            self.quantized.run(norms, {name.removeprefix(prefix): weight.handle for name, weight in weights.items()})
+        return weights, reports
+
+    def _quantize_stage(
+        self, index: int, names: list[str], run: Activations, inputs: Inputs, full_inputs: Inputs | None, bar: Progress
+    ) -> dict[str, tuple[QuantWeight, gptq.GPTQReport]]:
+        """Moments of the stage's inputs over all chunks, then its matrices."""
+        n, k = self.source.weight(names[0]).shape
+        hessian = gptq.Hessian(k)
+        drift = np.zeros((k, k), np.float32) if self.config.drift_correction else None
+        residual = None
+        if self.config.residual_correction and index in ADDED_TO_RESIDUAL:
+            residual = np.zeros((n, k), np.float32)
+        for i in range(len(run.chunks)):
+            x = inputs(i)
+            hessian.add(x)
+            if full_inputs is not None and drift is not None:
+                gptq.add_moments(drift, full_inputs(i), x, x)
+            if self.full is not None and residual is not None:
+                gptq.add_moments(residual, self.full.residual[i], run.residual[i], x)
+        loads = {name: (lambda name=name: self.source.weight(name).dequantize()) for name in names}
+        return gptq.quantize_shared(loads, hessian, self.config, drift, residual, lambda name: bar.advance(note=name))
