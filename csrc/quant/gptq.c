@@ -11,7 +11,12 @@
 #include <math.h>   /* isfinite */
 #include <string.h> /* memcpy */
 
-enum { BLOCK = 128, TILE_ROWS = 32, TILES_PER_WAVE = 16 };
+enum {
+    BLOCK = 128, /* the reference's: stale scales depend on it */
+    STEPS = 16,  /* columns updated one by one; the rest of the block gets them together */
+    TILE_ROWS = 32,
+    TILES_PER_WAVE = 16
+};
 
 /* ---- the factor ------------------------------------------------------------------------------------------------ */
 
@@ -165,12 +170,19 @@ static void forecast(const tile *t, int64_t block, int64_t block_end, int64_t fr
         update_panel(t, z, k, from, end);
     }
     if (from == 0) { return; } /* nothing is finished: W itself */
-    for (int64_t j = from; j < end; j++) {
-        const double *feedback = t->p->feedback + j * k + j + 1;
-        for (int64_t r = 0; r < t->rows; r++) {
-            double *row = z + r * k + (j - from);
-            update_row(row + 1, feedback, weight_at(t, r, j) - row[0], end - j - 1);
+    for (int64_t step = from, step_end; step < end; step = step_end) {
+        double moved[TILE_ROWS * STEPS];
+        step_end = step + STEPS < end ? step + STEPS : end;
+        for (int64_t j = step; j < step_end; j++) {
+            const double *feedback = t->p->feedback + j * k + j + 1;
+            for (int64_t r = 0; r < t->rows; r++) {
+                double *row = z + r * k + (j - from);
+                moved[r * STEPS + (j - step)] = weight_at(t, r, j) - row[0];
+                update_row(row + 1, feedback, moved[r * STEPS + (j - step)], step_end - j - 1);
+            }
         }
+        ql_cpu()->feedback_forward(z + (step_end - from), moved, t->p->feedback + step * k + step_end, t->rows, step_end - step,
+                                   end - step_end, k, STEPS, k);
     }
 }
 
@@ -186,8 +198,8 @@ static void fit_group(const tile *t, int64_t block, int64_t block_end, int64_t j
     }
 }
 
-/* rounds step j of every row and hands its error to the rest of the block */
-static void quantize_step(const tile *t, int64_t block, int64_t block_end, int64_t j) {
+/* rounds step j of every row and hands its error to the steps before `end` */
+static void quantize_step(const tile *t, int64_t block, int64_t end, int64_t j) {
     const ql_gptq_problem *p = t->p;
     int64_t k = p->k, group = group_at(t, j), place = t->options->store_ordered ? j : p->order[j];
     double maxq = (double)((1 << t->options->bits) - 1), half_d2 = 0.5 * p->diagonal[j] * p->diagonal[j];
@@ -199,7 +211,7 @@ static void quantize_step(const tile *t, int64_t block, int64_t block_end, int64
         t->codes[r * k + place] = (uint8_t)code;
         t->error[r * k + j] = error;
         t->result->loss[t->row + r] += (z[0] - q) * (z[0] - q) * half_d2;
-        update_row(z + 1, p->feedback + j * k + j + 1, error, block_end - j - 1);
+        update_row(z + 1, p->feedback + j * k + j + 1, error, end - j - 1);
     }
 }
 
@@ -220,6 +232,10 @@ static int64_t end_of_block(const tile *t, int64_t block) {
     return cut > block ? cut : end;
 }
 
+static int begins_group(const tile *t, int64_t j) {
+    return !t->options->fixed_scales && (j == 0 || group_at(t, j) != group_at(t, j - 1));
+}
+
 static void quantize_tile(void *context, int64_t i) {
     const quantize_context *c = context;
     int64_t k = c->p->k, row = (c->first_tile + i) * TILE_ROWS;
@@ -232,10 +248,13 @@ static void quantize_tile(void *context, int64_t i) {
         end = end_of_block(&t, block);
         update_panel(&t, t.z, BLOCK, block, end);
         memcpy(t.z_begin, t.z, (size_t)(t.rows * BLOCK) * sizeof *t.z);
-        for (int64_t j = block; j < end; j++) {
-            int begins = !t.options->fixed_scales && (j == 0 || group_at(&t, j) != group_at(&t, j - 1));
-            if (begins) { fit_group(&t, block, end, j); }
-            quantize_step(&t, block, end, j);
+        for (int64_t step = block, step_end; step < end; step = step_end) {
+            if (begins_group(&t, step)) { fit_group(&t, block, end, step); }
+            step_end = step + 1;
+            while (step_end < end && step_end < step + STEPS && !begins_group(&t, step_end)) { step_end++; }
+            for (int64_t j = step; j < step_end; j++) { quantize_step(&t, block, step_end, j); }
+            ql_cpu()->feedback_forward(t.z + (step_end - block), t.error + step, t.p->feedback + step * k + step_end, t.rows,
+                                       step_end - step, end - step_end, BLOCK, k, k);
         }
     }
     pack_codes(&t);

@@ -17,7 +17,8 @@ void ql_overlay_avx512(ql_backend *table);
     X(swiglu_forward)        \
     X(add_forward)           \
     X(cross_entropy_forward) \
-    X(gram_forward)
+    X(gram_forward)          \
+    X(feedback_forward)
 
 #define QL_X86_FORMAT_OPS(X) \
     X(decode_forward)        \
