@@ -54,8 +54,8 @@ def tweeteval(
 
     given: dict[str, Any] = {
         "preset": preset, "variants": tuple(variants) if variants else None, "model": model, "task": task,
-        "country": country, "data_root": str(data_root) if data_root else None, "perplexity_text": perplexity_text, "wandb": wandb,
-        "local_files_only": local_files_only or None,
+        "country": country, "data_root": str(data_root) if data_root else None, "perplexity_text": perplexity_text,
+        "wandb": wandb, "local_files_only": local_files_only or None,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with wrong_call():
