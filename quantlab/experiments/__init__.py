@@ -1,0 +1,1 @@
+"""Experiments: a configuration goes in, a directory of records comes out. `quantlab.report` reads the records."""

@@ -1,0 +1,151 @@
+"""Energy and CO2e of a phase through codecarbon's offline tracker: no network, one CSV a phase, and how it was
+measured in words.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SAMPLE_SECONDS = 2.0
+
+
+@dataclass
+class Reading:
+    """What a phase took; filled when the phase ends. Energies in kWh, `kg` of CO2 equivalents, intensity in g CO2e
+    per kWh.
+
+    `method` says for each part whether it is a counter's or an estimate; energies are None where nothing could be
+    measured.
+    """
+
+    duration_s: float = 0.0
+    cpu_kwh: float | None = None
+    gpu_kwh: float | None = None
+    ram_kwh: float | None = None
+    kwh: float | None = None
+    kg: float | None = None
+    intensity_g_kwh: float | None = None
+    country: str | None = None
+    method: dict[str, str] = field(default_factory=dict)
+    counter: bool = False  # True where every part that counts was read from a counter
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def track(
+    table: Path | None = None,
+    project: str = "quantlab",
+    country: str = "ESP",
+    intensity_g_kwh: float | None = None,
+    enabled: bool = True,
+) -> Iterator[Reading]:
+    """Measures what runs inside the `with` block.
+
+    Args:
+        table: the CSV to write (codecarbon's columns, one row), atomically; None writes none.
+        country: ISO 3166 three-letter code that gives the carbon intensity, from codecarbon's own table.
+        intensity_g_kwh: an intensity in g CO2e per kWh in place of the country's.
+        enabled: False measures the duration only.
+    """
+    reading = Reading(country=country)
+    tracker = start(project, country, intensity_g_kwh) if enabled else None
+    started = time.perf_counter()
+    try:
+        yield reading
+    finally:
+        reading.duration_s = time.perf_counter() - started
+        if tracker is None:
+            reading.method = {
+                "all": "not measured: " + ("codecarbon's tracker did not start" if enabled else "switched off")
+            }
+        else:
+            finish(tracker, reading, table)
+
+
+def start(project: str, country: str, intensity_g_kwh: float | None) -> Any:
+    """A started codecarbon tracker, or None when it cannot start. codecarbon is imported here: late, and once."""
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    from codecarbon import OfflineEmissionsTracker
+
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=country, project_name=project, measure_power_secs=SAMPLE_SECONDS, tracking_mode="machine",
+        output_methods=[], output_handlers=[], log_level="critical", allow_multiple_runs=True,
+        force_carbon_intensity_g_co2e_kwh=intensity_g_kwh,
+        # A user's ~/.codecarbon.config could name services; offline means none of them.
+        emissions_endpoint=None, electricitymaps_api_token=None,
+    )  # fmt: skip
+    tracker.start()
+    return tracker if getattr(tracker, "_start_time", None) is not None else None
+
+
+def finish(tracker: Any, reading: Reading, table: Path | None) -> None:
+    """Stops the tracker and its threads, fills `reading`, and writes the CSV."""
+    timers = [
+        getattr(getattr(tracker, name, None), "_timer", None) for name in ("_scheduler", "_scheduler_monitor_power")
+    ]
+    tracker.stop()
+    for timer in timers:
+        if isinstance(timer, threading.Thread):
+            timer.cancel()
+            timer.join(timeout=5)
+    data = getattr(tracker, "final_emissions_data", None)
+    if data is None:
+        reading.method = {"all": "not measured: codecarbon's tracker gave no result"}
+        return
+    reading.cpu_kwh, reading.gpu_kwh, reading.ram_kwh = data.cpu_energy, data.gpu_energy, data.ram_energy
+    reading.kwh, reading.kg = data.energy_consumed, data.emissions
+    forced = getattr(tracker, "force_carbon_intensity_g_co2e_kwh", None)
+    table_value = country_intensity(reading.country) if forced is None else forced
+    reading.intensity_g_kwh = table_value if table_value is not None else 1000 * data.emissions / data.energy_consumed
+    reading.method = methods(tracker)
+    reading.counter = all(text.startswith("counter") for part, text in reading.method.items() if part != "ram")
+    if table is not None:
+        write_table(table, dict(data.values))
+
+
+def methods(tracker: Any) -> dict[str, str]:
+    """How codecarbon got each part: a hardware counter or an estimate, in words."""
+    found = {}
+    for part in getattr(tracker, "_hardware", []):
+        kind, mode = type(part).__name__, str(getattr(part, "_mode", ""))
+        if kind == "GPU":
+            found["gpu"] = "counter (NVML or AMD SMI)"
+        elif kind == "RAM":
+            found["ram"] = "estimate (codecarbon's constant power by memory size)"
+        elif kind == "CPU" and mode in ("intel_rapl", "windows_emi"):
+            found["cpu"] = "counter (RAPL)"
+        elif kind == "CPU" and mode == "cpu_load":
+            found["cpu"] = f"estimate (whole machine's CPU load on a {getattr(part, '_tdp', None) or '?'} W processor)"
+        else:
+            found[kind.lower()] = f"estimate ({mode or 'constant power'})"
+    return found
+
+
+def country_intensity(country: str | None) -> float | None:
+    """Grams of CO2e per kWh of a country in codecarbon's table; None for one that it lacks."""
+    from codecarbon.input import DataSource
+
+    row = DataSource().get_global_energy_mix_data().get((country or "").upper())
+    return None if row is None else float(row["carbon_intensity"])
+
+
+def write_table(path: Path, row: dict[str, Any]) -> None:
+    """One row in codecarbon's columns."""
+    from .record import write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(row)
+    write_text(path, text.getvalue())

@@ -1,0 +1,376 @@
+"""The plots of a study, from records alone. Each function returns a matplotlib Figure; a variant has one colour in
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import published
+from .study import Study, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1b1d21", "#6a7079", "#dfe2e6"  # the HTML report replaces these three by its own
+FALLBACK = "#8c6bb1"
+# one family of hues a method, darker for more bits; readable on light and dark grounds
+COLOURS: Mapping[str, str] = {
+    "fp32": "#7b828c", "fp16": "#949ba5", "bf16": "#a7adb6",
+    "gptq-8": "#1f5fa8", "gptq-4": "#3d8bd4", "gptq-3": "#72b1e8", "gptq-2": "#a5cdf0",
+    "gptq-8-r": "#0f7364", "gptq-4-r": "#1d9a85", "gptq-3-r": "#4fbfa8", "gptq-2-r": "#8ad8c7",
+    "nf4": "#d1603d", "nf4-dq": "#e0825f", "fp4": "#b8873a", "fp4-dq": "#cfa55f", "int8": "#8c5fb0",
+    "rtn-8": "#9c4468", "rtn-4": "#c25c86", "rtn-3": "#d988a9", "rtn-2": "#e8b2c9",
+}  # fmt: skip
+STYLE: dict[str, Any] = {
+    "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 10.5, "axes.labelcolor": MUTED, "text.color": INK, "axes.edgecolor": GRID, "xtick.color": MUTED,
+    "ytick.color": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "x", "axes.axisbelow": True, "grid.color": GRID,
+    "grid.linewidth": 0.8, "ytick.left": False,
+    "xtick.bottom": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
+    "savefig.facecolor": "none", "svg.fonttype": "none", "figure.constrained_layout.use": True,
+}  # fmt: skip
+WIDTH = 5.4  # inches: about a phone's width at the report's scale
+
+
+def colour(name: str) -> str:
+    return COLOURS.get(name, FALLBACK)
+
+
+def row_figure(rows: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of horizontal rows, one a variant, with as many panels below each other as asked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, panels * (0.36 * rows + 1.0)))
+    return figure, [figure.add_subplot(panels, 1, panel + 1) for panel in range(panels)]
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
+    """Labels the rows with the variants, the first on top, and returns their positions."""
+    places = np.arange(len(names))[::-1]
+    axes.set_yticks(places, [title(name) for name in names])
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    return places
+
+
+def bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], ends: Sequence[float] | None = None
+) -> None:
+    """Horizontal bars from zero in the variants' colours, a text at the end of each (or at `ends`, where more is
+    drawn).
+    """
+    places = name_rows(axes, names)
+    ends = values if ends is None else ends
+    axes.barh(places, values, height=0.62, color=[colour(name) for name in names])
+    axes.set_xlim(0, max([*ends, 1e-12]) * 1.28)
+    for place, end, text in zip(places, ends, texts, strict=True):
+        axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
+
+
+def accuracy(study: Study) -> Figure:
+    """Accuracy of every variant with its 95 % interval, the base's value and the largest class's share."""
+    names = list(study.variants)
+    figure, (axes,) = row_figure(len(names) + 0.6)
+    places = name_rows(axes, names)
+    for place, name in zip(places, names, strict=True):
+        found = study.metric(name, "accuracy")
+        value, (low, high) = 100 * found["value"], (100 * end for end in found["ci95"])
+        axes.plot([low, high], [place, place], color=colour(name), linewidth=2.4, solid_capstyle="round")
+        axes.plot([value], [place], "o", color=colour(name), markersize=8)
+        axes.annotate(
+            f"{value:.1f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
+        )
+    if study.base is not None:
+        axes.axvline(
+            100 * study.value(study.base, "accuracy"), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0
+        )
+    axes.axvline(100 * study.majority, color=MUTED, linewidth=1, linestyle=":", zorder=0)
+    edge = -0.55
+    axes.annotate(
+        "largest class",
+        (100 * study.majority, edge),
+        xytext=(3, 0),
+        textcoords="offset points",
+        color=MUTED,
+        fontsize=8.5,
+    )
+    axes.set_ylim(-0.75, len(names) - 0.25)
+    axes.set_xlabel(f"accuracy, % (95 % Wilson interval, n = {study.any['data']['n']:,})")
+    axes.set_title("Accuracy")
+    return figure
+
+
+def size(study: Study) -> Figure:
+    """Bytes of the checkpoint, and a mark for the bytes of the weights in memory."""
+    names = list(study.variants)
+    values = [study.value(name, "size_checkpoint") / 1e6 for name in names]
+    memory = [study.value(name, "size_memory") / 1e6 for name in names]
+    ratios = [study.relative(name, "size_checkpoint") for name in names]
+    texts = [
+        f"{value:,.1f}" + (f" (1/{1 / ratio:.1f})" if ratio and name != study.base else "")
+        for name, value, ratio in zip(names, values, ratios, strict=True)
+    ]
+    figure, (axes,) = row_figure(len(names))
+    bars(axes, names, values, texts, [max(pair) for pair in zip(values, memory, strict=True)])
+    places = np.arange(len(names))[::-1]
+    axes.plot(memory, places, "|", color=INK, markersize=13, markeredgewidth=1.6)
+    axes.set_xlabel("checkpoint, MB (10⁶ bytes); mark: weights in memory")
+    axes.set_title("Size")
+    return figure
+
+
+def evaluation_time(study: Study) -> Figure:
+    """Median milliseconds a tweet with the fastest and slowest repeat."""
+    names = [name for name in study.variants if study.metric(name, "ms_per_tweet")]
+    found = [study.metric(name, "ms_per_tweet") for name in names]
+    values = [item["value"] for item in found]
+    figure, (axes,) = row_figure(len(names))
+    places = name_rows(axes, names)
+    single = study.config["one_at_a_time"]
+    ends = [(item["value"], item["p95"]) if single else item["range"] for item in found]
+    errors = np.abs(np.array(ends).T - np.array(values))
+    axes.barh(places, values, height=0.62, color=[colour(name) for name in names])
+    axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+    for place, value, (_, high) in zip(places, values, ends, strict=True):
+        axes.annotate(f"{value:.3g}", (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, max(high for _, high in ends) * 1.2)
+    spread = "whisker: 95th percentile" if single else f"whiskers: range of {found[0]['n']} repeats"
+    axes.set_xlabel(f"median ms a tweet ({spread})")
+    axes.set_title("Evaluation time" + (", one tweet at a time" if single else ", in batches"))
+    return figure
+
+
+def quantization_time(study: Study) -> Figure | None:
+    """Seconds that each quantization took."""
+    names = [name for name in study.variants if study.metric(name, "quantization_time")]
+    if not names:
+        return None
+    values = [study.value(name, "quantization_time") for name in names]
+    partly = [bool(study.variants[name].get("quantization_resumed")) for name in names]
+    figure, (axes,) = row_figure(len(names))
+    bars(
+        axes,
+        names,
+        values,
+        [("≥ " if part else "") + f"{value:.3g}" for value, part in zip(values, partly, strict=True)],
+    )
+    axes.set_xlabel("seconds, one run" + (" (≥: went on after a stop)" if any(partly) else ""))
+    axes.set_title("Quantization time")
+    return figure
+
+
+def emissions(study: Study) -> Figure | None:
+    """Grams of CO2e of both phases, one panel each."""
+    phases = {"quantization": "Emissions of quantizing", "evaluation": "Emissions of evaluating"}
+    held = {phase: [name for name in study.variants if study.energy(name, phase)] for phase in phases}
+    held = {phase: names for phase, names in held.items() if names}
+    if not held:
+        return None
+    from matplotlib.figure import Figure
+
+    heights = [0.36 * len(names) + 1.1 for names in held.values()]
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    panels = figure.subplots(len(held), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (phase, names) in zip(panels, held.items(), strict=True):
+        found = [study.energy(name, phase) for name in names]
+        grams = [1000 * item["kg"] for item in found]
+        bars(axes, names, grams, [f"{gram:.3g}" for gram in grams])
+        how = "counter" if all(item["counter"] for item in found) else "estimate"
+        axes.set_xlabel(f"g CO2e ({how}, {found[0]['intensity_g_kwh']:g} g/kWh, {found[0]['country']})")
+        axes.set_title(phases[phase])
+    return figure
+
+
+def loss(study: Study) -> Figure | None:
+    """Training and evaluation loss of the head, step by step, and the step that was kept."""
+    if study.head is None or not study.head.get("history"):
+        return None
+    from matplotlib.figure import Figure
+
+    history = study.head["history"]
+    steps = [row["step"] for row in history]
+    figure = Figure(figsize=(WIDTH, 3.3))
+    axes = figure.add_subplot()
+    axes.plot(steps, [row["train_loss"] for row in history], color="#3d8bd4", linewidth=0.9, alpha=0.45)
+    axes.plot(
+        steps,
+        smooth([row["train_loss"] for row in history]),
+        color="#1f5fa8",
+        linewidth=1.8,
+        label="training (batch, smoothed)",
+    )
+    axes.plot(
+        steps,
+        [row["eval_loss"] for row in history],
+        color="#d1603d",
+        linewidth=2,
+        label=f"evaluation (n = {study.head['data']['val']['n']:,})",
+    )
+    best = min(history, key=lambda row: row["eval_loss"])
+    axes.plot([best["step"]], [best["eval_loss"]], "o", color="#d1603d", markersize=7)
+    offset = (0, -16) if best["step"] < 0.8 * steps[-1] else (-8, -16)
+    axes.annotate(
+        f"best {best['eval_loss']:.3f}",
+        (best["step"], best["eval_loss"]),
+        xytext=offset,
+        textcoords="offset points",
+        ha="center",
+        fontsize=9,
+    )
+    axes.grid(axis="y")
+    axes.margins(y=0.14)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nat")
+    axes.set_title("Loss of the head")
+    axes.legend(loc="upper right", fontsize=9)
+    return figure
+
+
+def smooth(values: Sequence[float], span: int = 15) -> np.ndarray:
+    """A centred moving mean; the ends average what there is."""
+    width = max(1, min(span, len(values) // 4))
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def confusions(study: Study) -> Figure:
+    """A confusion matrix for every variant: counts, shaded by the share of the true class."""
+    from matplotlib.figure import Figure
+
+    names = list(study.variants)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    size = len(study.any["classification"]["labels"])
+    figure = Figure(figsize=(WIDTH, rows * (WIDTH / columns + 0.25) + 0.3))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
+        confusion_panel(axes, study.variants[name]["classification"], name, index % columns == 0, written=size <= 6)
+    figure.supxlabel("predicted", fontsize=9.5, color=MUTED)
+    figure.supylabel("true", fontsize=9.5, color=MUTED)
+    return figure
+
+
+def confusion_panel(axes: Axes, result: Mapping[str, Any], name: str, first: bool, written: bool) -> None:
+    """One confusion matrix: rectangles in the variant's colour, the counts in them where they can be read."""
+    from matplotlib.patches import Rectangle
+
+    counts = np.array(result["confusion"])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour(name), alpha=float(share), linewidth=0))
+        if written:
+            axes.text(column + 0.5, row + 0.5, f"{counts[row, column]:,}", ha="center", va="center", fontsize=9)
+    size = len(counts)
+    axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal")
+    short = [label[:3] for label in result["labels"]] if written else [""] * size
+    axes.set_xticks(np.arange(size) + 0.5, short, fontsize=8.5)
+    axes.set_yticks(np.arange(size) + 0.5, short if first else [""] * size, fontsize=8.5)
+    axes.grid(False)
+    for side in axes.spines.values():
+        side.set_visible(True)
+    axes.set_title(title(name), fontsize=9.5, fontweight="normal")
+
+
+def accuracy_by_size(study: Study) -> Figure:
+    """Accuracy against the size of the checkpoint: what each byte buys."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 3.5))
+    axes = figure.add_subplot()
+    for name in study.variants:
+        found = study.metric(name, "accuracy")
+        x, y = study.value(name, "size_checkpoint") / 1e6, 100 * found["value"]
+        ends = np.abs(100 * np.array(found["ci95"]) - y)[:, None]
+        axes.errorbar([x], [y], yerr=ends, fmt="o", color=colour(name), markersize=8, elinewidth=1.6, label=title(name))
+    axes.set_xscale("log")
+    sizes = sorted({round(study.value(name, "size_checkpoint") / 1e6) for name in study.variants})
+    ticks = [value for index, value in enumerate(sizes) if index == 0 or value / sizes[index - 1] > 1.13]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(axis="y")
+    axes.margins(x=0.12)
+    axes.set_xlabel("checkpoint, MB (log scale)")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title("Accuracy against size")
+    axes.legend(fontsize=8.5, ncols=2, loc="lower right", handletextpad=0.2, columnspacing=0.8)
+    return figure
+
+
+def beside_published(study: Study) -> Figure | None:
+    """Ours (filled) and the published figures (hollow), each relative to its own fp32 base."""
+    names = [name for name in study.variants if name in published.FIGURES and name != "fp32"]
+    if study.base != "fp32" or not names:
+        return None
+    figure, panels = row_figure(len(names), 3)
+    measures: list[tuple[str, Callable[[str], float | None], Callable[[str], float | None]]] = [
+        (
+            "Size, relative to fp32",
+            lambda name: study.relative(name, "size_checkpoint"),
+            lambda name: published.relative(name, "size"),
+        ),
+        (
+            "Time a tweet, relative to fp32",
+            lambda name: study.relative(name, "ms_per_tweet"),
+            lambda name: published.relative(name, "evaluation"),
+        ),
+        (
+            "Accuracy, relative change in %",
+            lambda name: change(study, name),
+            lambda name: published.FIGURES[name]["accuracy_change"],
+        ),
+    ]
+    for axes, (text, ours, theirs) in zip(panels, measures, strict=True):
+        places = name_rows(axes, names)
+        for place, name in zip(places, names, strict=True):
+            for value, face, mark in ((ours(name), colour(name), "o"), (theirs(name), "none", "D")):
+                if value is not None:
+                    axes.plot(
+                        [value],
+                        [place],
+                        mark,
+                        markersize=8,
+                        markerfacecolor=face,
+                        markeredgecolor=colour(name),
+                        markeredgewidth=1.6,
+                    )
+        axes.axvline(0 if "%" in text else 1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        axes.margins(x=0.1)
+        axes.set_title(text)
+    panels[-1].set_xlabel("● ours   ◇ published: Llama-2-7B on an A100, other data")
+    return figure
+
+
+def change(study: Study, name: str) -> float | None:
+    ratio = study.relative(name, "accuracy")
+    return None if ratio is None else 100 * (ratio - 1)
+
+
+PLOTS: Mapping[str, Callable[[Study], Any]] = {
+    "accuracy": accuracy, "size": size, "evaluation_time": evaluation_time, "quantization_time": quantization_time,
+    "emissions": emissions, "accuracy_by_size": accuracy_by_size, "loss": loss, "confusion": confusions,
+    "published": beside_published,
+}  # fmt: skip
+
+
+def style() -> Any:
+    """A context in which matplotlib has the report's style."""
+    from matplotlib import rc_context
+
+    return rc_context(STYLE)
+
+
+def draw(study: Study) -> dict[str, Figure]:
+    """Every plot that the study has the numbers for."""
+    with style():
+        figures = {name: figure for name, plot in PLOTS.items() if (figure := plot(study)) is not None}
+        for figure in figures.values():
+            figure.draw_without_rendering()  # lays it out, once for PNG and SVG
+            figure.set_layout_engine("none")
+    return figures
