@@ -75,8 +75,9 @@ def track(
 
 def start(project: str, country: str, intensity_g_kwh: float | None) -> Any:
     """A started codecarbon tracker, or None when it cannot start. codecarbon is imported here: late, and once."""
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     from codecarbon import OfflineEmissionsTracker
+
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # importing it has set a level of its own
 
     tracker = OfflineEmissionsTracker(
         country_iso_code=country, project_name=project, measure_power_secs=SAMPLE_SECONDS, tracking_mode="machine",
