@@ -19,11 +19,12 @@ enum {
     MR = V_AVX512 ? 14 : 6, /* 28 or 12 registers of sums, 2 of b, the rest for a */
     NR = 2 * VL,
     KC = 256,
-    NB = 192,      /* widest block of b: 6 or 12 panels */
-    LDB = NB + 16, /* an odd number of cache lines: the rows of a panel spread over all sets of the cache */
+    NB = V_AVX512 ? 384 : 192, /* widest block of b, 12 panels: (KC, NB) stays in the second-level cache */
+    LDB = NB + 16,             /* an odd number of cache lines: the rows of a panel spread over all sets of the cache */
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
+    A_TILES = GEMM_A_TRANSPOSED ? 4 : 1, /* tiles packed at once: a row of a transposed a is far from the next one */
     MAX_CHUNK = 2048, /* rows: a task stays well under a second */
     MIN_CHUNK = 112   /* rows below which packing b costs more than an idle thread */
 };
@@ -56,7 +57,11 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
                                                        int64_t steps, const int rows) {
     vf sum[MR][2];
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) { sum[r][0] = sum[r][1] = v_zero(); }
+    for (int r = 0; r < rows; r++) {
+        sum[r][0] = sum[r][1] = v_zero();
+        v_prefetch(c + r * ldc);
+        v_prefetch(c + r * ldc + VL);
+    }
     for (int64_t s = 0; s < steps; s++) {
         vf b0 = v_load(b), b1 = v_load(b + VL);
 #pragma GCC unroll 16
@@ -93,10 +98,14 @@ static tile_function *const tiles[MR + 1] = {
 
 /* ---- packing ------------------------------------------------------------------------------------------------- */
 
-/* rows [i, i + rows) of a, steps [k0, k1) */
+/* rows [i, i + rows) of a, at most A_TILES tiles, steps [k0, k1) */
 static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_t k0, int64_t k1) {
 #if GEMM_A_TRANSPOSED
-    for (int64_t s = k0; s < k1; s++) { v_store(tile_a + (s - k0) * A_STEP, v_load_tail(g->a + s * g->lda + i, rows)); }
+    for (int64_t s = k0; s < k1; s++) {
+        const float *row = g->a + s * g->lda + i;
+        float *out = tile_a + (s - k0) * A_STEP;
+        for (int64_t r = 0; r < rows; r += MR, out += A_SIZE) { v_store(out, v_load_tail(row + r, at_most(MR, rows - r))); }
+    }
 #else
     for (int64_t r = 0; r < rows; r++) {
         const float *row = g->a + (i + r) * g->lda;
@@ -148,7 +157,7 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
     alignas(64) float block[KC * LDB];
-    alignas(64) float tile_a[A_SIZE];
+    alignas(64) float tile_a[A_TILES * A_SIZE];
     int64_t blocks = pieces(g->n, g->width);
     int64_t i0 = task / blocks * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
     int64_t j0 = task % blocks * g->width, j1 = at_most(j0 + g->width, g->n);
@@ -158,9 +167,9 @@ static void gemm_task(void *context, int64_t task) {
         g->pack_b(block, g, k0, k1, j0, j1);
         pad_block(block, k1 - k0, j1 - j0);
         for (int64_t i = i0; i < i1; i += MR) {
-            int64_t rows = at_most(MR, i1 - i);
-            pack_a(tile_a, g, i, rows, k0, k1);
-            multiply_tile(g, tile_a, block, g->accumulate || k0 > 0, i, rows, j0, j1, k1 - k0);
+            int64_t tile = (i - i0) / MR % A_TILES;
+            if (tile == 0) { pack_a(tile_a, g, i, at_most(A_TILES * MR, i1 - i), k0, k1); }
+            multiply_tile(g, tile_a + tile * A_SIZE, block, g->accumulate || k0 > 0, i, at_most(MR, i1 - i), j0, j1, k1 - k0);
         }
     }
 }
@@ -178,7 +187,7 @@ static void gemm_run(gemm *g) {
     const double enough = 0.9;
     if (g->m < 1 || g->n < 1) { return; }
     int64_t threads = ql_threads();
-    g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : NB;
+    g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : pieces(pieces(g->n, pieces(g->n, NB)), NR) * NR;
     g->chunk = at_most(g->m, MAX_CHUNK);
     while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = pieces(pieces(g->chunk, 2), MR) * MR; }
     while (balance(g, threads) < enough && g->width > NR) { g->width -= NR; }
