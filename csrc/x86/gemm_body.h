@@ -1,8 +1,8 @@
 /* gemm_body.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, in float32.
  *
- * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: a block of b is packed once, (KC, LDB)
- * row-major in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet its panels of NR columns
- * in a kernel that holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
+ * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: a block of b is packed once, in panels of NR
+ * columns in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet the panels in a kernel
+ * that holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
  *     for each block of KC: sum = fma(a[i, s], b[s, j], sum) for s in order; c[i, j] += sum
  * whatever m, the tile, the task or the number of threads: a row's result does not depend on the batch it is in.
  *
@@ -20,7 +20,7 @@ enum {
     NR = 2 * VL,
     KC = 256,
     NB = V_AVX512 ? 384 : 192, /* widest block of b, 12 panels: (KC, NB) stays in the second-level cache */
-    LDB = NB + 16,             /* an odd number of cache lines: the rows of a panel spread over all sets of the cache */
+    PANEL = KC * NR,           /* a block is its panels one after another, each (KC, NR) row-major */
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
@@ -41,7 +41,7 @@ struct gemm {
     const int32_t *a_columns; /* (k,) or NULL: column s of a is column a_columns[s] of the array */
     const void *b;            /* what pack_b reads */
     int64_t ldb;
-    /* block[(s - k0) * LDB + (j - j0)] = b[s, j] for s in [k0, k1), j in [j0, j1) */
+    /* *block_at(block, s - k0, j - j0) = b[s, j] for s in [k0, k1), j in [j0, j1) */
     void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int64_t m, n, k;
     int64_t chunk, width;
@@ -49,6 +49,11 @@ struct gemm {
 
 static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* element (step, column) of a packed block: the next NR - column % NR elements follow it */
+static inline float *block_at(float *block, int64_t step, int64_t column) {
+    return block + column / NR * PANEL + step * NR + column % NR;
+}
 
 /* ---- the register tile --------------------------------------------------------------------------------------- */
 
@@ -70,7 +75,7 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
             sum[r][0] = v_fma(x, b0, sum[r][0]);
             sum[r][1] = v_fma(x, b1, sum[r][1]);
         }
-        a += A_STEP, b += LDB;
+        a += A_STEP, b += NR;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
@@ -119,10 +124,19 @@ static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_
 #endif
 }
 
+/* one row of a block from contiguous columns */
+static inline void pack_row(float *block, int64_t step, const float *row, int64_t columns) {
+    for (int64_t j = 0; j < columns; j += NR) {
+        memcpy(block_at(block, step, j), row + j, (size_t)at_most(NR, columns - j) * sizeof *row);
+    }
+}
+
 /* the columns that fill the last panel of a block are zero */
 static void pad_block(float *block, int64_t steps, int64_t columns) {
     int64_t missing = pieces(columns, NR) * NR - columns;
-    for (int64_t s = 0; s < steps && missing > 0; s++) { memset(block + s * LDB + columns, 0, (size_t)missing * sizeof *block); }
+    for (int64_t s = 0; s < steps && missing > 0; s++) {
+        memset(block_at(block, s, columns), 0, (size_t)missing * sizeof *block);
+    }
 }
 
 /* ---- tasks --------------------------------------------------------------------------------------------------- */
@@ -146,9 +160,9 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
         int64_t columns = at_most(NR, j1 - j);
         if (g->lower && j > i + rows - 1) { break; }
         if (columns == NR && g->c_columns == NULL && !(g->lower && j + NR - 1 > i)) {
-            tiles[rows](g->c + i * g->ldc + j, g->ldc, add, tile_a, block + (j - j0), steps);
+            tiles[rows](g->c + i * g->ldc + j, g->ldc, add, tile_a, block + (j - j0) / NR * PANEL, steps);
         } else {
-            tiles[rows](sums, NR, 0, tile_a, block + (j - j0), steps);
+            tiles[rows](sums, NR, 0, tile_a, block + (j - j0) / NR * PANEL, steps);
             merge_tile(g, sums, add, i, rows, j, columns);
         }
     }
@@ -156,7 +170,7 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
 
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
-    alignas(64) float block[KC * LDB];
+    alignas(64) float block[NB / NR * PANEL];
     alignas(64) float tile_a[A_TILES * A_SIZE];
     int64_t blocks = pieces(g->n, g->width);
     int64_t i0 = task / blocks * g->chunk, i1 = at_most(i0 + g->chunk, g->m);

@@ -6,7 +6,7 @@
 
 static void copy_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const float *b = g->b;
-    for (int64_t s = k0; s < k1; s++) { memcpy(block + (s - k0) * LDB, b + s * g->ldb + j0, (size_t)(j1 - j0) * sizeof *b); }
+    for (int64_t s = k0; s < k1; s++) { pack_row(block, s - k0, b + s * g->ldb + j0, j1 - j0); }
 }
 
 void V_NAME(gram_forward)(float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower) {

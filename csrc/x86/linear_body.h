@@ -20,11 +20,11 @@ static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1,
             if (count < VL) { memset(rows, 0, sizeof rows); }
             V_NAME(decode_forward)(rows, LD_ROWS, w, j, j + count, k0, k1);
         }
-        float *out = block + (j - j0);
+        float *out = block_at(block, 0, j - j0);
         for (int64_t s = 0; s < steps; s += 4) { /* up to 3 steps too many, never used: KC is a multiple of 4 */
             vf columns[4];
             v_transpose4(columns, source + s, ld);
-            for (int q = 0; q < 4; q++) { v_store(out + (s + q) * LDB, columns[q]); }
+            for (int q = 0; q < 4; q++) { v_store(out + (s + q) * NR, columns[q]); }
         }
     }
 }
@@ -37,7 +37,11 @@ void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_
 
 /* b = W: its rows are the steps */
 static void pack_rows(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
-    V_NAME(decode_forward)(block, LDB, g->b, k0, k1, j0, j1);
+    alignas(64) float row[NB];
+    for (int64_t s = k0; s < k1; s++) {
+        V_NAME(decode_forward)(row, NB, g->b, s, s + 1, j0, j1);
+        pack_row(block, s - k0, row, j1 - j0);
+    }
 }
 
 void V_NAME(linear_backward_input)(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
