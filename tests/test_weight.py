@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import quantlab as ql
 from quantlab import _core
 from quantlab.arrays import as_array, as_float32
+from quantlab.io.save import stored_tensors
 from quantlab.weight import DoubleQuant
 
 CONFIGS = [
@@ -264,6 +265,13 @@ def test_sizes():
     assert nested.nbytes == n * k // 2 + 256 + 4 + 1024
     with pytest.raises(ValueError, match="format: got affine"):
         affine.quant_state()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape", [(64, 256), (96, 32)])
+def test_checkpoint_size_is_that_of_the_tensors_written(config, shape):
+    weight = ql.QuantWeight.from_float(matrix(shape), config)
+    assert weight.checkpoint_nbytes == sum(tensor.nbytes for tensor in stored_tensors("m", weight).values())
 
 
 def test_equals():
