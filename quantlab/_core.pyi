@@ -69,7 +69,9 @@ def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or inf
 
 # `out`, where given, is filled and returned; it shares no memory with the inputs (in rope it may be x itself)
 def embedding(ids: I32, table: Weight, out: F32 | None = None, /) -> F32: ...  # (t,), (vocabulary, c) -> (t, c)
-def rmsnorm(x: F32, gain: F32, eps: float, out: F32 | None = None, inv_rms: F32 | None = None, /) -> F32: ...  # (t, c), (c,) -> (t, c)
+def rmsnorm(
+    x: F32, gain: F32, eps: float, out: F32 | None = None, inv_rms: F32 | None = None, /
+) -> F32: ...  # (t, c), (c,) -> (t, c)
 def rope(
     x: F32, cos: F32, sin: F32, positions: I32, out: F32 | None = None, /
 ) -> F32: ...  # (t, heads, d), (positions, d/2) x 2, (t,)
@@ -127,6 +129,32 @@ class Llama:
         cache_v: F32 | None = None,
         /,
     ) -> F32: ...  # hidden states after the final norm (t, c)
+
+# ---- GPTQ: the factor and the column loop (csrc/quant/gptq.h) -----------------------------------------------------------
+
+# factor * h + damp on the diagonal, permuted, indices reversed: lower triangle, float64 (k, k)
+def gptq_matrix(h: F32, order: I32, factor: float, damp: float, /) -> NDArray[np.float64]: ...
+
+# its Cholesky factor (k, k) becomes the feedback in place; returns the diagonal (k,)
+def gptq_feedback(l: NDArray[np.float64], /) -> NDArray[np.float64]: ...
+def gptq_quantize(
+    w: F32,  # (n, k)
+    feedback: NDArray[np.float64],  # (k, k)
+    diagonal: NDArray[np.float64],  # (k,)
+    order: I32,  # (k,)
+    importance: NDArray[np.float64],  # (k,)
+    dead: NDArray[np.uint8],  # (k,)
+    group: int,
+    bits: int,
+    sym: bool,
+    search: int,
+    fixed: bool,
+    keep_dead: bool,
+    stale: bool,
+    half: bool,
+    store_ordered: bool,
+    /,
+) -> tuple[NDArray[np.uint32], F32, NDArray[np.uint8], NDArray[np.float64]]: ...  # codes, scales, zeros, loss (n,)
 
 # ---- roofs of the selected ISA, on threads() threads; the caller takes the time ------------------------------------
 
