@@ -130,7 +130,7 @@ class Llama:
         /,
     ) -> F32: ...  # hidden states after the final norm (t, c)
 
-# ---- GPTQ: the factor and the column loop (csrc/quant/gptq.h) -----------------------------------------------------------
+# ---- GPTQ: the factor and the column loop (csrc/quant/gptq.h) --------------------------------------------------------
 
 # factor * h + damp on the diagonal, permuted, indices reversed: lower triangle, float64 (k, k)
 def gptq_matrix(h: F32, order: I32, factor: float, damp: float, /) -> NDArray[np.float64]: ...

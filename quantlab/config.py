@@ -60,12 +60,13 @@ class GPTQConfig(QuantizationConfig):
     bits: 2, 3, 4 or 8. group_size: columns that share a scale, -1 for the whole row. sym: zero point fixed at
     2^(bits-1). desc_act: columns in order of falling Hessian diagonal. damp_percent: share of the Hessian's mean
     diagonal added to it. static_groups: scales of the original groups, found before the columns are reordered.
-    true_sequential: within a layer, later matrices see the quantized earlier ones.
+    true_sequential: within a layer, later matrices see the quantized earlier ones. block_stale_scales: scales from
+    weights without the updates of their own 128-column block, as the reference has it for groups under 128 (so its
+    published figures come out); False takes the weights as they stand.
 
     Beyond the reference, off by default: act_group_aware: act-order that keeps every group's members, so the file
     needs no g_idx. scale_search: None, "mse" (the reference's) or "hessian" (error weighted by the Hessian diagonal).
-    drift_correction, residual_correction: aim at the outputs of the unquantized model. block_stale_scales: scales from
-    weights without the updates of their own 128-column block, as the reference does for groups under 128.
+    drift_correction, residual_correction: aim at the outputs of the unquantized model.
     checkpoint_format: "gptq" (v1) or "gptq_v2"; None: v1 for sym, v2 for asym.
     """
 
