@@ -76,6 +76,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
     from quantlab.io.directory import DirectoryCheckpoint
     from quantlab.io.gguf import GGUFCheckpoint
 
+    if source == "demo":  # a directory of that name is "./demo"
+        from quantlab.io.cache import fetch
+
+        return GGUFCheckpoint(fetch("demo-model", local_files_only=local_files_only))
     path = Path(source)
     if path.is_dir():
         return DirectoryCheckpoint(path)
@@ -83,10 +87,6 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
         if path.suffix == ".gguf":
             return GGUFCheckpoint(path)
         raise ValueError(f"source: got the file {path}; accepted: a directory, a .gguf file, a hub id, or 'demo'")
-    if str(source) == "demo":
-        from quantlab.io.cache import fetch
-
-        return GGUFCheckpoint(fetch("demo-model", local_files_only=local_files_only))
     if (
         path.suffix == ".gguf"
         or path.is_absolute()
