@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
 import resource
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,13 @@ def revision(package: Path) -> tuple[str | None, bool | None]:
 
 
 def reset_peak_host_bytes() -> bool:
-    """Starts the kernel's peak of this process' resident memory afresh. False where the kernel does not allow it."""
+    """Starts the kernel's peak of this process' resident memory afresh, after freed memory has been given back.
+
+    False where the kernel does not allow it: then the peak is the process' so far.
+    """
+    gc.collect()
+    with suppress(AttributeError, OSError):  # another C library gives memory back in its own way
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

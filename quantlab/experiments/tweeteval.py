@@ -62,8 +62,8 @@ class TweetEvalConfig:
     val_limit: int | None = None
     test_limit: int | None = None
     # head
-    epochs: int = 30
-    lr: float = 2e-3
+    epochs: int = 60
+    lr: float = 1e-3
     batch_size: int = 32
     patience: int = 5  # epochs without a better evaluation loss before training stops
     # evaluation
@@ -166,7 +166,7 @@ def preset(name: str, **overrides: Any) -> TweetEvalConfig:
 def demo_config(**overrides: Any) -> TweetEvalConfig:
     """The study of `quantlab demo`: small enough for a few minutes on two cores."""
     small = {
-        "variants": DEMO_VARIANTS, "train_limit": 800, "val_limit": 200, "test_limit": 400, "calibration_rows": 8,
+        "variants": DEMO_VARIANTS, "train_limit": 1000, "val_limit": 250, "test_limit": 400, "calibration_rows": 8,
         "timing_tweets": 32, "timing_repeats": 5, "perplexity_tokens": 2048,
     }  # fmt: skip
     return preset("corrected", **{**small, **overrides})

@@ -76,6 +76,8 @@ dd { margin: 0; overflow-wrap: anywhere; }
   h2 { break-after: avoid; }
   .figures { grid-template-columns: 1fr 1fr; }
   figure { padding: .3rem; }
+  table { break-inside: avoid; }
+  details::details-content { content-visibility: visible; }
 }
 """
 
