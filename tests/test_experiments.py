@@ -389,6 +389,20 @@ def test_energy_uses_no_network_and_leaves_no_thread(tmp_path, monkeypatch):
     assert (tmp_path / "e.csv").read_text().count("\n") == 2
 
 
+def test_energy_tells_why_it_could_not_measure(monkeypatch):
+    from codecarbon.emissions_tracker import BaseEmissionsTracker
+
+    def fail(self):
+        raise RuntimeError("no meter")
+
+    monkeypatch.setattr(BaseEmissionsTracker, "_ensure_hardware_ready", fail)
+    with energy.track() as reading:
+        pass
+    assert reading.kwh is None and reading.method == {
+        "all": "not measured: codecarbon's tracker did not start (RuntimeError: no meter)"
+    }
+
+
 def test_energy_switched_off_says_so():
     with energy.track(enabled=False) as reading:
         pass

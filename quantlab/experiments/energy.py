@@ -59,35 +59,66 @@ def track(
         enabled: False measures the duration only.
     """
     reading = Reading(country=country)
-    tracker = start(project, country, intensity_g_kwh) if enabled else None
+    tracker, reason = start(project, country, intensity_g_kwh) if enabled else (None, "switched off")
     started = time.perf_counter()
     try:
         yield reading
     finally:
         reading.duration_s = time.perf_counter() - started
         if tracker is None:
-            reading.method = {
-                "all": "not measured: " + ("codecarbon's tracker did not start" if enabled else "switched off")
-            }
+            reading.method = {"all": f"not measured: {reason}"}
         else:
             finish(tracker, reading, table)
 
 
-def start(project: str, country: str, intensity_g_kwh: float | None) -> Any:
-    """A started codecarbon tracker, or None when it cannot start. codecarbon is imported here: late, and once."""
+class Complaints(logging.Handler):
+    """Keeps what codecarbon would only have logged: it swallows its own exceptions."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = "it gave no reason"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] is not None:
+            self.last = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
+
+
+def start(project: str, country: str, intensity_g_kwh: float | None) -> tuple[Any, str]:
+    """A started codecarbon tracker and "", or None and the reason after a second try.
+
+    codecarbon is imported here: late, and once.
+    """
     from codecarbon import OfflineEmissionsTracker
 
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # importing it has set a level of its own
+    logger, complaints = logging.getLogger("codecarbon"), Complaints()
+    # Importing it has set up a logger of its own on standard error: ours takes its place while the tracker starts.
+    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
+    logger.handlers, logger.propagate = [complaints], False
+    try:
+        for _ in range(2):
+            tracker = OfflineEmissionsTracker(
+                country_iso_code=country, project_name=project, measure_power_secs=SAMPLE_SECONDS, log_level="warning",
+                tracking_mode="machine", output_methods=[], output_handlers=[], allow_multiple_runs=True,
+                force_carbon_intensity_g_co2e_kwh=intensity_g_kwh,
+                # A user's ~/.codecarbon.config could name services; offline means none of them.
+                emissions_endpoint=None, electricitymaps_api_token=None,
+            )  # fmt: skip
+            tracker.start()
+            if getattr(tracker, "_start_time", None) is not None and getattr(tracker, "_hardware", None):
+                return tracker, ""
+            stop_threads(tracker)
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(max(level, logging.CRITICAL))
+    return None, f"codecarbon's tracker did not start ({complaints.last})"
 
-    tracker = OfflineEmissionsTracker(
-        country_iso_code=country, project_name=project, measure_power_secs=SAMPLE_SECONDS, tracking_mode="machine",
-        output_methods=[], output_handlers=[], log_level="critical", allow_multiple_runs=True,
-        force_carbon_intensity_g_co2e_kwh=intensity_g_kwh,
-        # A user's ~/.codecarbon.config could name services; offline means none of them.
-        emissions_endpoint=None, electricitymaps_api_token=None,
-    )  # fmt: skip
-    tracker.start()
-    return tracker if getattr(tracker, "_start_time", None) is not None else None
+
+def stop_threads(tracker: Any) -> None:
+    """Ends the timers of a tracker that started by half."""
+    for name in ("_scheduler", "_scheduler_monitor_power"):
+        scheduler = getattr(tracker, name, None)
+        if scheduler is not None:
+            scheduler.stop()
 
 
 def finish(tracker: Any, reading: Reading, table: Path | None) -> None:
@@ -95,7 +126,12 @@ def finish(tracker: Any, reading: Reading, table: Path | None) -> None:
     timers = [
         getattr(getattr(tracker, name, None), "_timer", None) for name in ("_scheduler", "_scheduler_monitor_power")
     ]
-    tracker.stop()
+    try:
+        tracker.stop()
+    except Exception as error:  # a meter that breaks must not cost the measurement that it accompanies
+        reading.method = {"all": f"not measured: codecarbon's tracker broke ({type(error).__name__}: {error})"}
+        stop_threads(tracker)
+        return
     for timer in timers:
         if isinstance(timer, threading.Thread):
             timer.cancel()
