@@ -55,7 +55,7 @@ class Weight:
         scale_offset: float = 0.0,
     ) -> Weight: ...
 
-def decode(weight: Weight, i0: int, i1: int, /) -> F32: ...  # rows i0 to i1: (i1 - i0, k), columns in the order of W
+def decode(weight: Weight, i0: int, i1: int, out: F32 | None = None, /) -> F32: ...  # (i1 - i0, k), columns as in W
 
 # nf4, fp4: flat blocks of `group`; int8: rows of `group`
 def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ...  # codes, scales

@@ -26,7 +26,9 @@ def scalar_decode(weight: _core.Weight, first: int, last: int) -> np.ndarray:
 
 def check(stored: ref.StoredWeight) -> None:
     weight, n = stored.core(), stored.n
-    out = _core.decode(weight, 0, n)
+    out, buffer = ref.guarded(np.full((n, stored.k), np.nan))
+    assert _core.decode(weight, 0, n, out) is out
+    assert ref.guards_intact(buffer)
     np.testing.assert_allclose(out, ref.decode(stored), rtol=BOUND, atol=0)
     assert out.tobytes() == scalar_decode(weight, 0, n).tobytes()
     assert _core.decode(weight, n // 2, n).tobytes() == out[n // 2 :].tobytes()

@@ -144,18 +144,18 @@ static PyType_Slot slots[] = {
 };
 static PyType_Spec spec = {"quantlab._core.Weight", sizeof(WeightObject), 0, Py_TPFLAGS_DEFAULT, slots};
 
-/* decode(weight, i0, i1) -> float32 (i1 - i0, k), columns in the order of W */
+/* decode(weight, i0, i1, out=None) -> float32 (i1 - i0, k), columns in the order of W */
 static PyObject *decode(PyObject *self, PyObject *arguments) {
     (void)self;
-    PyObject *object;
+    PyObject *object, *out_object = NULL;
     long long i0, i1;
-    if (!PyArg_ParseTuple(arguments, "OLL", &object, &i0, &i1)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OLL|O", &object, &i0, &i1, &out_object)) { return NULL; }
     const ql_weight *w = ql_weight_arg(object, "weight");
     if (w == NULL) { return NULL; }
     if (i0 < 0 || i1 < i0 || i1 > w->n) {
         return PyErr_Format(PyExc_ValueError, "rows: got %lld to %lld, expected 0 to %lld", i0, i1, (long long)w->n);
     }
-    PyArrayObject *out = ql_new(2, (int64_t[]){i1 - i0, w->k}, NPY_FLOAT32);
+    PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){i1 - i0, w->k}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
@@ -194,7 +194,7 @@ static PyObject *quantize(PyObject *self, PyObject *arguments) {
 }
 
 static PyMethodDef methods[] = {
-    {"decode", decode, METH_VARARGS, "decode(weight, i0, i1) -> float32 (i1 - i0, k)"},
+    {"decode", decode, METH_VARARGS, "decode(weight, i0, i1, out=None) -> float32 (i1 - i0, k)"},
     {"quantize", quantize, METH_VARARGS, "quantize(x, format, group) -> (codes, scales); format nf4, fp4 or int8"},
     {NULL, NULL, 0, NULL},
 };
