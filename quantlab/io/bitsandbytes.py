@@ -52,7 +52,7 @@ class FourBitLayout:
     def holds(self, tensors: Tensors, module: str) -> bool:
         return f"{module}.weight.absmax" in tensors
 
-    def check(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> set[str]:
+    def check(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> set[str]:
         weight, state = f"{module}.weight", self._state(tensors, module, shape)
         elements = math.prod(shape)
         blocks = -(-elements // state["blocksize"])
@@ -72,7 +72,7 @@ class FourBitLayout:
         tensors.expect(f"{weight}.nested_quant_map", ("F32",), (256,))
         return names | {f"{weight}.nested_absmax", f"{weight}.nested_quant_map"}
 
-    def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
+    def read(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> QuantWeight:
         from quantlab.weight import DoubleQuant, QuantWeight
 
         weight, state = f"{module}.weight", self._state(tensors, module, shape)
@@ -96,7 +96,8 @@ class FourBitLayout:
             "double_quant": nested is not None,
             "dtype": state["dtype"],
         }
-        return QuantWeight(kind, 4, shape, state["blocksize"], codes, scales, double_quant=nested, meta=meta)
+        n, k = shape
+        return QuantWeight(kind, 4, (n, k), state["blocksize"], codes, scales, double_quant=nested, meta=meta)
 
     def _state_name(self, tensors: Tensors, module: str) -> str:
         names = [f"{module}.weight.quant_state.bitsandbytes__{kind}" for kind in QUANT_MAPS]
@@ -107,7 +108,7 @@ class FourBitLayout:
             )
         return found[0]
 
-    def _state(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> dict[str, Any]:
+    def _state(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> dict[str, Any]:
         """The checked quant_state of a module."""
         name = self._state_name(tensors, module)
         size = tensors[name].shape
@@ -143,7 +144,7 @@ class Int8Layout:
     def holds(self, tensors: Tensors, module: str) -> bool:
         return f"{module}.SCB" in tensors
 
-    def check(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> set[str]:
+    def check(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> set[str]:
         tensors.expect(f"{module}.weight", ("I8",), shape)
         tensors.expect(f"{module}.SCB", ("F32",), (shape[0],))
         names = {f"{module}.weight", f"{module}.SCB"}
@@ -156,13 +157,12 @@ class Int8Layout:
             names.add(f"{module}.weight_format")
         return names
 
-    def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
+    def read(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> QuantWeight:
         from quantlab.weight import QuantWeight
 
-        scales = tensors.array(f"{module}.SCB")
-        return QuantWeight(
-            "int8", 8, shape, shape[1], tensors.array(f"{module}.weight"), scales, meta={"method": "int8"}
-        )
+        n, k = shape
+        codes, scales = tensors.array(f"{module}.weight"), tensors.array(f"{module}.SCB")
+        return QuantWeight("int8", 8, (n, k), k, codes, scales, meta={"method": "int8"})
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def stored_tensors(module: str, weight: QuantWeight, dtype: str = "float32") -> 
     }
     tensors = {name: weight.codes.reshape(-1, 1), f"{name}.quant_map": QUANT_MAPS[weight.format]}
     if nested is None:
-        tensors[f"{name}.absmax"] = weight.scales.reshape(-1)
+        tensors[f"{name}.absmax"] = np.asarray(weight.scales).reshape(-1)
     else:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(nested.offset)}
         tensors[f"{name}.absmax"] = nested.codes
@@ -195,7 +195,7 @@ def stored_tensors(module: str, weight: QuantWeight, dtype: str = "float32") -> 
 def _int8_tensors(module: str, weight: QuantWeight) -> dict[str, LazyTensor]:
     return {
         f"{module}.weight": LazyTensor.of(weight.codes.reshape(weight.shape)),
-        f"{module}.SCB": LazyTensor.of(weight.scales.reshape(-1)),
+        f"{module}.SCB": LazyTensor.of(np.asarray(weight.scales).reshape(-1)),
         f"{module}.weight_format": LazyTensor.of(np.zeros((), np.uint8)),
     }
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from quantlab.io.files import atomic_writer
 
@@ -166,11 +166,11 @@ def _extract(archive: Path, item: Item, out: BinaryIO) -> None:
     """Writes the item's bytes to `out`; ValueError where they are not those expected."""
     digest, size = hashlib.sha256(), 0
     with zipfile.ZipFile(archive) as outer, outer.open(item.members[0]) as member:
-        stream = member
+        stream: IO[bytes] | None = member
         if len(item.members) == 2:
             inner = tarfile.open(fileobj=io.BytesIO(member.read()), mode="r:gz")  # noqa: SIM115 (in memory)
             stream = inner.extractfile(item.members[1])
-        while block := stream.read(1 << 20):
+        while block := stream.read(1 << 20) if stream is not None else b"":
             digest.update(block)
             size += len(block)
             out.write(block)

@@ -108,10 +108,10 @@ class Layout(Protocol):
     def holds(self, tensors: Tensors, module: str) -> bool:
         """Whether this module is stored in this layout."""
 
-    def check(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> set[str]:
+    def check(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> set[str]:
         """Names of the tensors of the module, having checked their dtypes and shapes; reads no data."""
 
-    def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
+    def read(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> QuantWeight:
         """The matrix."""
 
 
@@ -125,7 +125,7 @@ class PlainLayout:
         tensors.expect(f"{module}.weight", FLOATS, shape)
         return {f"{module}.weight"}
 
-    def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
+    def read(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> QuantWeight:
         from quantlab.weight import QuantWeight
 
         return QuantWeight.from_array(tensors.array(f"{module}.weight"))

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from quantlab.io.architecture import check_config, module_shapes
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 CHUNK = 1 << 18  # elements decoded at once: a megabyte, which stays in a cache
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DECODED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -161,10 +162,6 @@ class GGUFFile:
     def decode(self, name: str) -> np.ndarray:
         """The tensor as float32, float16 or bfloat16 (views of the file) or, from a quantized type, float32."""
         info = self.tensors[name]
-        if info.kind == "BF16":
-            import ml_dtypes
-
-            return np.frombuffer(self._map, ml_dtypes.bfloat16, math.prod(info.shape), info.begin).reshape(info.shape)
         if info.kind in FLOATS:
             return np.frombuffer(self._map, FLOATS[info.kind], math.prod(info.shape), info.begin).reshape(info.shape)
         if info.kind not in DECODED:
@@ -203,7 +200,7 @@ class GGUFCheckpoint(Checkpoint):
                 raise ValueError(
                     f"{path}: tensor {self._names[module]!r} has shape {got.shape}, expected {shape} ({module})"
                 )
-            if got.kind not in (*FLOATS, "BF16", *DECODED) or (len(shape) == 1 and got.kind not in (*FLOATS, "BF16")):
+            if got.kind not in (*FLOATS, *DECODED) or (len(shape) == 1 and got.kind not in FLOATS):
                 raise ValueError(f"{path}: tensor {self._names[module]!r} has type {got.kind}; "
                                  f"supported: F32 F16 BF16, and for matrices {' '.join(DECODED)}")  # fmt: skip
         self.modules = list(shapes)

@@ -58,13 +58,12 @@ def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str], where: str) -> 
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in LLAMA3)
+    splitter: Any = byte_level
     if pre in DIGIT_SPLITTERS:
         splitter = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     elif pre in LLAMA3:
         splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"), byte_level])
-    elif pre in GPT2:
-        splitter = byte_level
-    else:
+    elif pre not in GPT2:
         known = ", ".join((*GPT2, *DIGIT_SPLITTERS, *LLAMA3))
         raise ValueError(f"{where}: tokenizer.ggml.pre {pre!r} is not supported; supported: {known}")
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]

@@ -93,7 +93,7 @@ class GPTQLayout:
     def holds(self, tensors: Tensors, module: str) -> bool:
         return f"{module}.qweight" in tensors
 
-    def check(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> set[str]:
+    def check(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> set[str]:
         n, k = shape
         bits, group = self.settings_of(module).bits, self._group(module, k)
         groups = -(-k // group)
@@ -107,7 +107,7 @@ class GPTQLayout:
             raise ValueError(f"{self.where}: lacks tensor {module + '.g_idx'!r}, which desc_act = true needs")
         return names
 
-    def read(self, tensors: Tensors, module: str, shape: tuple[int, int]) -> QuantWeight:
+    def read(self, tensors: Tensors, module: str, shape: tuple[int, ...]) -> QuantWeight:
         from quantlab.weight import QuantWeight
 
         n, k = shape
@@ -206,9 +206,9 @@ def _qzeros(module: str, weight: QuantWeight, version: str) -> np.ndarray:
 
 def _scales(module: str, weight: QuantWeight) -> np.ndarray:
     with np.errstate(over="ignore"):
-        scales = weight.scales.reshape(weight.shape[0], -1).T.astype(np.float16)
+        scales = np.asarray(weight.scales).reshape(weight.shape[0], -1).T.astype(np.float16)
     if not np.isfinite(scales).all():
-        raise ValueError(f"{module}: a scale of {weight.scales.max()} cannot be written as float16")
+        raise ValueError(f"{module}: a scale of {np.asarray(weight.scales).max()} cannot be written as float16")
     return scales
 
 

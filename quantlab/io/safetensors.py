@@ -179,15 +179,15 @@ def write_safetensors(
     with atomic_writer(path) as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in order:
-            file.write(_bytes_of(name, lazy[name]))
+            file.write(_bytes_of(name, lazy[name]).data)
     return 8 + len(raw) + position
 
 
-def _bytes_of(name: str, item: LazyTensor) -> memoryview:
+def _bytes_of(name: str, item: LazyTensor) -> np.ndarray:
     array = np.ascontiguousarray(item.make())
     if array.dtype != item.dtype or math.prod(array.shape) != math.prod(item.shape):
         raise RuntimeError(f"{name}: made {array.dtype} {array.shape}, announced {item.dtype} {item.shape}")
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8)
 
 
 def shard(tensors: Mapping[str, LazyTensor], max_bytes: int) -> Iterable[tuple[str, dict[str, LazyTensor]]]:

@@ -119,6 +119,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     while position < len(data):
         key, position = _varint(data, position)
         wire = key & 7
+        value: Any
         if wire == 0:
             value, position = _varint(data, position)
         else:
