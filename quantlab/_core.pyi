@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
@@ -65,29 +64,6 @@ def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ..
 def quantize_rtn(w: F32, bits: int, group: int, sym: bool, /) -> tuple[NDArray[np.uint32], F32, U8 | None]: ...
 def double_quantize(scales: F32, /) -> tuple[U8, F32, F32, float]: ...  # codes, absmax, map, offset
 def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or infinity, -1 where there is none
-
-# ---- GPTQ: csrc/quant/gptq.h says what each array is ----
-
-def gptq_matrix(h: F32, order: I32, factor: float, damp: float, /) -> F64: ...  # (k, k): reversed, damped Hessian
-def gptq_feedback(l: F64, /) -> F64: ...  # (k, k) Cholesky factor, overwritten by the feedback -> its diagonal (k,)
-def gptq_quantize(
-    w: F32,  # (n, k)
-    feedback: F64,  # (k, k)
-    diagonal: F64,  # (k,)
-    order: I32,  # (k,): column `order[i]` is quantized as the i-th
-    importance: F64,  # (k,)
-    dead: U8,  # (k,): 1 where a column never had an input
-    group: int,
-    bits: int,
-    sym: bool,
-    search: int,  # 0 none, 1 "mse", 2 "hessian"
-    fixed_scales: bool,
-    keep_dead: bool,
-    stale_scales: bool,
-    half_scales: bool,
-    store_ordered: bool,
-    /,
-) -> tuple[NDArray[np.uint32], F32, U8, F64]: ...  # codes (n, words), scales and zeros (n, groups), loss (n,)
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""The README is true: its Python runs, its shell lines parse, its results are the records', its links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from checkpoints import save_tiny
+
+from quantlab import cli
+from quantlab.cli.common import spread
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+if not README.exists():
+    pytest.skip("no source tree beside the tests", allow_module_level=True)
+TEXT = README.read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_python_runs(tmp_path, monkeypatch, code):
+    """Each block by itself, on a tiny model in the place of the demo's."""
+    tiny = save_tiny(tmp_path / "tiny", max_position_embeddings=512)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace('"demo"', repr(str(tiny))), "README.md", "exec"), {})
+
+
+def shell_calls() -> list[str]:
+    """Every `quantlab …` of the shell blocks, without what is said beside it (two spaces or more)."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in re.split(r" {2,}", line)]
+    return [part for part in parts if part.startswith("quantlab ")]
+
+
+@pytest.mark.parametrize("call", shell_calls())
+def test_shell_line_parses(call):
+    words = spread(shlex.split(call)[1:])
+    command = typer.main.get_command(cli.app)
+    context = command.make_context("quantlab", list(words))
+    name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    found.make_context(name, rest, parent=context)  # raises where a word is not understood
+
+
+def test_shell_lines_are_there():
+    names = {shlex.split(call)[1] for call in shell_calls()}
+    assert names == {command.callback.__name__ for command in cli.app.registered_commands}
+
+
+def test_results_are_the_records():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "update_readme.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+PATHS = sorted(set(re.findall(r"`((?:csrc|quantlab|tests|benchmarks|cuda|\.ci)/[\w./]*)`", TEXT)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_exist(path):
+    assert (ROOT / path).exists()
