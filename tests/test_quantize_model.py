@@ -270,3 +270,14 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     assert_same(resumed, ql.quantize(killed_model(), config, killed_rows(), progress=False))
     assert not list(tmp_path.glob(".layer-*.tmp"))
     assert finished < 8
+
+
+def test_a_checkpoint_is_quantized_from_its_file(tmp_path: Path) -> None:
+    model, config = tiny_model(), GPTQConfig(group_size=32)
+    model.save_pretrained(tmp_path)
+    expected = ql.quantize(model, config, rows(), progress=False)
+    for source in (tmp_path, str(tmp_path), ql.open_checkpoint(tmp_path)):
+        quantized = ql.quantize(source, config, rows(), progress=False)
+        assert isinstance(quantized, LlamaForCausalLM)
+        assert_same(quantized, expected)
+        np.testing.assert_array_equal(quantized([[1, 2, 3]]), expected([[1, 2, 3]]))
