@@ -26,7 +26,7 @@ COMMANDS = (
     (models.generate, 'quantlab generate demo "The capital of France is" --max-new-tokens 20'),
     (studies.tweeteval, "quantlab tweeteval --preset corrected --variants fp32 gptq-4 nf4 --out run"),
     (studies.report, "quantlab report run"),
-    (machine.bench, "quantlab bench linear_forward --json linear.jsonl"),
+    (machine.bench, "quantlab bench linear --json linear.jsonl"),
 )
 for function, example in COMMANDS:
     app.command(epilog=f"Example: {example}")(function)
