@@ -375,6 +375,14 @@ def test_calibration_rows():
         data.calibration_rows(encode, [""], 1, 4)
 
 
+def test_energy_is_quiet():
+    code = (
+        "from quantlab.experiments import energy\nwith energy.track() as reading: pass\nassert reading.kwh is not None"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
 def test_energy_uses_no_network_and_leaves_no_thread(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a socket was opened")

@@ -71,16 +71,15 @@ def track(
             finish(tracker, reading, table)
 
 
-class Complaints(logging.Handler):
-    """Keeps what codecarbon would only have logged: it swallows its own exceptions."""
+class Complaints(logging.Filter):
+    """Lets nothing of codecarbon's log through, and keeps its last exception: codecarbon swallows its own."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.last = "it gave no reason"
+    last = "it gave no reason"
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] is not None:
             self.last = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
+        return False
 
 
 def start(project: str, country: str, intensity_g_kwh: float | None) -> tuple[Any, str]:
@@ -88,13 +87,11 @@ def start(project: str, country: str, intensity_g_kwh: float | None) -> tuple[An
 
     codecarbon is imported here: late, and once.
     """
-    from codecarbon import OfflineEmissionsTracker
-
     logger, complaints = logging.getLogger("codecarbon"), Complaints()
-    # Importing it has set up a logger of its own on standard error: ours takes its place while the tracker starts.
-    handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
-    logger.handlers, logger.propagate = [complaints], False
+    logger.addFilter(complaints)
     try:
+        from codecarbon import OfflineEmissionsTracker
+
         for _ in range(2):
             tracker = OfflineEmissionsTracker(
                 country_iso_code=country, project_name=project, measure_power_secs=SAMPLE_SECONDS, log_level="warning",
@@ -108,8 +105,8 @@ def start(project: str, country: str, intensity_g_kwh: float | None) -> tuple[An
                 return tracker, ""
             stop_threads(tracker)
     finally:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(max(level, logging.CRITICAL))
+        logger.removeFilter(complaints)
+        logger.setLevel(logging.CRITICAL)
     return None, f"codecarbon's tracker did not start ({complaints.last})"
 
 
