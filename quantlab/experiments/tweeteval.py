@@ -166,8 +166,8 @@ def preset(name: str, **overrides: Any) -> TweetEvalConfig:
 def demo_config(**overrides: Any) -> TweetEvalConfig:
     """The study of `quantlab demo`: small enough for a few minutes on two cores."""
     small = {
-        "variants": DEMO_VARIANTS, "train_limit": 1000, "val_limit": 250, "test_limit": 400, "calibration_rows": 8,
-        "timing_tweets": 32, "timing_repeats": 5, "perplexity_tokens": 2048,
+        "variants": DEMO_VARIANTS, "train_limit": 800, "val_limit": 200, "test_limit": 300, "calibration_rows": 8,
+        "timing_tweets": 32, "timing_repeats": 5, "perplexity_context": 256, "perplexity_tokens": 1024,
     }  # fmt: skip
     return preset("corrected", **{**small, **overrides})
 
