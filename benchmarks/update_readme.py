@@ -4,7 +4,7 @@
     python benchmarks/update_readme.py --check    # exit status 1 if README.md is not what the records say
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`), a .jsonl file
-holds the lines of `quantlab bench --json`.
+holds the lines of `quantlab bench --json` or of bench_quality.py.
 """
 
 from __future__ import annotations
@@ -40,9 +40,33 @@ def study_section(run: Path) -> str:
     return "\n".join(parts)
 
 
-def bench_section(path: Path) -> str:
-    """One line a case: time, rate, share of the roof of the machine that ran it."""
+def quality_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a variant: perplexity on each text, bytes of the checkpoint, seconds."""
+    texts = list(records[0]["perplexity"])
+    rows = [
+        [
+            record["variant"], *(f"{record['perplexity'][text]['ppl']:.2f}" for text in texts),
+            f"{record['bytes'] / 1e6:.1f}", f"{record['quantize_s']:.1f}",
+        ]
+        for record in records
+    ]  # fmt: skip
+    header = ["variant", *(f"perplexity, {text} text" for text in texts), "MB", "quantization, s"]
+    first = records[0]
+    rows_of, tokens, context = first["calibration"]["rows"], first["calibration"]["tokens"], first["context"]
+    about = f"{first['model']}, calibration {rows_of} x {tokens} tokens, context {context}, {first['threads']} threads"
+    return f"### Perplexity: {about}\n\n{markdown_table(header, rows)}\n\nFrom `{path.relative_to(ROOT)}`."
+
+
+def lines_section(path: Path) -> str:
+    """The section of a .jsonl file: of `quantlab bench`, or of benchmarks/bench_quality.py."""
     records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if not records:
+        raise ValueError(f"{path}: holds no record")
+    return quality_section(path, records) if "perplexity" in records[0] else bench_section(path, records)
+
+
+def bench_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a case: time, rate, share of the roof of the machine that ran it."""
     rows = [
         [
             record["op"], record["format"] or "", str(record["shape"]), record["variant"],
@@ -60,7 +84,7 @@ def results_section(results: Path) -> str:
     """All recorded results, in the order of their names."""
     runs = sorted(path.parent for path in results.glob("*/config.json"))
     sections = [study_section(run) for run in runs]
-    sections += [bench_section(path) for path in sorted(results.glob("*.jsonl"))]
+    sections += [lines_section(path) for path in sorted(results.glob("*.jsonl"))]
     return "\n\n".join(sections) or NOTHING
 
 

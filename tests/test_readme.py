@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -60,6 +61,25 @@ def test_results_are_the_records():
         [sys.executable, str(ROOT / "benchmarks" / "update_readme.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_recorded_lines_become_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import update_readme
+
+    monkeypatch.setattr(update_readme, "ROOT", tmp_path)
+    kernel = {"op": "linear", "format": "nf4", "shape": "m1 n2 k3", "variant": "avx2", "median_s": 1e-3}
+    kernel |= {"gb_per_s": 2.0, "roof_percent": 50.0, "roof": "memory", "machine": "it", "threads": 2, "commit": "abc"}
+    quality = {"variant": "gptq-4", "model": "demo", "calibration": {"rows": 32, "tokens": 512}, "context": 512}
+    quality |= {"threads": 2, "quantize_s": 9.0, "perplexity": {"test": {"ppl": 12.25}}, "bytes": 1_500_000}
+    (tmp_path / "cpu.jsonl").write_text(json.dumps(kernel) + "\n")
+    (tmp_path / "quality.jsonl").write_text(json.dumps(quality) + "\n")
+    section = update_readme.results_section(tmp_path)
+    assert "| linear | nf4 | m1 n2 k3 | avx2 | 1.000 | 2.0 | 50 (memory) |" in section
+    assert "| gptq-4 | 12.25 | 1.5 | 9.0 |" in section
+    text = f"a\n{update_readme.BEGIN}\nold\n{update_readme.END}\nb\n"
+    once = update_readme.updated(text, section)
+    assert "old" not in once and update_readme.updated(once, section) == once
 
 
 PATHS = sorted(set(re.findall(r"`((?:csrc|quantlab|tests|benchmarks|cuda|\.ci)/[\w./]*)`", TEXT)))
