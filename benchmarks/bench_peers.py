@@ -3,7 +3,8 @@
     python benchmarks/bench_peers.py --device cpu --texts tweets.txt --out benchmarks/results/peers-cpu.jsonl
 
 Needs the extra `parity` (torch, transformers, bitsandbytes). One JSON line a case: the median, 10th and 90th
-percentile of both in seconds, and the median, least and largest ratio of a round (peer / quantlab: above 1, quantlab is faster).
+percentile of both in seconds, and the median, least and largest ratio of a round (peer / quantlab: above 1,
+quantlab is faster).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         --other tweets.txt --variants fp32 gptq-4 gptq-4-r rtn-4 --out benchmarks/results/quality.jsonl
 
 Variants: fp32, nf4, fp4, int8, rtn-B, gptq-B (textbook: symmetric, no act-order), gptq-B-r (GPTQConfig.recommended),
-for B bits. Calibration is the first ROWS * CONTEXT tokens of its text; perplexity is over the first CHUNKS chunks of CONTEXT
-tokens of each test text (0: all). `--load DIR` measures a checkpoint that another program quantized.
+for B bits. Calibration is the first ROWS * CONTEXT tokens of its text; perplexity is over the first CHUNKS chunks of
+CONTEXT tokens of each test text (0: all). `--load DIR` measures a checkpoint that another program quantized.
 """
 
 from __future__ import annotations
