@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DEMO_NAMES = ("negative", "neutral", "positive")
 DEMO_TEST, DEMO_VAL = 1000, 400  # tweets of the demo's 4,200; the rest is for training
@@ -71,7 +72,7 @@ def load_examples(
     return Examples(examples.task, examples.names, train, val, test, examples.notes)
 
 
-def shuffled(name: str, texts: Sequence[str], labels: Sequence[int], seed: int) -> Split:
+def shuffled(name: str, texts: Sequence[str], labels: ArrayLike, seed: int) -> Split:
     order = np.random.default_rng(seed).permutation(len(texts))
     return Split(name, [texts[i] for i in order], np.asarray(labels, np.int64)[order])
 
@@ -146,8 +147,8 @@ def fingerprint(source: str) -> str:
         digest.update(config.read_bytes() if config.exists() else b"")
     elif path.is_file():
         digest.update(f"{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
+        with open(path, "rb") as stream:
+            digest.update(stream.read(1 << 20))
     else:
         digest.update(source.encode())
     return digest.hexdigest()[:16]

@@ -130,7 +130,7 @@ def finish(tracker: Any, reading: Reading, table: Path | None) -> None:
         stop_threads(tracker)
         return
     for timer in timers:
-        if isinstance(timer, threading.Thread):
+        if isinstance(timer, threading.Timer):
             timer.cancel()
             timer.join(timeout=5)
     data = getattr(tracker, "final_emissions_data", None)

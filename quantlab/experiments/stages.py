@@ -49,7 +49,7 @@ class Stages:
         model = self.load(cell, "float32")
         with cell.phase("training"):
             history = model.fit_head(
-                examples.train.texts, examples.train.labels, examples.val.texts, examples.val.labels,
+                examples.train.texts, examples.train.labels.tolist(), examples.val.texts, examples.val.labels.tolist(),
                 epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, patience=config.patience,
                 seed=config.seed,
             )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
@@ -73,8 +74,8 @@ def bootstrap_macro(
 
 
 def classification(
-    truth: Sequence[int],
-    predicted: Sequence[int],
+    truth: ArrayLike,
+    predicted: ArrayLike,
     names: Sequence[str],
     official: str | Sequence[int] = "macro_f1",
     seed: int = 0,
@@ -158,12 +159,12 @@ def mcnemar(base_only: int, other_only: int) -> dict[str, float]:
     return {"exact": min(1.0, tail), "mid_p": mid}
 
 
-def compare(truth: Sequence[int], base: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+def compare(truth: ArrayLike, base: ArrayLike, other: ArrayLike) -> dict[str, Any]:
     """How the accuracy of `other` differs from `base` on the same examples, in [-1, 1], with a paired test.
 
     The interval is Bonett and Price's (2012) adjusted Wald interval for paired proportions.
     """
-    truth, base, other = (np.asarray(column) for column in (truth, base, other))
+    truth, base, other = np.asarray(truth), np.asarray(base), np.asarray(other)
     if not truth.shape == base.shape == other.shape or truth.ndim != 1 or truth.size == 0:
         raise ValueError(
             f"compare: truth {truth.shape}, base {base.shape} and other {other.shape} must be one length, at least 1"

@@ -26,7 +26,7 @@ COLOURS: Mapping[str, str] = {
     "nf4": "#d1603d", "nf4-dq": "#e0825f", "fp4": "#b8873a", "fp4-dq": "#cfa55f", "int8": "#8c5fb0",
     "rtn-8": "#9c4468", "rtn-4": "#c25c86", "rtn-3": "#d988a9", "rtn-2": "#e8b2c9",
 }  # fmt: skip
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 10.5, "axes.labelcolor": MUTED, "text.color": INK, "axes.edgecolor": GRID, "xtick.color": MUTED,
     "ytick.color": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -42,7 +42,7 @@ def colour(name: str) -> str:
     return COLOURS.get(name, FALLBACK)
 
 
-def row_figure(rows: int, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def row_figure(rows: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of horizontal rows, one a variant, with as many panels below each other as asked."""
     from matplotlib.figure import Figure
 
@@ -78,7 +78,7 @@ def accuracy(study: Study) -> Figure:
     figure, (axes,) = row_figure(len(names) + 0.6)
     places = name_rows(axes, names)
     for place, name in zip(places, names, strict=True):
-        found = study.metric(name, "accuracy")
+        found = study.need(name, "accuracy")
         value, (low, high) = 100 * found["value"], (100 * end for end in found["ci95"])
         axes.plot([low, high], [place, place], color=colour(name), linewidth=2.4, solid_capstyle="round")
         axes.plot([value], [place], "o", color=colour(name), markersize=8)
@@ -87,7 +87,7 @@ def accuracy(study: Study) -> Figure:
         )
     if study.base is not None:
         axes.axvline(
-            100 * study.value(study.base, "accuracy"), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0
+            100 * study.amount(study.base, "accuracy"), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0
         )
     axes.axvline(100 * study.majority, color=MUTED, linewidth=1, linestyle=":", zorder=0)
     edge = -0.55
@@ -108,8 +108,8 @@ def accuracy(study: Study) -> Figure:
 def size(study: Study) -> Figure:
     """Bytes of the checkpoint, and a mark for the bytes of the weights in memory."""
     names = list(study.variants)
-    values = [study.value(name, "size_checkpoint") / 1e6 for name in names]
-    memory = [study.value(name, "size_memory") / 1e6 for name in names]
+    values = [study.amount(name, "size_checkpoint") / 1e6 for name in names]
+    memory = [study.amount(name, "size_memory") / 1e6 for name in names]
     ratios = [study.relative(name, "size_checkpoint") for name in names]
     texts = [
         f"{value:,.1f}" + (f" (1/{1 / ratio:.1f})" if ratio and name != study.base else "")
@@ -127,7 +127,7 @@ def size(study: Study) -> Figure:
 def evaluation_time(study: Study) -> Figure:
     """Median milliseconds a tweet with the fastest and slowest repeat."""
     names = [name for name in study.variants if study.metric(name, "ms_per_tweet")]
-    found = [study.metric(name, "ms_per_tweet") for name in names]
+    found = [study.need(name, "ms_per_tweet") for name in names]
     values = [item["value"] for item in found]
     figure, (axes,) = row_figure(len(names))
     places = name_rows(axes, names)
@@ -150,7 +150,7 @@ def quantization_time(study: Study) -> Figure | None:
     names = [name for name in study.variants if study.metric(name, "quantization_time")]
     if not names:
         return None
-    values = [study.value(name, "quantization_time") for name in names]
+    values = [study.amount(name, "quantization_time") for name in names]
     partly = [bool(study.variants[name].get("quantization_resumed")) for name in names]
     figure, (axes,) = row_figure(len(names))
     bars(
@@ -177,7 +177,7 @@ def emissions(study: Study) -> Figure | None:
     figure = Figure(figsize=(WIDTH, sum(heights)))
     panels = figure.subplots(len(held), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, (phase, names) in zip(panels, held.items(), strict=True):
-        found = [study.energy(name, phase) for name in names]
+        found = [item for name in names if (item := study.energy(name, phase)) is not None]
         grams = [1000 * item["kg"] for item in found]
         bars(axes, names, grams, [f"{gram:.3g}" for gram in grams])
         how = "counter" if all(item["counter"] for item in found) else "estimate"
@@ -285,12 +285,12 @@ def accuracy_by_size(study: Study) -> Figure:
     figure = Figure(figsize=(WIDTH, 3.5))
     axes = figure.add_subplot()
     for name in study.variants:
-        found = study.metric(name, "accuracy")
-        x, y = study.value(name, "size_checkpoint") / 1e6, 100 * found["value"]
+        found = study.need(name, "accuracy")
+        x, y = study.amount(name, "size_checkpoint") / 1e6, 100 * found["value"]
         ends = np.abs(100 * np.array(found["ci95"]) - y)[:, None]
         axes.errorbar([x], [y], yerr=ends, fmt="o", color=colour(name), markersize=8, elinewidth=1.6, label=title(name))
     axes.set_xscale("log")
-    sizes = sorted({round(study.value(name, "size_checkpoint") / 1e6) for name in study.variants})
+    sizes = sorted({round(study.amount(name, "size_checkpoint") / 1e6) for name in study.variants})
     ticks = [value for index, value in enumerate(sizes) if index == 0 or value / sizes[index - 1] > 1.13]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)

@@ -51,6 +51,17 @@ class Study:
         """A metric of a variant, or None where it was not measured."""
         return self.variants[name]["metrics"].get(metric)
 
+    def need(self, name: str, metric: str) -> dict[str, Any]:
+        """A metric that every record has. Raises RecordError for a record without it."""
+        found = self.metric(name, metric)
+        if found is None:
+            raise RecordError(f"{self.path}: the record of {name} has no metric {metric!r}")
+        return found
+
+    def amount(self, name: str, metric: str) -> float:
+        """The value of a metric that every record has."""
+        return float(self.need(name, metric)["value"])
+
     def value(self, name: str, metric: str) -> float | None:
         """The value of a metric of a variant, or None."""
         found = self.metric(name, metric)

@@ -78,7 +78,7 @@ def cost(study: Study) -> Table:
         row += [scaled(study.value(name, "size_memory"), 1e-6), f"≥ {quantization}" if partly else quantization]
         row += [spread(study.metric(name, "ms_per_tweet")), scaled(study.peak(name, "evaluation"), 1e-6)]
         row.append(significant(study.value(name, "energy_per_tweet")))
-        rows.append(row + [scaled(found and found["kg"], 1000) for found in grams])
+        rows.append(row + [scaled(found["kg"] if found else None, 1000) for found in grams])
     return Table("cost", "Size, time and energy", columns, rows, cost_caption(study))
 
 
