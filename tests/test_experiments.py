@@ -26,10 +26,8 @@ WORDS = {0: "bad sad awful", 1: "table chair road", 2: "good glad lovely"}
 VARIANTS = ("fp32", "bf16", "gptq-4", "gptq-3-r", "nf4", "int8", "rtn-4")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> dict[str, str]:
+def write_tiny(root: Path) -> dict[str, str]:
     """A tiny random model and a tiny labelled data set in TweetEval's layout, as configuration fields."""
-    root = tmp_path_factory.mktemp("tiny")
     random = np.random.default_rng(0)
     folder = root / "data" / "sentiment"
     folder.mkdir(parents=True)
@@ -40,6 +38,11 @@ def tiny(tmp_path_factory) -> dict[str, str]:
         (folder / f"{split}_text.txt").write_text("\n".join(texts) + "\n")
         (folder / f"{split}_labels.txt").write_text("\n".join(map(str, labels)) + "\n")
     return {"model": str(save_tiny(root / "model")), "data_root": str(root / "data")}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def settings(tiny: dict[str, str], **changes) -> TweetEvalConfig:
