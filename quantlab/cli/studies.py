@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -105,8 +106,11 @@ def show_report(run: Path, as_json: bool, force: bool) -> None:
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
+    console = Console() if sys.stdout.isatty() else Console(width=200)  # a file or a pipe has no width
     for table in tables.all_tables(load_study(run)):
-        console.print(tables.terminal(table))
+        printed = tables.terminal(table)
+        for column in printed.columns:
+            column.overflow = "fold"  # a narrow terminal breaks numbers; it never leaves a part out
+        console.print(printed)
         console.print()
     print(f"report: {run / 'report.html'}")
