@@ -122,6 +122,43 @@ def test_quantize_then_use(capsys, tmp_path, tiny, text_file, method, options):
     assert after["ppl"] == pytest.approx(before["ppl"], rel=0.2)
 
 
+@pytest.fixture(scope="module")
+def study_words(tmp_path_factory, tiny) -> list[str]:
+    """`quantlab tweeteval …` on a data set of 30 made-up tweets, without energy (its tracker takes seconds)."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "irony"
+    folder.mkdir()
+    (folder / "mapping.txt").write_text("0\tplain\n1\tironic\n")
+    for split in ("train", "val", "test"):
+        (folder / f"{split}_text.txt").write_text("".join(f"tweet {i} {'!' * (i % 2)}\n" for i in range(10)))
+        (folder / f"{split}_labels.txt").write_text("".join(f"{i % 2}\n" for i in range(10)))
+    settings = {"energy": False, "epochs": 2, "timing_repeats": 1, "calibration_rows": 2, "calibration_length": 32}
+    (root / "settings.json").write_text(json.dumps({**settings, "perplexity_context": 16}))
+    words = ["tweeteval", "--model", tiny, "--task", "irony", "--data-root", root, "--config", root / "settings.json"]
+    return [str(word) for word in [*words, "--variants", "fp32", "nf4", "--out", root / "run"]]
+
+
+def test_tweeteval_then_report(capsys, study_words):
+    cells = result(capsys, *study_words, "--dry-run")["cells"]
+    assert {cell["cell"]: cell["status"] for cell in cells} == dict.fromkeys(["head", "fp32", "nf4"], "to do")
+    status, out, err = call(capsys, *study_words)
+    assert status == 0 and err == "", err
+    assert "nf4: done" in out and "Accuracy, %" in out and "report.html" in out
+    status, out, _ = call(capsys, *study_words)  # again: nothing is left to do
+    assert status == 0 and "nf4: skipped" in out and "started" not in out
+    run = Path(study_words[-1])
+    shown = result(capsys, "report", run)
+    assert [row["variant"] for row in shown["variants"]] == ["fp32", "nf4"]
+    assert all(Path(path).is_file() for path in shown["files"].values())
+    status, _, err = call(capsys, *study_words, "--preset", "seed")  # another study in the same place
+    assert status == 1 and str(run) in err
+
+
+def test_demo_takes_the_demo_configuration(capsys):
+    status, _, err = call(capsys, "demo", "--variants", "gptq-9")
+    assert status == 2 and "gptq-9" in err
+
+
 def one_line(err: str) -> None:
     assert err.startswith("quantlab: ") and err.count("\n") == 1 and "Traceback" not in err
 
