@@ -39,7 +39,7 @@ def compare(case: str, ours: Callable[[], object], theirs: Callable[[], object],
     return {
         "case": case, **facts, "rounds": rounds, "quantlab_s": spread(pairs[:, 0]), "peer_s": spread(pairs[:, 1]),
         "ratio": {"median": float(np.median(ratios)), "min": float(ratios.min()), "max": float(ratios.max())},
-        "commit_info": ql.info()["version"], "threads": _core.threads(), "isa": _core.isa_selected(),
+        "version": ql.info()["version"], "threads": _core.threads(), "isa": _core.isa_selected(),
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@
     python benchmarks/update_readme.py --check    # exit status 1 if README.md is not what the records say
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`), a .jsonl file
-holds the lines of `quantlab bench --json` or of bench_quality.py.
+holds the lines of `quantlab bench --json`, bench_quality.py or bench_peers.py.
 """
 
 from __future__ import annotations
@@ -58,11 +58,28 @@ def quality_section(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 def lines_section(path: Path) -> str:
-    """The section of a .jsonl file: of `quantlab bench`, or of benchmarks/bench_quality.py."""
+    """The section of a .jsonl file: of `quantlab bench`, of bench_quality.py, or of bench_peers.py."""
     records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     if not records:
         raise ValueError(f"{path}: holds no record")
-    return quality_section(path, records) if "perplexity" in records[0] else bench_section(path, records)
+    if "perplexity" in records[0]:
+        return quality_section(path, records)
+    return peers_section(path, records) if "peer" in records[0] else bench_section(path, records)
+
+
+def peers_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a case: both medians, and the ratio of the interleaved rounds with its spread."""
+    rows = [
+        [
+            record["case"], record["peer"], f"{1e3 * record['quantlab_s']['median']:.1f}",
+            f"{1e3 * record['peer_s']['median']:.1f}",
+            "{median:.2f} ({min:.2f} to {max:.2f})".format(**record["ratio"]), str(record["rounds"]),
+        ]
+        for record in records
+    ]  # fmt: skip
+    header = ["case", "peer", "quantlab, ms", "peer, ms", "times faster (least to largest)", "rounds"]
+    machine = f"{records[0]['threads']} threads, {records[0]['isa']}"
+    return f"### Beside the peers: {machine}\n\n{markdown_table(header, rows)}\n\nFrom `{path.relative_to(ROOT)}`."
 
 
 def bench_section(path: Path, records: list[dict[str, Any]]) -> str:
