@@ -49,8 +49,8 @@ int ql_threads(void) {
     if (atomic_load(&in_forked_child)) { return 1; }
     int threads = atomic_load(&chosen_threads);
     if (threads == 0) {
-        threads = ql_default_threads();
-        atomic_store(&chosen_threads, threads);
+        int chosen = ql_default_threads();
+        if (atomic_compare_exchange_strong(&chosen_threads, &threads, chosen)) { threads = chosen; } /* else: set meanwhile */
     }
     return threads;
 }
