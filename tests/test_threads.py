@@ -179,3 +179,33 @@ def test_interrupt_stops_a_long_call(call: str, threads: int) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_interrupt_reaches_a_child_forked_by_another_thread() -> None:
+    """There the thread that forked is the main thread: the one that hears signals."""
+    code = """
+        import os, signal, threading, warnings
+        import numpy as np
+        from quantlab import _core
+        warnings.simplefilter("ignore")
+        _core.isa_select("scalar")
+        x = np.ones((20000, 2000), np.float32)
+        _core.rmsnorm(x[:1], x[0], 0.0)  # from the main thread of the parent
+        def fork():
+            pid = os.fork()
+            if pid == 0:
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+                try:
+                    _core.gram_into(np.zeros((2000, 2000), np.float32), x, x, False)
+                except KeyboardInterrupt:
+                    os._exit(0)
+                os._exit(1)
+            threading.Timer(30.0, os.kill, (pid, signal.SIGKILL)).start()
+            status.append(os.waitpid(pid, 0)[1])
+        status = []
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+        os._exit(status != [0])
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=TIMEOUT).returncode == 0

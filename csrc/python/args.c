@@ -1,6 +1,8 @@
 /* args.c: arrays in and out, and the signal poll of a call. */
 #include "python.h"
 
+#include <unistd.h> /* getpid */
+
 static const char *type_name(int type) {
     switch (type) {
     case NPY_FLOAT32: return "float32";
@@ -81,8 +83,10 @@ static int check_signals(void) {
 }
 
 ql_poll ql_signal_poll(void) {
-    static unsigned long main_thread; /* the thread that imported the module is the main thread in practice; asked once */
-    if (main_thread == 0) {
+    static unsigned long main_thread; /* asked once a process: after a fork, the thread that forked is the main thread */
+    static pid_t process;
+    if (main_thread == 0 || process != getpid()) {
+        process = getpid();
         PyObject *threading = PyImport_ImportModule("threading");
         PyObject *thread = threading == NULL ? NULL : PyObject_CallMethod(threading, "main_thread", NULL);
         PyObject *ident = thread == NULL ? NULL : PyObject_GetAttrString(thread, "ident");
