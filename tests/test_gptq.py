@@ -229,6 +229,17 @@ def test_wrong_arguments() -> None:
         Hessian(0)
 
 
+@pytest.mark.parametrize(
+    "order, fixed, store_ordered, message",
+    [([0, 2, 1, 3], False, False, "order: the columns of a group"), ([0, 1, 2, 3], True, True, "store_ordered: fixed")],
+)
+def test_groups_that_the_column_loop_cannot_follow(order, fixed, store_ordered, message) -> None:
+    w, ones, dead = np.ones((2, 4), np.float32), np.ones(4), np.zeros(4, np.uint8)
+    flags = (True, 0, fixed, False, False, False, store_ordered)
+    with pytest.raises(ValueError, match=message):
+        _core.gptq_quantize(w, np.eye(4), ones, np.array(order, np.int32), ones, dead, 2, 4, *flags)
+
+
 def test_hessian_takes_batches_of_any_float_type() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 5, 12)).astype(np.float16)

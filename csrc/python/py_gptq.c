@@ -83,7 +83,17 @@ static int parse_problem(ql_gptq_problem *p, PyObject *const o[6]) {
     return 1;
 }
 
-/* The steps of a group must follow each other unless its scales are fixed, and every step must fit a code of 8 bits. */
+/* Scales are fixed, or the steps of a group follow each other: then a group is never begun twice. */
+static int check_groups(const ql_gptq_problem *p, const ql_gptq_options *options) {
+    int64_t begun = 1;
+    for (int64_t j = 1; j < p->k; j++) { begun += p->order[j] / p->group != p->order[j - 1] / p->group; }
+    int scattered = begun != (p->k + p->group - 1) / p->group;
+    if (options->fixed_scales ? !options->store_ordered : options->store_ordered || !scattered) { return 1; }
+    PyErr_SetString(PyExc_ValueError, options->fixed_scales ? "store_ordered: fixed scales belong to columns in their own order"
+                                                            : "order: the columns of a group do not follow each other");
+    return 0;
+}
+
 static int check_options(const ql_gptq_problem *p, const ql_gptq_options *options) {
     if (options->bits < 2 || options->bits > 8) {
         return PyErr_Format(PyExc_ValueError, "bits: got %d, expected 2 to 8", options->bits), 0;
@@ -95,7 +105,7 @@ static int check_options(const ql_gptq_problem *p, const ql_gptq_options *option
         return PyErr_Format(PyExc_ValueError, "group: got %lld for a weight of %lld by %lld", (long long)p->group,
                             (long long)p->n, (long long)p->k), 0;
     }
-    return 1;
+    return check_groups(p, options);
 }
 
 /* gptq_quantize(w, feedback, diagonal, order, importance, dead, group, bits, sym, search, fixed, keep_dead, stale, half,
