@@ -141,3 +141,11 @@ def test_refuses_bad_arguments(rng: np.random.Generator) -> None:
         _core.attention(np.ascontiguousarray(q[:, :3]), k, v, q_start, kv_start, kv_len, scale)
     with pytest.raises(ValueError, match="v: dimension 2 is 4, expected 8"):
         _core.attention(q, k, np.ascontiguousarray(v[:, :, :4]), q_start, kv_start, kv_len, scale)
+    with pytest.raises(ValueError, match="kv_len: sequence 0 has a range outside of q or k"):
+        _core.attention(q, k, v, np.array([2, np.iinfo(np.int64).min]), kv_start, kv_len, scale)
+
+
+def test_queries_of_no_sequence_are_zero(rng: np.random.Generator) -> None:
+    q, k, v, _, kv_start, kv_len, scale = Case(rng, [5], [0], 4, 2, 8).arguments()
+    out = _core.attention(q, k, v, np.array([1, 4]), kv_start, kv_len, scale, None)
+    assert np.all(out[1:4] != 0) and not out[[0, 4]].any()

@@ -54,3 +54,5 @@ def test_gradient_is_the_derivative(isa: str, rng: np.random.Generator) -> None:
 def test_refuses_targets_out_of_range() -> None:
     with pytest.raises(ValueError, match="targets: got 3 at position 1, expected 0 to 2"):
         _core.cross_entropy(np.zeros((2, 3), np.float32), np.array([0, 3], np.int32))
+    with pytest.raises(ValueError, match="logits: got no classes"):
+        _core.cross_entropy(np.zeros((1, 0), np.float32), np.array([-100], np.int32))

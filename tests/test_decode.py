@@ -72,3 +72,13 @@ def test_refuses_rows_outside() -> None:
     weight = _core.Weight("f32", 32, 2, 3, 3, np.zeros((2, 3), np.float32))
     with pytest.raises(ValueError, match="rows: got 1 to 3, expected 0 to 2"):
         _core.decode(weight, 1, 3)
+
+
+def test_embedding_refuses_reordered_columns() -> None:
+    """A row of an act-order weight holds its columns in another order than W."""
+    perm = np.array([2, 1, 0], np.int32)
+    weight = _core.Weight("f32", 32, 2, 3, 3, np.zeros((2, 3), np.float32), None, None, perm)
+    with pytest.raises(ValueError, match="table: its columns are reordered"):
+        _core.embedding(np.zeros(1, np.int32), weight)
+    with pytest.raises(ValueError, match="embed: its columns are reordered"):
+        _core.Llama(1, 1, 2, 1, 1e-5, weight, np.ones(3, np.float32), ())

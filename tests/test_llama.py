@@ -5,6 +5,7 @@ import pytest
 from models import TINY, tiny_model, tiny_parts
 from reference import attention, rmsnorm, rope, swiglu
 
+from quantlab import _core
 from quantlab.classify import LlamaForSequenceClassification, pooled_position
 from quantlab.generate import pick
 from quantlab.llama import LlamaConfig, LlamaForCausalLM, to_sequences
@@ -178,6 +179,13 @@ def test_head_training_learns_and_saves_the_best():
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_model())
+
+
+@pytest.mark.parametrize("heads, kv_heads, intermediate", [(2**61, 2**61, 1), (1, 1, 2**60)])
+def test_sizes_that_overflow_are_refused(heads, kv_heads, intermediate):
+    embed = _core.Weight("f32", 32, 4, 4, 4, np.ones((4, 4), np.float32))
+    with pytest.raises(ValueError, match=f"config: {heads} heads"):
+        _core.Llama(heads, kv_heads, 4096, intermediate, 1e-5, embed, np.ones(4, np.float32), ())
 
 
 def test_labels_are_checked():

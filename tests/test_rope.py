@@ -46,5 +46,7 @@ def test_refuses_bad_arguments() -> None:
     x, (cos, sin) = np.zeros((2, 1, 8), np.float32), tables(4, 4)
     with pytest.raises(ValueError, match="positions: got 4 at position 1, expected 0 to 3"):
         _core.rope(x, cos, sin, np.array([0, 4], np.int32))
+    with pytest.raises(ValueError, match="positions: got 0 at position 0, expected 0 to -1"):
+        _core.rope(x, cos[:0], sin[:0], np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="x: head size is 6, expected twice that of cos, 4"):
         _core.rope(np.zeros((2, 1, 6), np.float32), cos, sin, np.zeros(2, np.int32))

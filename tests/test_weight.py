@@ -339,7 +339,14 @@ BAD_CALLS = [
     (lambda w: _core.double_quantize(np.empty(0, np.float32)), ValueError, "scales: got none"),
     (lambda w: _core.quantize_rtn(w, 9, 32, True), ValueError, "bits: got 9"),
     (lambda w: _core.quantize_rtn(w, 4, 0, True), ValueError, "group: got 0"),
+    (lambda w: _core.quantize_rtn(w[:, :0].copy(), 4, 32, True), ValueError, r"w: shape is \(8, 0\)"),
     (lambda w: _core.quantize(w, "int8", 60), ValueError, "group: got 60"),
+    (lambda w: _core.quantize(w, "nf4", 2**63 - 1), ValueError, "group: got 9223372036854775807 over 512"),
+    (
+        lambda w: ql.QuantWeight("nf4", 4, (8, 64), 2**63 - 1, np.zeros(256, np.uint8), w[0, :0]),
+        ValueError,
+        "group: got 9223372036854775807, expected",
+    ),
 ]
 
 

@@ -52,7 +52,10 @@ static int fill_layer(ql_llama_layer *layer, const ql_llama *m, PyObject *parts,
 }
 
 static int check_sizes(const ql_llama *m) {
-    if (m->hq >= 1 && m->hkv >= 1 && m->hq % m->hkv == 0 && m->d >= 2 && m->d % 2 == 0 && m->d <= 4096 && m->f >= 1) { return 1; }
+    if (m->hq >= 1 && m->hkv >= 1 && m->hq % m->hkv == 0 && m->d >= 2 && m->d % 2 == 0 && m->d <= 4096 &&
+        m->hq <= INT32_MAX / m->d && m->f >= 1 && m->f <= INT32_MAX) {
+        return 1;
+    }
     PyErr_Format(PyExc_ValueError, "config: %lld heads, %lld key-value heads, head size %lld, intermediate size %lld are not accepted",
                  (long long)m->hq, (long long)m->hkv, (long long)m->d, (long long)m->f);
     return 0;
@@ -67,7 +70,7 @@ static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
                                      &PyTuple_Type, &layers)) {
         return NULL;
     }
-    const ql_weight *table = ql_weight_arg(embed, "embed");
+    const ql_weight *table = ql_table_arg(embed, "embed");
     if (table == NULL) { return NULL; }
     ql_llama m = {.layers = PyTuple_GET_SIZE(layers), .c = table->k, .f = f, .hq = hq, .hkv = hkv, .d = d, .eps = eps, .embed = table};
     if (!check_sizes(&m) || (m.norm = gain_arg(norm, "norm", m.c)) == NULL) { return NULL; }
@@ -106,12 +109,12 @@ static int check_batch(const ql_llama_batch *batch, int64_t vocabulary, int64_t 
     }
     int64_t next = 0;
     for (int64_t b = 0; b < batch->b; b++) {
-        int64_t queries = batch->q_start[b + 1] - batch->q_start[b];
-        if (batch->q_start[b] != next || queries < 0 || batch->kv_len[b] < queries || batch->kv_start[b] < 0 ||
-            batch->kv_len[b] > kv_rows || batch->kv_start[b] > kv_rows - batch->kv_len[b]) {
+        int64_t end = batch->q_start[b + 1];
+        if (batch->q_start[b] != next || end < next || batch->kv_len[b] < end - next || batch->kv_len[b] > kv_rows ||
+            batch->kv_start[b] < 0 || batch->kv_start[b] > kv_rows - batch->kv_len[b]) {
             return PyErr_Format(PyExc_ValueError, "q_start, kv_start, kv_len: sequence %lld is out of range", (long long)b), 0;
         }
-        next = batch->q_start[b + 1];
+        next = end;
     }
     if (next != batch->t) { return PyErr_SetString(PyExc_ValueError, "q_start: does not end at the number of tokens"), 0; }
     return 1;

@@ -6,11 +6,11 @@ static PyObject *finish(PyArrayObject *out, int stopped) {
     return (PyObject *)out;
 }
 
-/* every id in [0, limit), or `also` */
+/* every id in [0, limit), or `also`, a negative one (0: none) */
 static int check_ids(PyArrayObject *ids, const char *name, int64_t limit, int32_t also) {
     const int32_t *data = ql_data(ids);
     for (int64_t i = 0; i < (int64_t)PyArray_SIZE(ids); i++) {
-        if ((data[i] < 0 || data[i] >= limit) && data[i] != also) {
+        if ((data[i] < 0 || data[i] >= limit) && (also == 0 || data[i] != also)) {
             PyErr_Format(PyExc_ValueError, "%s: got %d at position %lld, expected 0 to %lld", name, data[i], (long long)i,
                          (long long)limit - 1);
             return 0;
@@ -35,7 +35,7 @@ static PyObject *embedding(PyObject *self, PyObject *arguments) {
     PyObject *ids_object, *table_object, *out_object = NULL;
     if (!PyArg_ParseTuple(arguments, "OO|O", &ids_object, &table_object, &out_object)) { return NULL; }
     PyArrayObject *ids = ql_array(ids_object, "ids", NPY_INT32, 1);
-    const ql_weight *table = ids == NULL ? NULL : ql_weight_arg(table_object, "table");
+    const ql_weight *table = ids == NULL ? NULL : ql_table_arg(table_object, "table");
     if (table == NULL || !check_ids(ids, "ids", table->n, 0)) { return NULL; }
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(ids, 0), table->k}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
@@ -98,9 +98,9 @@ static int check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *qs, P
     const int64_t *q_start = ql_data(qs), *kv_start = ql_data(ks), *kv_len = ql_data(kl);
     if (!ql_check_dim(qs, "q_start", 0, b + 1) || !ql_check_dim(kl, "kv_len", 0, b)) { return 0; }
     for (int64_t i = 0; i < b; i++) {
-        int64_t queries = q_start[i + 1] - q_start[i];
-        if (q_start[i] < 0 || queries < 0 || q_start[i + 1] > ql_dim(q, 0) || kv_len[i] < queries || kv_start[i] < 0 ||
-            kv_len[i] > ql_dim(k, 0) || kv_start[i] > ql_dim(k, 0) - kv_len[i]) {
+        if (q_start[i] < 0 || q_start[i + 1] < q_start[i] || q_start[i + 1] > ql_dim(q, 0) ||
+            kv_len[i] < q_start[i + 1] - q_start[i] || kv_len[i] > ql_dim(k, 0) || kv_start[i] < 0 ||
+            kv_start[i] > ql_dim(k, 0) - kv_len[i]) {
             PyErr_Format(PyExc_ValueError, "kv_len: sequence %lld has a range outside of q or k", (long long)i);
             return 0;
         }
@@ -135,7 +135,7 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
     if (!also_out(lse_object, "lse", 2, PyArray_DIMS(q), &lse)) { return NULL; }
     PyArrayObject *out = ql_out(out_object, 3, (int64_t[]){ql_dim(q, 0), ql_dim(q, 1), ql_dim(q, 2)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
-    if (out_object == NULL) { PyArray_FILLWBYTE(out, 0); } /* queries of no sequence */
+    if (out_object == NULL || out_object == Py_None) { PyArray_FILLWBYTE(out, 0); } /* queries of no sequence */
     int stopped;
     QL_CALL_BEGIN
     ql_cpu()->attention_forward(ql_data(out), ql_data(lse), ql_data(q), ql_data(k), ql_data(v), ql_data(q_start), ql_data(kv_start),
@@ -222,6 +222,7 @@ static PyObject *cross_entropy(PyObject *self, PyObject *arguments) {
         !check_ids(targets, "targets", ql_dim(logits, 1), -100)) {
         return NULL;
     }
+    if (ql_dim(logits, 1) < 1) { return PyErr_Format(PyExc_ValueError, "logits: got no classes, expected at least 1"); }
     PyArrayObject *loss = ql_new(1, (int64_t[]){ql_dim(logits, 0)}, NPY_FLOAT32);
     PyArrayObject *dlogits = gradient ? ql_new(2, (int64_t[]){ql_dim(logits, 0), ql_dim(logits, 1)}, NPY_FLOAT32) : NULL;
     if (loss == NULL || (gradient && dlogits == NULL)) { return Py_XDECREF(loss), Py_XDECREF(dlogits), NULL; }

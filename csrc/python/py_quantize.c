@@ -16,6 +16,7 @@ static PyObject *quantize_rtn(PyObject *self, PyObject *arguments) {
     if (bits < 2 || bits > 8) { return PyErr_Format(PyExc_ValueError, "bits: got %d, expected 2 to 8", bits); }
     if (group < 1) { return PyErr_Format(PyExc_ValueError, "group: got %lld, expected at least 1", group); }
     int64_t n = ql_dim(w, 0), k = ql_dim(w, 1), groups = group < k ? (k + group - 1) / group : 1;
+    if (n < 1 || k < 1) { return PyErr_Format(PyExc_ValueError, "w: shape is (%lld, %lld), expected at least 1 by 1", (long long)n, (long long)k); }
     PyArrayObject *codes = ql_new(2, (int64_t[]){n, ql_words_per_row(k, bits)}, NPY_UINT32);
     PyArrayObject *scales = ql_new(2, (int64_t[]){n, groups}, NPY_FLOAT32);
     PyArrayObject *zeros = sym ? NULL : ql_new(2, (int64_t[]){n, groups}, NPY_UINT8);

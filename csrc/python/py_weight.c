@@ -19,6 +19,13 @@ const ql_weight *ql_weight_arg(PyObject *object, const char *name) {
     return NULL;
 }
 
+const ql_weight *ql_table_arg(PyObject *object, const char *name) {
+    const ql_weight *w = ql_weight_arg(object, name);
+    if (w == NULL || w->perm == NULL) { return w; }
+    PyErr_Format(PyExc_ValueError, "%s: its columns are reordered (perm), rows cannot be looked up in it", name);
+    return NULL;
+}
+
 /* what a format asks of its arrays: NumPy type and number of code elements, scales and zeros */
 static int64_t code_count(const ql_weight *w, int *type) {
     switch (w->format) {
@@ -46,7 +53,9 @@ static int check_header(ql_weight *w) {
                             (long long)w->n, (long long)w->k), 0;
     }
     if (!bits_ok) { return PyErr_Format(PyExc_ValueError, "bits: got %d, expected 2 to 8", w->bits), 0; }
-    if (w->group < 1) { return PyErr_Format(PyExc_ValueError, "group: got %lld, expected at least 1", (long long)w->group), 0; }
+    if (w->group < 1 || w->group > INT32_MAX) {
+        return PyErr_Format(PyExc_ValueError, "group: got %lld, expected 1 to 2^31 - 1", (long long)w->group), 0;
+    }
     return 1;
 }
 
@@ -179,7 +188,7 @@ static PyObject *quantize(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "format: got %s, expected nf4, fp4 or int8", name);
     }
     int64_t count = PyArray_SIZE(x);
-    if (group < 1 || count < 1 || (format == QL_INT8 && count % group != 0)) {
+    if (group < 1 || group > INT32_MAX || count < 1 || (format == QL_INT8 && count % group != 0)) {
         return PyErr_Format(PyExc_ValueError, "group: got %lld over %lld elements", group, (long long)count);
     }
     PyArrayObject *codes = format == QL_INT8 ? ql_new(1, (int64_t[]){count}, NPY_INT8) : ql_new(1, (int64_t[]){(count + 1) / 2}, NPY_UINT8);

@@ -61,6 +61,7 @@ typedef struct {
 
 extern PyTypeObject *ql_weight_type;
 const ql_weight *ql_weight_arg(PyObject *object, const char *name); /* NULL with a TypeError */
+const ql_weight *ql_table_arg(PyObject *object, const char *name);  /* for rows by id: NULL with an error, also for act-order */
 int ql_format_arg(const char *text, ql_format *format);             /* 0 with a ValueError */
 
 /* ---- domains: each adds its functions and types to the module ------------------------------------------------ */
