@@ -32,7 +32,9 @@ def pooled_position(ids: np.ndarray, pad_token_id: int | None) -> int:
 class LlamaForSequenceClassification(Llama):
     """`score` (num_labels, hidden) on the pooled hidden state, without bias: transformers' model of the same name.
 
-    Without a trained `score` in the checkpoint it is drawn from normal(0, initializer_range) with seed 0.
+    num_labels: None takes that of the checkpoint's `score`, else of its `id2label`, else 2. The names of labels in
+    the config are kept where their number fits. Without a trained `score` in the checkpoint it is drawn from
+    normal(0, initializer_range) with seed 0.
     """
 
     architecture = "LlamaForSequenceClassification"
@@ -48,10 +50,14 @@ class LlamaForSequenceClassification(Llama):
     ):
         values = (config if isinstance(config, LlamaConfig) else LlamaConfig(config)).to_dict()
         found = weights["score"].shape[0] if "score" in weights else None
-        num_labels = num_labels or found or 2
+        named = values.get("id2label")
+        named = named if isinstance(named, Mapping) and named else {}
+        num_labels = (found or len(named) or 2) if num_labels is None else num_labels
         if num_labels < 1 or (found is not None and num_labels != found):
             raise ValueError(f"num_labels: got {num_labels}, the checkpoint's score has {found or 'none'}")
-        names = {str(label): f"LABEL_{label}" for label in range(num_labels)}
+        names = {str(label): str(name) for label, name in named.items()}
+        if set(names) != {str(label) for label in range(num_labels)}:
+            names = {str(label): f"LABEL_{label}" for label in range(num_labels)}
         values.update(
             num_labels=num_labels, id2label=names, label2id={name: int(label) for label, name in names.items()}
         )
@@ -165,28 +171,23 @@ class LlamaForSequenceClassification(Llama):
         head = AdamW(self.score, lr, weight_decay)
         history: list[dict[str, float]] = []
         best, best_loss, waited = head.value.copy(), np.inf, 0
-        for epoch in range(1, epochs + 1):
-            shuffled = order.permutation(len(x))
-            for start in range(0, len(x), batch_size):
-                index = shuffled[start : start + batch_size]
-                loss, gradient = head_loss(head.value, x[index], y[index])
-                head.step(gradient)
-                eval_loss, accuracy = head_accuracy(head.value, *evaluation)
-                history.append(
-                    {
-                        "step": len(history) + 1,
-                        "epoch": epoch,
-                        "train_loss": loss,
-                        "eval_loss": eval_loss,
-                        "eval_accuracy": accuracy,
-                    }
-                )
-            if history[-1]["eval_loss"] < best_loss:
-                best, best_loss, waited = head.value.copy(), history[-1]["eval_loss"], 0
-            else:
-                waited += 1
-            if waited >= patience:
-                break
+        with progress(epochs, "head", "epoch") as bar:
+            for epoch in range(1, epochs + 1):
+                shuffled = order.permutation(len(x))
+                for start in range(0, len(x), batch_size):
+                    index = shuffled[start : start + batch_size]
+                    loss, gradient = head_loss(head.value, x[index], y[index])
+                    head.step(gradient)
+                    eval_loss, accuracy = head_accuracy(head.value, *evaluation)
+                    step = {"step": len(history) + 1, "epoch": epoch, "train_loss": loss}
+                    history.append({**step, "eval_loss": eval_loss, "eval_accuracy": accuracy})
+                bar.advance(note=f"evaluation loss {eval_loss:.4f}")
+                if eval_loss < best_loss:
+                    best, best_loss, waited = head.value.copy(), eval_loss, 0
+                else:
+                    waited += 1
+                if waited >= patience:
+                    break
         self.score = best
         return history
 

@@ -24,7 +24,8 @@ def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def _check_group_size(value: object) -> None:
+def check_group_size(value: object) -> None:
+    """ValueError unless it is -1 or a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
         raise ValueError(f"group_size: got {value!r}, expected -1 (the whole row) or a positive integer")
 
@@ -88,7 +89,7 @@ class GPTQConfig(QuantizationConfig):
 
     def __post_init__(self) -> None:
         _check_choice("bits", self.bits, BITS)
-        _check_group_size(self.group_size)
+        check_group_size(self.group_size)
         for name in (
             "sym", "desc_act", "static_groups", "true_sequential", "act_group_aware", "drift_correction",
             "residual_correction", "block_stale_scales",
@@ -147,7 +148,7 @@ class RTNConfig(QuantizationConfig):
 
     def __post_init__(self) -> None:
         _check_choice("bits", self.bits, BITS)
-        _check_group_size(self.group_size)
+        check_group_size(self.group_size)
         _check_flag("sym", self.sym)
 
 

@@ -81,7 +81,7 @@ def generate(
     _check(max_new_tokens, temperature, top_k, top_p)
     sequences = to_sequences(input_ids)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    stops = {eos} if isinstance(eos, int) else set(eos or ())
+    stops = {int(eos)} if isinstance(eos, (int, np.integer)) else {int(token) for token in eos or ()}
     generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
     cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
     hidden = _prefill(model, sequences, cache)

@@ -181,6 +181,8 @@ def quantize_shared(
     `done` is called with the name of each as it is finished."""
     if not isinstance(config, GPTQConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a GPTQConfig")
+    if not isinstance(hessian, Hessian):
+        raise TypeError(f"hessian: got {type(hessian).__name__}, expected a quantlab.gptq.Hessian")
     started = time.perf_counter()
     first = next(iter(weights))
     factor = _Factor(hessian, config, first)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from quantlab import _core
+from quantlab.arrays import as_array
+from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
 from quantlab.weight import QuantWeight
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 
     from quantlab.io import Checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+DTYPES = (*DTYPE_NAMES.values(), "auto")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LINEARS = ATTENTION + MLP
@@ -46,9 +49,13 @@ class LlamaConfig:
         "num_labels": 2,
         "quantization_config": None,
     }
-    REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+                "max_position_embeddings")  # fmt: skip
 
     def __init__(self, values: Mapping[str, Any]):
+        values = {**self.DEFAULTS, **values}
+        if values["max_position_embeddings"] is None:
+            values["max_position_embeddings"] = self.DEFAULTS["max_position_embeddings"]
         missing = [name for name in self.REQUIRED if not isinstance(values.get(name), int) or values[name] < 1]
         if missing:
             raise ValueError(f"config: {missing[0]} is {values.get(missing[0])!r}, expected a positive integer")
@@ -61,7 +68,7 @@ class LlamaConfig:
             raise ValueError(
                 f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together"
             )
-        self._values = {**self.DEFAULTS, **values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        self._values = {**values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
         rope_parameters(self._values)
 
     def __getattr__(self, name: str) -> Any:
@@ -94,8 +101,11 @@ def layer_modules(config: Any) -> Iterator[str]:
 def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
     """The rows of `input_ids` as int32 arrays without padding.
 
-    `input_ids`: one row, a (B, T) array or a list of rows of any length; `lengths` (B,): how much of each row counts.
+    `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
+    (B,): how much of each row counts.
     """
+    if hasattr(input_ids, "__dlpack__"):
+        input_ids = as_array(input_ids, "input_ids")
     if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
         rows = list(np.atleast_2d(input_ids))
     elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
@@ -204,11 +214,13 @@ class Llama:
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(DTYPES)}")
         weights, vectors = {}, {}
-        for module in checkpoint.modules:
-            if module.endswith("norm"):
-                vectors[module] = checkpoint.vector(module)
-            else:
-                weights[module] = cast_weight(checkpoint.weight(module), dtype)
+        with progress(len(checkpoint.modules), "loading", "module") as bar:
+            for module in checkpoint.modules:
+                if module.endswith("norm"):
+                    vectors[module] = checkpoint.vector(module)
+                else:
+                    weights[module] = cast_weight(checkpoint.weight(module), dtype)
+                bar.advance()
         return cls(checkpoint.config, weights, vectors, checkpoint.tokenizer, checkpoint, **extra)
 
     def replace(self: Self, weights: Mapping[str, QuantWeight]) -> Self:
@@ -239,16 +251,23 @@ class Llama:
         """Writes a checkpoint directory in the layout that the weights ask for; returns the bytes of each file."""
         from quantlab.io import save_checkpoint
 
-        config = {**self.config.to_dict(), "architectures": [self.architecture], "model_type": "llama"}
-        config.pop("quantization_config", None)  # save_checkpoint writes the one that these weights need
         files = self.checkpoint.tokenizer_files if self.checkpoint is not None else {}
-        return save_checkpoint(path, config, self.saved_weights(), self.vectors, files)
+        return save_checkpoint(path, self.saved_config(), self.saved_weights(), self.vectors, files)
+
+    def saved_config(self) -> dict[str, Any]:
+        """The config.json that `save_pretrained` writes, but for the quantization_config, which follows from the
+        weights. Its dtype is the embedding's: readers load the float matrices in it."""
+        config = {**self.config.to_dict(), "architectures": [self.architecture], "model_type": "llama"}
+        for name in ("quantization_config", "dtype"):  # the latter is a newer name of torch_dtype
+            config.pop(name, None)
+        config["torch_dtype"] = DTYPE_NAMES[self.weight("model.embed_tokens").format]
+        return config
 
     def size_report(self) -> dict[str, Any]:
         """Bytes by part as the checkpoint on disk holds them, their total, and the bytes of the weights in memory."""
         from quantlab.size import size_of_model
 
-        return size_of_model(self.saved_weights(), self.vectors)
+        return size_of_model(self.saved_weights(), self.vectors, self.saved_config()["torch_dtype"])
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
@@ -297,10 +316,11 @@ class Llama:
         """Hidden states after the final norm, float32 (B, T, hidden_size); zero beyond a row's length.
 
         input_ids: (B, T) right-padded with `lengths` (B,), or rows of any length. A row's result does not depend on the
-        rows beside it.
+        rows beside it (but for the dynamic rope type beyond its trained length, whose angles follow the longest row).
         """
         sequences = to_sequences(input_ids, lengths)
-        width = input_ids.shape[-1] if isinstance(input_ids, np.ndarray) else max(len(row) for row in sequences)
+        padded = getattr(input_ids, "shape", None)
+        width = int(padded[-1]) if padded else max(len(row) for row in sequences)
         out = np.zeros((len(sequences), width, self.config.hidden_size), np.float32)
         for group in self.batches(sequences, BATCH_TOKENS):
             hidden, start = self.packed_hidden([sequences[index] for index in group]), 0
@@ -353,6 +373,8 @@ class LlamaForCausalLM(Llama):
 
         Beyond a row's length the logits are zero. Raises ValueError for ids outside of the vocabulary.
         """
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: got {logits_to_keep}, expected 0 (all) or more")
         hidden = self.hidden_states(input_ids, lengths)
         sequences = to_sequences(input_ids, lengths)
         keep = min(logits_to_keep, min(len(row) for row in sequences))
@@ -394,8 +416,7 @@ def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
     """A float matrix in `dtype`; a quantized one, or any with dtype "auto", as it is."""
     import ml_dtypes
 
-    names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-    if dtype == "auto" or weight.format not in names.values() or weight.format == names[dtype]:
+    if dtype == "auto" or DTYPE_NAMES.get(weight.format, dtype) == dtype:
         return weight
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return QuantWeight.from_array(weight.dequantize().astype(target))

@@ -44,6 +44,8 @@ def perplexity(
     """
     if context < 2:
         raise ValueError(f"context: got {context}, expected at least 2 tokens")
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"max_tokens: got {max_tokens}, expected at least 2, or None for all")
     ids = model.encode(text_or_ids) if isinstance(text_or_ids, str) else np.concatenate(to_sequences(text_or_ids))
     ids = ids[:max_tokens] if max_tokens is not None else ids
     if len(ids) < 2:

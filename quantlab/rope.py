@@ -5,12 +5,17 @@ Source: Su et al. 2021 (RoFormer); the scaled types as Hugging Face transformers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+NEEDED = {
+    "linear": ("factor",), "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
@@ -23,8 +28,13 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     settings.update(get("rope_parameters") or {})
     settings.setdefault("rope_theta", get("rope_theta") or 10000.0)
     settings["rope_type"] = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
-    if settings["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type: got {settings['rope_type']!r}, accepted are {', '.join(ROPE_TYPES)}")
+    kind = settings["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type: got {kind!r}, accepted are {', '.join(ROPE_TYPES)}")
+    for name in ("rope_theta", *NEEDED.get(kind, ())):
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, expected a positive number for the rope type {kind!r}")
     return settings
 
 

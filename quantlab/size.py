@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantlab.config import check_group_size
+from quantlab.io.save import checkpoint_nbytes
 from quantlab.llama import LlamaConfig
 
 if TYPE_CHECKING:
@@ -64,9 +66,12 @@ KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def size_of_model(weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def size_of_model(
+    weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> dict[str, Any]:
     """`parts`: bytes of embeddings, attention, mlp, norms and head in the checkpoint's files (headers aside);
-    `total`: their sum; `memory`: bytes of the arrays as they are held now."""
+    `total`: their sum; `memory`: bytes of the arrays as they are held now. dtype: that of the config, whose name stands
+    beside every 4-bit weight."""
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for module, weight in weights.items():
         kind = (
@@ -78,7 +83,7 @@ def size_of_model(weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.n
             if "mlp" in module
             else "head"
         )
-        parts[kind] += weight.checkpoint_nbytes
+        parts[kind] += checkpoint_nbytes(weight, dtype)
     parts["norms"] = sum(vector.nbytes for vector in vectors.values())
     memory = sum(weight.nbytes for weight in weights.values()) + parts["norms"]
     return {"parts": parts, "total": sum(parts.values()), "memory": memory}
@@ -100,6 +105,7 @@ def size_from_config(
     config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
     if bits not in (2, 3, 4, 8, 16, 32):
         raise ValueError(f"bits: got {bits}, accepted are 2, 3, 4, 8, 16, 32")
+    check_group_size(group_size)
     if head not in ("classifier", "causal"):
         raise ValueError(f"head: got {head!r}, accepted are classifier, causal")
     c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers

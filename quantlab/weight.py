@@ -155,23 +155,6 @@ class QuantWeight:
         """Bytes of its arrays in memory."""
         return sum(part.nbytes for part in self._arrays().values() if part.ndim > 0)
 
-    @property
-    def checkpoint_nbytes(self) -> int:
-        """Bytes of its tensors in a checkpoint: plain, GPTQ (affine), bitsandbytes-4bit (nf4, fp4) or LLM.int8()."""
-        n, k = self.shape
-        if self.format in FLOAT_BITS:
-            return n * k * self.bits // 8
-        if self.format == "int8":
-            return n * k + 4 * n + 1  # weight, SCB, weight_format
-        if self.format == "affine":
-            groups = -(-k // self.group)
-            qweight, qzeros = 4 * n * -(-k * self.bits // 32), 4 * groups * -(-n * self.bits // 32)
-            return qweight + qzeros + 2 * groups * n + 4 * k  # … scales, g_idx
-        blocks = -(-n * k // self.group)
-        nested = self.double_quant
-        scales = 4 * blocks if nested is None else blocks + nested.absmax.nbytes + nested.map.nbytes
-        return -(-n * k // 2) + scales + 4 * 16 + len(self.quant_state())  # … quant_map
-
     def quant_state(self, dtype: str = "float32") -> bytes:
         """The JSON that bitsandbytes keeps beside a 4-bit weight; `dtype` is what it decodes to there."""
         if self.format not in ("nf4", "fp4"):

@@ -137,6 +137,58 @@ def test_rope_refuses_what_it_does_not_know():
         rope_parameters({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"rope_scaling": {"type": "dynamic", "factor": "2"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_theta": -5.0},
+        {"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}},
+    ],
+)
+def test_rope_refuses_settings_that_lack_a_number(settings):
+    with pytest.raises(ValueError, match=r"^\w+: got .*, expected a positive number for the rope type"):
+        LlamaConfig({**TINY, **settings})
+
+
+def test_arrays_of_other_libraries_are_taken():
+    class Foreign:
+        """An array that is known by DLPack alone, as torch's are."""
+
+        def __init__(self, array):
+            self.array, self.shape = array, array.shape
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__()
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+        def __len__(self):
+            return len(self.array)
+
+        def __getitem__(self, index):
+            return Foreign(self.array[index])
+
+    model, ids = tiny_model(), np.array([[3, 4, 5, 6], [7, 8, 0, 0]])
+    np.testing.assert_array_equal(model(Foreign(ids[0])), model(ids[0]))
+    np.testing.assert_array_equal(model(Foreign(ids), lengths=[3, 2]), model(ids, lengths=[3, 2]))
+    for row in (ids[0], Foreign(ids[0])):
+        assert len(model.generate(row, max_new_tokens=2, eos_token_id=np.int64(-1))[0]) == 6
+
+
+def test_labels_keep_their_names():
+    names = {"0": "negative", "1": "neutral", "2": "positive"}
+    parts = tiny_parts(id2label=names)
+    assert LlamaForSequenceClassification(*parts).config.id2label == names
+    assert LlamaForSequenceClassification(*parts, num_labels=3).config.label2id["positive"] == 2
+    assert LlamaForSequenceClassification(*parts, num_labels=2).config.id2label == {"0": "LABEL_0", "1": "LABEL_1"}
+    with pytest.raises(ValueError, match="num_labels: got 0"):
+        LlamaForSequenceClassification(*parts, num_labels=0)
+
+
 def test_pooling_as_transformers():
     assert pooled_position(np.array([3, 4, 0, 0]), 0) == 1
     assert pooled_position(np.array([0, 4, 0, 5]), 0) == 3
@@ -170,6 +222,9 @@ def test_head_training_learns_and_saves_the_best():
         (lambda m: m.generate([1], max_new_tokens=0), "max_new_tokens: got 0"),
         (lambda m: m.generate([1], temperature=0.0), "temperature: got 0"),
         (lambda m: m.perplexity([1]), "at least 2"),
+        (lambda m: m.perplexity([1, 2, 3], max_tokens=-1), "max_tokens: got -1"),
+        (lambda m: m([1, 2], logits_to_keep=-1), "logits_to_keep: got -1"),
+        (lambda m: LlamaConfig({**TINY, "max_position_embeddings": "many"}), "max_position_embeddings is 'many'"),
         (lambda m: m.perplexity("text"), "tokenizer: this checkpoint has none"),
         (lambda m: m.replace({"nothing": m.lm_head}), "no module named 'nothing'"),
         (lambda m: LlamaConfig({**TINY, "hidden_size": 65}), "hidden_size 65"),

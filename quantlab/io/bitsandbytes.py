@@ -117,7 +117,7 @@ class FourBitLayout:
         tensors.expect(name, ("U8",), size)
         try:
             state = json.loads(tensors.array(name).tobytes().decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ValueError(f"{self.where}: tensor {name!r} is not JSON") from None
         nested = isinstance(state, dict) and "nested_offset" in state
         accepted: dict[str, Any] = {
@@ -173,22 +173,15 @@ def stored_tensors(module: str, weight: QuantWeight, dtype: str = "float32") -> 
     if weight.format == "int8":
         return _int8_tensors(module, weight)
     name, nested = f"{module}.weight", weight.double_quant
-    state: dict[str, Any] = {
-        "quant_type": weight.format,
-        "blocksize": weight.group,
-        "dtype": dtype,
-        "shape": list(weight.shape),
-    }
     tensors = {name: weight.codes.reshape(-1, 1), f"{name}.quant_map": QUANT_MAPS[weight.format]}
     if nested is None:
         tensors[f"{name}.absmax"] = np.asarray(weight.scales).reshape(-1)
     else:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(nested.offset)}
         tensors[f"{name}.absmax"] = nested.codes
         tensors[f"{name}.nested_absmax"] = nested.absmax
         tensors[f"{name}.nested_quant_map"] = nested.map
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    tensors[f"{name}.quant_state.bitsandbytes__{weight.format}"] = text
+    state = np.frombuffer(weight.quant_state(dtype), np.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__{weight.format}"] = state
     return {key: LazyTensor.of(array) for key, array in tensors.items()}
 
 

@@ -80,7 +80,7 @@ def quantization_config(weights: Mapping[str, QuantWeight], config: Mapping[str,
         module for module in weights if module not in quantized and module not in ("model.embed_tokens", "lm_head")
     ]
     skipped = [*([] if "lm_head" in quantized else ["lm_head"]), *floats]  # a tied head is a linear layer too
-    return bitsandbytes.quantization_config(quantized, skipped, _dtype(config))
+    return bitsandbytes.quantization_config(quantized, skipped, config_dtype(config))
 
 
 def checkpoint_tensors(
@@ -112,13 +112,14 @@ def stored_tensors(
     return bitsandbytes.stored_tensors(module, weight, dtype)
 
 
-def checkpoint_nbytes(weight: QuantWeight) -> int:
-    """Bytes of the tensors that hold one weight in its checkpoint layout (the header of the file aside; the text of
-    bitsandbytes' quant_state is counted as it is for float32)."""
-    return sum(tensor.nbytes for tensor in stored_tensors("", weight).values())
+def checkpoint_nbytes(weight: QuantWeight, dtype: str = "float32") -> int:
+    """Bytes of the tensors that hold one weight in its checkpoint layout, the header of the file aside. dtype: as in
+    `stored_tensors`."""
+    return sum(tensor.nbytes for tensor in stored_tensors("", weight, dtype=dtype).values())
 
 
-def _dtype(config: Mapping[str, Any]) -> str:
+def config_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config.json names and that is written beside 4-bit weights; float32 where it names none."""
     dtype = str(config.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
     return dtype if dtype in bitsandbytes.DTYPES else "float32"
 
