@@ -25,6 +25,7 @@ import numpy as np
 
 from quantlab import _core, backend
 from quantlab.config import FP4Config, Int8Config, NF4Config, RTNConfig
+from quantlab.io.files import write_bytes
 from quantlab.progress import progress
 from quantlab.weight import QuantWeight
 
@@ -412,8 +413,5 @@ def run(ops: Sequence[str] = (), models: Iterable[Sizes] = MODELS, rounds: int =
 
 
 def write_jsonl(records: Iterable[dict[str, Any]], path: str | Path) -> None:
-    """One record a line, written beside the file and then renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    temporary.replace(path)
+    """One record a line; the file appears whole or not at all."""
+    write_bytes(path, "".join(json.dumps(one) + "\n" for one in records).encode())

@@ -355,6 +355,20 @@ def test_splits_are_samples_with_checksums(tiny):
     assert examples.official == "macro_recall" and examples.names == ["negative", "neutral", "positive"]
 
 
+def test_local_files_only_reaches_the_data(monkeypatch):
+    asked = []
+
+    def download(hub_id, name, *, local_files_only):
+        asked.append(local_files_only)
+        raise FileNotFoundError("not in the local cache")
+
+    monkeypatch.delenv("QUANTLAB_DATA", raising=False)
+    monkeypatch.setattr("quantlab.io.hub.download_data", download)
+    with pytest.raises(FileNotFoundError, match="not in the local cache"):
+        tweeteval.resolve(preset("corrected", task="irony", local_files_only=True))
+    assert asked == [True]
+
+
 def test_without_training_text_the_validation_split_is_shared(tiny, tmp_path):
     folder = tmp_path / "sentiment"
     folder.mkdir()

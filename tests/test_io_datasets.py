@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantlab.io import datasets
-from quantlab.io.datasets import load_demo_tweets, load_text, load_texts, load_tweeteval, split_indices
+from quantlab.io.datasets import load_demo_tweets, load_text, load_tweeteval, split_indices
 
 TEXTS = ["I love it 😀", "meh", "never\u2028again", "@user @user ok"]
 LABELS = [2, 1, 0, 1]
@@ -91,6 +91,18 @@ def test_bad_files(case: str, tmp_path: Path) -> None:
     (tmp_path / "sentiment" / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_tweeteval("sentiment", "test", tmp_path)
+
+
+def test_stance_lies_in_folders_of_its_own(tmp_path: Path) -> None:
+    """As in TweetEval's repository: stance/abortion, and one mapping for the five targets."""
+    folder = tmp_path / "stance" / "abortion"
+    folder.mkdir(parents=True)
+    (folder / "test_text.txt").write_text("a\nb\n")
+    (folder / "test_labels.txt").write_text("2\n0\n")
+    assert load_tweeteval("stance_abortion", "test", tmp_path)[2] == ["none", "against", "favor"]
+    (tmp_path / "stance" / "mapping.txt").write_text("0\tnone\n1\tagainst\n2\tfor\n")
+    texts, labels, names = load_tweeteval("stance_abortion", "test", tmp_path)
+    assert (texts, labels.tolist(), names) == (["a", "b"], [2, 0], ["none", "against", "for"])
 
 
 def test_missing_labels(tmp_path: Path) -> None:
@@ -182,7 +194,7 @@ def test_split_is_a_partition_and_stays_the_same() -> None:
 def test_load_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\n two \n", "utf-8")
-    assert load_text(path) == "one\n\n two \n" and load_texts(path) == ["one", " two "]
+    assert load_text(path) == "one\n\n two \n"
     for content, message in ((b"", "0 bytes"), (b"\xff\xfe", "not UTF-8"), (b" \n", "white space")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,21 @@ class Examples:
 
 
 def load_examples(
-    task: str, root: str | None = None, limits: Sequence[int | None] = (None, None, None), seed: int = 0
+    task: str,
+    root: str | None = None,
+    limits: Sequence[int | None] = (None, None, None),
+    seed: int = 0,
+    local_files_only: bool = False,
 ) -> Examples:
     """The examples of `task`: "demo", or one of TweetEval's tasks under `root` (see `quantlab.io.datasets`).
 
     limits: at most this many examples of train, val and test. Splits are shuffled by `seed` before they are cut, so a
-    limited split is a random sample of the whole one; the test split keeps its order when it is not cut.
+    limited split is a random sample of the whole one. local_files_only: never ask the network.
     """
-    examples = demo_examples(seed) if task == "demo" else tweeteval_examples(task, root, seed)
+    if task == "demo":
+        examples = demo_examples(seed, local_files_only)
+    else:
+        examples = tweeteval_examples(task, root, seed, local_files_only)
     train, val, test = (
         split.take(limit) for split, limit in zip((examples.train, examples.val, examples.test), limits, strict=True)
     )
@@ -81,11 +89,11 @@ def part(split: Split, name: str, start: int, stop: int | None) -> Split:
     return Split(name, split.texts[start:stop], split.labels[start:stop])
 
 
-def demo_examples(seed: int) -> Examples:
+def demo_examples(seed: int, local_files_only: bool = False) -> Examples:
     """The demo's rated tweets, shuffled once and cut into test, validation and training examples."""
     from quantlab.io.datasets import load_demo_tweets
 
-    texts, labels = load_demo_tweets()[:2]
+    texts, labels = load_demo_tweets(local_files_only=local_files_only)[:2]
     everything = shuffled("all", texts, labels, seed)
     splits = part(everything, "test", 0, DEMO_TEST), part(everything, "val", DEMO_TEST, DEMO_TEST + DEMO_VAL)
     note = (
@@ -98,18 +106,19 @@ def demo_examples(seed: int) -> Examples:
     )
 
 
-def tweeteval_examples(task: str, root: str | None, seed: int) -> Examples:
+def tweeteval_examples(task: str, root: str | None, seed: int, local_files_only: bool = False) -> Examples:
     """A TweetEval task. Without training text (some copies lack sentiment's) four fifths of val train and the rest
     validates.
     """
     from quantlab.io.datasets import load_tweeteval
 
-    texts, labels, names = load_tweeteval(task, "test", root)
+    load = partial(load_tweeteval, task, root=root, local_files_only=local_files_only)
+    texts, labels, names = load("test")
     test = shuffled("test", texts, labels, seed)
-    val = shuffled("val", *load_tweeteval(task, "val", root)[:2], seed)
+    val = shuffled("val", *load("val")[:2], seed)
     notes = []
     try:
-        train = shuffled("train", *load_tweeteval(task, "train", root)[:2], seed)
+        train = shuffled("train", *load("train")[:2], seed)
     except FileNotFoundError:
         cut = len(val.texts) * 4 // 5
         train, val = part(val, "val (first 4/5)", 0, cut), part(val, "val (last 1/5)", cut, None)

@@ -141,7 +141,9 @@ def finish(tracker: Any, reading: Reading, table: Path | None) -> None:
     reading.kwh, reading.kg = data.energy_consumed, data.emissions
     forced = getattr(tracker, "force_carbon_intensity_g_co2e_kwh", None)
     table_value = country_intensity(reading.country) if forced is None else forced
-    reading.intensity_g_kwh = table_value if table_value is not None else 1000 * data.emissions / data.energy_consumed
+    if table_value is None and data.energy_consumed:
+        table_value = 1000 * data.emissions / data.energy_consumed
+    reading.intensity_g_kwh = table_value
     reading.method = methods(tracker)
     reading.counter = all(text.startswith("counter") for part, text in reading.method.items() if part != "ram")
     if table is not None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from quantlab.io.datasets import TASKS
+
 from .data import Examples, fingerprint, load_examples
 from .record import Cell, RecordError, Run, cell_id, key_of, read_json
 from .stages import Stages
@@ -127,8 +129,10 @@ def check_config(config: TweetEvalConfig) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: got {value!r}, expected None or an integer of at least 1")
-    if config.perplexity_context < 2:
-        raise ValueError(f"perplexity_context: got {config.perplexity_context}, expected at least 2")
+    if config.task not in ("demo", *TASKS):
+        raise ValueError(f"task: got {config.task!r}, accepted are demo, {', '.join(TASKS)}")
+    if not isinstance(config.perplexity_context, int) or config.perplexity_context < 2:
+        raise ValueError(f"perplexity_context: got {config.perplexity_context!r}, expected an integer of at least 2")
     if not (isinstance(config.lr, (int, float)) and config.lr > 0):
         raise ValueError(f"lr: got {config.lr!r}, expected a positive number")
     if config.wandb not in ("off", "offline", "online"):
@@ -196,7 +200,7 @@ class Plan:
 def resolve(config: TweetEvalConfig) -> Plan:
     """Loads the examples and works out the configuration of every cell."""
     limits = (config.train_limit, config.val_limit, config.test_limit)
-    examples = load_examples(config.task, config.data_root, limits, config.seed)
+    examples = load_examples(config.task, config.data_root, limits, config.seed, config.local_files_only)
     source = {"source": config.model, "fingerprint": fingerprint(config.model)}
     described = {split.name: split.describe(config.task) for split in (examples.train, examples.val, examples.test)}
     training = {name: getattr(config, name) for name in ("epochs", "lr", "batch_size", "patience", "seed")}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-TASKS = ("emoji", "emotion", "hate", "irony", "offensive", "sentiment")
+STANCES = ("stance_abortion", "stance_atheism", "stance_climate", "stance_feminist", "stance_hillary")
+TASKS = ("emoji", "emotion", "hate", "irony", "offensive", "sentiment", *STANCES)
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # GitHub's names: the hub's
 HUB_ID = "cardiffnlp/tweet_eval"
 NAMES = {
@@ -19,6 +20,7 @@ NAMES = {
     "irony": ["non_irony", "irony"],
     "offensive": ["not-offensive", "offensive"],
     "sentiment": ["negative", "neutral", "positive"],
+    **{task: ["none", "against", "favor"] for task in STANCES},
 }
 DEMO_NAMES = ["negative", "neutral", "positive"]
 DEMO_COUNTS = (1087, 768, 2345)  # negative, neutral, positive
@@ -28,12 +30,14 @@ MAX_TEXT = 1 << 30  # bytes of a text file
 Labelled = tuple[list[str], np.ndarray, list[str]]
 
 
-def load_tweeteval(task: str, split: str, root: str | os.PathLike[str] | None = None) -> Labelled:
+def load_tweeteval(
+    task: str, split: str, root: str | os.PathLike[str] | None = None, *, local_files_only: bool = False
+) -> Labelled:
     """Texts, labels int64 (N,), and names of the labels, of one TweetEval task (Barbieri et al. 2020).
 
     split: "train", "val" or "test". Looked for in `root` (a directory with <task>/<split>_text.txt and _labels.txt as
     in TweetEval's repository, or with <task>/<split>*.parquet as on the hub), or else in QUANTLAB_DATA and its
-    `tweeteval`, or else in the Hugging Face cache, or else on the hub.
+    `tweeteval`, or else in the Hugging Face cache, or else (unless `local_files_only`) on the hub.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, accepted: {', '.join(TASKS)}")
@@ -42,9 +46,11 @@ def load_tweeteval(task: str, split: str, root: str | os.PathLike[str] | None = 
         raise ValueError(f"split: got {split!r}, accepted: {', '.join(SPLITS)}")
     tried = []
     for folder in _roots(root):
-        text, labels = (folder / task / f"{split}_{part}.txt" for part in ("text", "labels"))
+        own = folder / task.replace("_", "/")  # stance/abortion: the hub's stance_abortion
+        text, labels = (own / f"{split}_{part}.txt" for part in ("text", "labels"))
         if text.is_file() or labels.is_file():
-            return _read_github(text, labels, folder / task / "mapping.txt", task)
+            mapping = next((path for path in (own / "mapping.txt", own.parent / "mapping.txt") if path.is_file()), None)
+            return _read_github(text, labels, mapping, task)
         found = sorted((folder / task).glob(f"{SPLITS[split]}*.parquet"))
         if found:
             return _read_parquet(found, task)
@@ -53,7 +59,7 @@ def load_tweeteval(task: str, split: str, root: str | os.PathLike[str] | None = 
         raise FileNotFoundError(
             f"root: {root} holds neither {task}/{split}_text.txt nor {task}/{SPLITS[split]}*.parquet"
         )
-    return _read_parquet([_hub_file(task, split, tried)], task)
+    return _read_parquet([hub_file(task, split, tried, local_files_only=local_files_only)], task)
 
 
 def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
@@ -63,18 +69,21 @@ def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
     return [Path(data) / "tweeteval", Path(data) / "tweeteval" / "datasets", Path(data)] if data else []
 
 
-def _hub_file(task: str, split: str, tried: list[str]) -> Path:
+def hub_file(task: str, split: str, tried: Sequence[str] = (), *, local_files_only: bool = False) -> Path:
+    """The parquet file of one split of a task, from the Hugging Face cache or the hub. tried: where else it was looked
+    for."""
     from quantlab.io.hub import download_data
 
     try:
-        return download_data(HUB_ID, f"{task}/{SPLITS[split]}-00000-of-00001.parquet")
+        name = f"{task}/{SPLITS[split]}-00000-of-00001.parquet"
+        return download_data(HUB_ID, name, local_files_only=local_files_only)
     except FileNotFoundError as error:
         looked = f"not in {', '.join(tried)}; " if tried else ""
         hint = "give the directory of TweetEval's files as root, or in QUANTLAB_DATA"
         raise FileNotFoundError(f"tweeteval {task} {split}: {looked}{error}; {hint}") from None
 
 
-def _read_github(text: Path, labels: Path, mapping: Path, task: str) -> Labelled:
+def _read_github(text: Path, labels: Path, mapping: Path | None, task: str) -> Labelled:
     for path in (text, labels):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing")
@@ -83,7 +92,7 @@ def _read_github(text: Path, labels: Path, mapping: Path, task: str) -> Labelled
     if bad is not None:
         raise ValueError(f"{labels}: line {bad + 1} is {raw[bad][:40]!r}, expected the number of a label")
     values = np.array([int(line) for line in raw], np.int64)
-    names = _read_mapping(mapping) if mapping.is_file() else NAMES.get(task)
+    names = _read_mapping(mapping) if mapping is not None else NAMES.get(task)
     return check_labelled(texts, values, names or [str(i) for i in range(20)], str(labels))
 
 
@@ -185,11 +194,6 @@ def load_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise ValueError(f"text: {path} holds only white space")
     return text
-
-
-def load_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file that are not blank, one text each."""
-    return [line for line in load_text(path).splitlines() if line.strip()]
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:

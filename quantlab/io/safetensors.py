@@ -83,18 +83,21 @@ class SafetensorsFile:
         return header_size
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
+        twice: list[str] = []
+
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             result = dict(pairs)
             if len(result) != len(pairs):
                 names = [name for name, _ in pairs]
-                twice = next(name for name in names if names.count(name) > 1)
-                raise self._fail(f"its header names {twice!r} twice")
+                twice.append(next(name for name in names if names.count(name) > 1))
             return result
 
         try:
             header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise self._fail(f"its header is not JSON ({type(error).__name__})") from None
+        if twice:
+            raise self._fail(f"its header names {twice[0]!r} twice")
         if not isinstance(header, dict):
             raise self._fail(f"its header is a {type(header).__name__}, expected an object")
         return header
