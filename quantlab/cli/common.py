@@ -26,6 +26,17 @@ app = typer.Typer(
 )
 
 Source = Annotated[str, typer.Argument(help='A directory, a .gguf file, a hub id, or "demo".', show_default=False)]
+
+
+def known_dtype(name: str) -> str:
+    from quantlab.llama import DTYPES
+
+    if name not in DTYPES:
+        raise typer.BadParameter(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
+    return name
+
+
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", callback=known_dtype)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")]
 
@@ -96,6 +107,8 @@ def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory{': ' + text if text else ''}"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, EXPECTED) and not isinstance(error, NotImplementedError):
         return text or type(error).__name__
     return f"internal error, {type(error).__name__}: {text}. Please report it with the output of --debug"

@@ -37,6 +37,8 @@ def bench(
 
     if rounds < 1:
         raise typer.BadParameter(f"--rounds: got {rounds}, expected at least 1")
+    if as_json is not None and not as_json.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--json: {as_json.absolute().parent}: there is no such directory")
     with wrong_call():
         records = engine.run(ops or (), rounds=rounds, device=device)
     if as_json is not None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.common import Json, Local, Source, gigabytes, print_json, print_table, read_text, wrong_call
+from quantlab.cli.common import (
+    Dtype,
+    Json,
+    Local,
+    Source,
+    gigabytes,
+    print_json,
+    print_table,
+    read_text,
+    wrong_call,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,18 +29,21 @@ if TYPE_CHECKING:
 
 def fetch(
     source: Annotated[
-        str, typer.Argument(help='"demo" (model and tweets), or the hub id of a model.', show_default=False)
+        str, typer.Argument(help='"demo", the hub id of a model, or a task of TweetEval.', show_default=False)
     ],
     as_json: Json = False,
 ) -> None:
     """Put a model or data set in the cache, and check it."""
     from quantlab.io import open_checkpoint
-    from quantlab.io.cache import ITEMS
+    from quantlab.io.cache import ITEMS, sha256
     from quantlab.io.cache import fetch as fetch_item
+    from quantlab.io.datasets import SPLITS, TASKS, hub_file
 
     if source == "demo" or source in ITEMS:
         names = list(ITEMS) if source == "demo" else [source]
         paths = {fetch_item(name, verify=True): ITEMS[name].sha256 for name in names}
+    elif source in TASKS:
+        paths = {path: sha256(path) for path in (hub_file(source, split) for split in SPLITS)}
     else:
         folder = Path(open_checkpoint(source).path)
         files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
@@ -41,16 +54,6 @@ def fetch(
         return
     for file in found:
         print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
-
-
-def sha256(path: Path) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def size(
@@ -172,6 +175,8 @@ def quantize(
     options = {"group_size": group_size, "block_size": block_size, "double_quant": double_quant, "sym": sym}
     options |= {"desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
     config = quantization_config(method, bits, options)
+    if resume_dir is not None and method != "gptq":
+        raise typer.BadParameter(f"--resume-dir: only gptq keeps finished layers, not {method}")
     require_new(out)
     checkpoint = ql.open_checkpoint(source, local_files_only=local_files_only)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None
@@ -187,9 +192,9 @@ def quantize(
 def perplexity(
     source: Source,
     text: Annotated[Path, typer.Option(help="A text file.")],
-    context: Annotated[int, typer.Option(help="Tokens a chunk.")] = 2048,
-    max_tokens: Annotated[int | None, typer.Option(help="Read no more than this.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    context: Annotated[int, typer.Option(help="Tokens a chunk.", min=2)] = 2048,
+    max_tokens: Annotated[int | None, typer.Option(help="Read no more than this.", min=2)] = None,
+    dtype: Dtype = "float32",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -202,7 +207,8 @@ def perplexity(
     if as_json:
         print_json(result)
     else:
-        print(f"perplexity {result['ppl']:.4f} ± {result['stderr']:.4f} over {result['tokens']} tokens")
+        error = f" ± {result['stderr']:.4f}" if result["chunks"] > 1 else ""  # one chunk has no spread
+        print(f"perplexity {result['ppl']:.4f}{error} over {result['tokens']} tokens")
 
 
 def generate(
@@ -214,7 +220,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="With --do-sample; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
     seed: Annotated[int, typer.Option(help="With --do-sample.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    dtype: Dtype = "float32",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:

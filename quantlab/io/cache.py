@@ -99,10 +99,11 @@ def fetch(name: str, *, local_files_only: bool = False, verify: bool = False) ->
 def _is_good(path: Path, item: Item, verify: bool) -> bool:
     if not path.is_file() or path.stat().st_size != item.size:
         return False
-    return not verify or _sha256(path) == item.sha256
+    return not verify or sha256(path) == item.sha256
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
