@@ -125,7 +125,7 @@ static inline int64_t scale_index(const tile *t, int64_t r, int64_t group) {
     return (t->row + r) * groups + group;
 }
 
-static void store_grid(const tile *t, int64_t r, int64_t group, ql_grid grid) {
+static void store_grid(const tile *t, int64_t r, int64_t group, ql_steps grid) {
     t->result->scales[scale_index(t, r, group)] = (float)grid.scale;
     t->result->zeros[scale_index(t, r, group)] = (uint8_t)grid.zero;
 }
@@ -205,8 +205,8 @@ static void quantize_step(const tile *t, int64_t block, int64_t end, int64_t j) 
     double maxq = (double)((1 << t->options->bits) - 1), half_d2 = 0.5 * p->diagonal[j] * p->diagonal[j];
     for (int64_t r = 0; r < t->rows; r++) {
         double *z = t->z + r * BLOCK + (j - block);
-        ql_grid grid = {t->result->scales[scale_index(t, r, group)], t->result->zeros[scale_index(t, r, group)]};
-        double code = ql_grid_code(grid, z[0], maxq), q = grid.scale * (code - grid.zero);
+        ql_steps grid = {t->result->scales[scale_index(t, r, group)], t->result->zeros[scale_index(t, r, group)]};
+        double code = ql_steps_code(grid, z[0], maxq), q = grid.scale * (code - grid.zero);
         double error = weight_at(t, r, j) - q;
         t->codes[r * k + place] = (uint8_t)code;
         t->error[r * k + j] = error;

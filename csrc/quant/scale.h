@@ -10,7 +10,7 @@
 
 typedef struct {
     double scale, zero;
-} ql_grid;
+} ql_steps;
 
 /* to nearest even, for |x| < 2^51: the sum has no bits left below 1 */
 static inline double ql_round_even(double x) {
@@ -19,7 +19,7 @@ static inline double ql_round_even(double x) {
 }
 
 /* clamp(round(x / scale) + zero, 0, maxq); clamping first gives the same, since the bounds are integers */
-static inline double ql_grid_code(ql_grid grid, double x, double maxq) {
+static inline double ql_steps_code(ql_steps grid, double x, double maxq) {
     double steps = x / grid.scale, low = -grid.zero, high = maxq - grid.zero;
     steps = steps < low ? low : steps;
     steps = steps > high ? high : steps;
@@ -36,7 +36,7 @@ static inline double ql_stored_scale(double scale, int half) {
 }
 
 /* sum of |q - x|^2.4, or of importance (q - x)^2; stops early once it cannot be less than `best` */
-static inline double ql_grid_error(ql_grid grid, const double *x, const double *importance, int64_t count, double maxq,
+static inline double ql_steps_error(ql_steps grid, const double *x, const double *importance, int64_t count, double maxq,
                                    double best) {
     double sum = 0.0;
     enum { STEP = 16 };
@@ -44,7 +44,7 @@ static inline double ql_grid_error(ql_grid grid, const double *x, const double *
         int64_t end = first + STEP < count ? first + STEP : count;
         double error[STEP];
         for (int64_t i = first; i < end; i++) {
-            error[i - first] = grid.scale * (ql_grid_code(grid, x[i], maxq) - grid.zero) - x[i];
+            error[i - first] = grid.scale * (ql_steps_code(grid, x[i], maxq) - grid.zero) - x[i];
         }
         if (importance == NULL) {
             for (int64_t i = first; i < end; i++) { sum += pow(fabs(error[i - first]), 2.4); }
@@ -58,8 +58,8 @@ static inline double ql_grid_error(ql_grid grid, const double *x, const double *
 }
 
 /* scale and zero of the range [low, high] shrunk by p; the search by Hessian keeps one zero for every p */
-static inline ql_grid ql_grid_of_range(double low, double high, double p, double maxq, const ql_gptq_options *options) {
-    ql_grid grid;
+static inline ql_steps ql_steps_of_range(double low, double high, double p, double maxq, const ql_gptq_options *options) {
+    ql_steps grid;
     grid.scale = ql_stored_scale((p * high - p * low) / maxq, options->half_scales);
     if (options->symmetric) {
         grid.zero = (maxq + 1.0) / 2.0;
@@ -73,7 +73,7 @@ static inline ql_grid ql_grid_of_range(double low, double high, double p, double
 }
 
 /* x (count,): the weights of the group; importance (count,): H_jj + damping of their columns */
-static inline ql_grid ql_fit_grid(const double *x, const double *importance, int64_t count, const ql_gptq_options *options) {
+static inline ql_steps ql_fit_grid(const double *x, const double *importance, int64_t count, const ql_gptq_options *options) {
     double maxq = (double)((1 << options->bits) - 1), low = 0.0, high = 0.0;
     int by_hessian = options->search == QL_SEARCH_HESSIAN;
     for (int64_t i = 0; i < count; i++) {
@@ -85,14 +85,14 @@ static inline ql_grid ql_fit_grid(const double *x, const double *importance, int
         if (low < 0.0 || by_hessian) { low = -high; }
     }
     if (low == 0.0 && high == 0.0) { low = -1.0, high = 1.0; }
-    ql_grid best = ql_grid_of_range(low, high, 1.0, maxq, options);
+    ql_steps best = ql_steps_of_range(low, high, 1.0, maxq, options);
     if (options->search == QL_SEARCH_NONE) { return best; }
     double least = INFINITY;
     int trials = by_hessian ? 11 : 80; /* p = 1, 0.95 ... 0.5; or 1, 0.99 ... 0.21 */
     for (int trial = 0; trial < trials; trial++) {
         double p = by_hessian ? (20 - trial) / 20.0 : 1.0 - trial / 100.0;
-        ql_grid grid = ql_grid_of_range(low, high, p, maxq, options);
-        double error = ql_grid_error(grid, x, by_hessian ? importance : NULL, count, maxq, least);
+        ql_steps grid = ql_steps_of_range(low, high, p, maxq, options);
+        double error = ql_steps_error(grid, x, by_hessian ? importance : NULL, count, maxq, least);
         if (error < least) { least = error, best = grid; }
     }
     return best;
