@@ -182,6 +182,7 @@ def one_line(err: str) -> None:
         (["quantize", "demo", "out", "--damp-percent", "2"], "damp_percent"),
         (["quantize", "demo", "out", "--method", "rtn", "--recommended"], "recommended"),
         (["quantize", "demo", "out", "--method", "nf4", "--resume-dir", "r"], "--resume-dir"),
+        (["quantize", "demo", f"{__file__}/out"], "not a directory"),
         (["size", "llama-2-7b", "--group-size", "0"], "group_size"),
         (["perplexity", "demo", "--text", __file__, "--context", "1"], "--context"),
         (["perplexity", "demo", "--text", __file__, "--max-tokens", "-5"], "--max-tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,7 +142,10 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
 
 
 def require_new(out: Path) -> None:
-    """A checkpoint is written where nothing is yet."""
+    """A checkpoint is written where nothing is yet, and where it can be: better said before hours of work."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise typer.BadParameter(f"{out}: {parent} is not a directory that can be written to")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
 
