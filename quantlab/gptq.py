@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +22,7 @@ from quantlab.config import GPTQConfig
 from quantlab.weight import QuantWeight, check_finite
 
 DAMP_STEP = 0.01  # added to damp_percent each time the Hessian turns out not to be positive definite
+THREADED_FACTOR = 4096  # columns from which LAPACK's own threads pay; below, they and ours wait for each other
 ROWS_PER_SOLVE = 1024  # rows of W whose correction is solved for at once: bounds the float64 copy
 _SEARCH = {None: 0, "mse": 1, "hessian": 2}
 
@@ -96,6 +99,20 @@ def column_order(diagonal: np.ndarray, config: GPTQConfig, group: int) -> np.nda
     return columns.astype(np.int32)
 
 
+@lru_cache(maxsize=1)
+def _blas() -> Any:
+    """The BLAS libraries of this process, whose number of threads can be limited."""
+    import scipy.linalg.lapack  # noqa: F401  its library has to be there to be found
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _lapack_threads(k: int) -> AbstractContextManager[Any]:
+    """One thread for a small matrix, LAPACK's choice for a large one."""
+    return _blas().limit(limits=1) if k < THREADED_FACTOR else nullcontext()
+
+
 class _Factor:
     """Cholesky factor of the permuted, damped Hessian, shared by the matrices with these inputs.
 
@@ -125,7 +142,8 @@ class _Factor:
                 lower = _core.gptq_matrix(hessian.sum, self.order, hessian.factor, damp_percent * mean)
             except _core.NumericError as error:
                 raise _core.NumericError(f"{name}: {error}") from None
-            _, info = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)  # in place: the view is what Fortran wants
+            with _lapack_threads(len(lower)):
+                _, info = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)  # in place: the view is what Fortran wants
             if info == 0 and np.isfinite(lower.diagonal()).all():
                 return damp_percent, lower
             damp_percent = round(damp_percent + DAMP_STEP, 10)
@@ -141,7 +159,8 @@ class _Factor:
         out = np.empty_like(rows)
         for i in range(0, len(rows), ROWS_PER_SOLVE):
             right = np.ascontiguousarray(rows[i : i + ROWS_PER_SOLVE, backward], np.float64)
-            solved, _ = dpotrs(self.lower.T, right.T, lower=0, overwrite_b=1)
+            with _lapack_threads(len(self.lower)):
+                solved, _ = dpotrs(self.lower.T, right.T, lower=0, overwrite_b=1)
             out[i : i + ROWS_PER_SOLVE, backward] = solved.T
         return out
 
