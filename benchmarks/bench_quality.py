@@ -3,7 +3,8 @@
     python benchmarks/bench_quality.py --model demo --calibration wiki.valid.txt --test wiki.test.txt \
         --other tweets.txt --variants fp32 gptq-4 gptq-4-r rtn-4 --out benchmarks/results/quality.jsonl
 
-Variants: fp32, nf4, fp4, int8, rtn-B, gptq-B (textbook: symmetric, no act-order), gptq-B-r (GPTQConfig.recommended),
+Variants: fp32, nf4, fp4, int8, rtn-B, gptq-B (textbook: symmetric, no act-order), gptq-B-g (the same in
+group-aware order, GPTQModel's default), gptq-B-r (GPTQConfig.recommended),
 for B bits. Calibration is the first ROWS * CONTEXT tokens of its text; perplexity is over the first CHUNKS chunks of
 CONTEXT tokens of each test text (0: all). `--load DIR` measures a checkpoint that another program quantized.
 """
@@ -29,7 +30,9 @@ def variant_config(name: str, group_size: int) -> object:
         return ql.RTNConfig(bits=int(rest[0]), group_size=group_size)
     if method == "gptq" and rest[1:] == ["r"]:
         return ql.GPTQConfig.recommended(int(rest[0]), group_size=group_size)
-    return ql.GPTQConfig(bits=int(rest[0]), group_size=group_size) if method == "gptq" else None
+    if method == "gptq":
+        return ql.GPTQConfig(bits=int(rest[0]), group_size=group_size, act_group_aware=rest[1:] == ["g"])
+    return None
 
 
 def measure(model: ql.LlamaForCausalLM, texts: dict[str, np.ndarray], context: int, chunks: int) -> dict[str, dict]:
