@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
-    module = import_module(f"quantlab.{_HOMES[name]}")
+    try:
+        module = import_module(f"quantlab.{_HOMES[name]}")
+    except ImportError:
+        if find_spec("quantlab._core") is not None:
+            raise
+        raise ImportError(
+            f"quantlab: {__path__[0]} holds no built C core. Is it the source tree that Python was started in? "
+            "Start Python elsewhere, or build the core here: pip install -e ."
+        ) from None
     value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,16 @@ def test_stub_names_what_the_core_has():
 
 def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_a_source_tree_without_the_core_says_so(tmp_path):
+    package = Path(quantlab.__file__).parent
+    shutil.copytree(package, tmp_path / "quantlab", ignore=shutil.ignore_patterns("_core*", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import quantlab; quantlab.LlamaForCausalLM"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "holds no built C core" in done.stderr and "pip install -e ." in done.stderr

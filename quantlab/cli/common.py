@@ -118,7 +118,7 @@ def wrong(error: Any) -> str:
     """The line for a call that was wrong, with where to read how it is made."""
     command = error.ctx.command_path if error.ctx is not None else "quantlab"
     text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").rstrip(".")
-    return f"{text}. See {command} --help"
+    return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {command} --help"
 
 
 def run(words: Sequence[str]) -> int:
