@@ -229,7 +229,7 @@ def test_full_disk_keeps_the_older_checkpoint(good, model, tmp_path):
 
 def test_unwritable_output(good, tmp_path):
     (tmp_path / "file").write_text("")
-    failed(in_shell("quantize", good, tmp_path / "file" / "out", "--method", "nf4"), "file")
+    failed(in_shell("quantize", good, tmp_path / "file" / "out", "--method", "nf4"), "file", status=2)
 
 
 NO_NETWORK = {"PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_NO_INDEX": "", "PIP_EXTRA_INDEX_URL": "",
