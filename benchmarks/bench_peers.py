@@ -78,8 +78,6 @@ def nf4_cases(rounds: int) -> list[dict]:
     w = np.random.default_rng(0).standard_normal((4096, 4096)).astype(np.float32)
     theirs, state = quantize_4bit(torch.from_numpy(w), blocksize=64, quant_type="nf4")
     ours = ql.QuantWeight.from_float(w, ql.NF4Config(block_size=64))
-    out = np.empty_like(w)
-    torch_out = torch.from_numpy(np.empty_like(w))
     facts = {"peer": f"bitsandbytes {bitsandbytes.__version__} cpu", "shape": [4096, 4096]}
     return [
         compare(
@@ -89,12 +87,6 @@ def nf4_cases(rounds: int) -> list[dict]:
             rounds, **facts,
         ),
         compare("nf4_dequantize", ours.dequantize, lambda: dequantize_4bit(theirs, state), rounds, **facts),
-        compare(
-            "nf4_dequantize_into",
-            lambda: _core.decode(ours.handle, 0, 4096, out),
-            lambda: dequantize_4bit(theirs, state, out=torch_out),
-            rounds, **facts,
-        ),
     ]  # fmt: skip
 
 
