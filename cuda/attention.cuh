@@ -1,0 +1,25 @@
+/* attention.cuh: what the attention kernels share. Sequence b has queries [q_start[b], q_start[b + 1]) of q (t, hq, d) and
+ * keys and values rows [kv_start[b], kv_start[b] + kv_len[b]) of k, v (rows, hkv, d); its last query sees all of them.
+ *
+ * Every kernel walks the keys of a sequence in ascending order by tiles that begin at its first key, whatever stands beside
+ * it: so the result of a token is bitwise the same in every batch and chunk that the same kernel computes. */
+#ifndef QL_CUDA_ATTENTION_CUH
+#define QL_CUDA_ATTENTION_CUH
+
+#include "device.cuh"
+
+template <typename T> struct attention_args {
+    T *out;           /* (t, hq, d) */
+    float *lse;       /* (t, hq) or NULL */
+    const T *q;       /* (t, hq, d) */
+    const T *k, *v;   /* (rows, hkv, d) */
+    const int64_t *q_start, *kv_start, *kv_len; /* (b + 1,) (b,) (b,) on the device */
+    int b, hq, hkv, d;
+    float scale;
+};
+
+/* bf16, d in {64, 80, 96, 128} (attention_prefill.cu, attention_decode.cu): false where the shape is not theirs */
+bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries);
+bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys); /* at most one query a sequence */
+
+#endif
