@@ -1,7 +1,7 @@
 """Builds quantlab._core: a table of source groups, each with its own compiler flags and a probe; prints what was found.
 
-Environment: CC chooses the compiler; QL_CUDA=0 leaves CUDA out; QL_WERROR=1 makes warnings errors;
-QL_SANITIZE=1 builds with AddressSanitizer and UBSan.
+Environment: CC chooses the compiler; QL_CUDA=0 leaves CUDA out; QL_CUDA_ARCHS=90a (80,90a,90+PTX: a list of numbers)
+narrows its architectures; QL_WERROR=1 makes warnings errors; QL_SANITIZE=1 builds with AddressSanitizer and UBSan.
 """
 
 import hashlib
@@ -51,6 +51,10 @@ def sources(patterns):
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+def largest_first(paths):
+    return sorted(paths, key=lambda path: -(ROOT / path).stat().st_size)
+
+
 def stop(message):
     sys.exit(f"quantlab: {message}")
 
@@ -63,12 +67,84 @@ def find_nvcc():
     return next((str(place) for place in places if place.is_file()), None)
 
 
-def cuda_report():
-    if os.environ.get("QL_CUDA") == "0":
-        return "left out (QL_CUDA=0)"
-    nvcc = find_nvcc()
-    found = f"nvcc is {nvcc}" if nvcc else "no nvcc in CUDA_HOME, PATH or the pip packages"
-    return f"not built: no kernels exist yet ({found})"
+# Device code for Ampere and Hopper, and PTX that later drivers compile for what comes after them.
+CUDA_ARCHS = "80,90a,90+PTX"
+# The host's part of a .cu file needs nothing of the C++ library: the extension is linked as C.
+CUDA_HOST = ["-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-Wall",
+             "-Wextra"]  # fmt: skip
+CUDA_FLAGS = ["-std=c++17", "-O3", "-compress-mode=size", "-diag-suppress=177"]  # 177: a static helper not used here
+
+
+def cuda_architectures():
+    """nvcc's -gencode flags of QL_CUDA_ARCHS."""
+    flags = []
+    for word in os.environ.get("QL_CUDA_ARCHS", CUDA_ARCHS).split(","):
+        number, _, ptx = word.strip().partition("+")
+        code = f"compute_{number}" if ptx else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+class Nvcc:
+    """nvcc, where it is found and compiles; `why_not` says why it is left out."""
+
+    def __init__(self):
+        self.path = None if os.environ.get("QL_CUDA") == "0" else find_nvcc()
+        self.version, self.library, self.why_not = "", None, ""
+        if os.environ.get("QL_CUDA") == "0":
+            self.why_not = "left out (QL_CUDA=0)"
+        elif env_set("QL_SANITIZE"):
+            self.why_not = "left out (QL_SANITIZE=1)"
+        elif self.path is None:
+            self.why_not = "left out, no nvcc in CUDA_HOME, PATH or the pip packages"
+        else:
+            self.why_not = self.look()
+        sources = [path for folder in ("csrc", "cuda") for path in sorted((ROOT / folder).rglob("*.[hc]*"))]
+        headers = b"".join(path.read_bytes() for path in sources if path.suffix in (".h", ".cuh"))
+        self.headers = hashlib.sha256(headers).hexdigest()
+
+    def look(self):
+        """Why nvcc cannot be used, "" where it can; finds its version and the static runtime."""
+        with tempfile.TemporaryDirectory() as folder:
+            probe = Path(folder) / "probe.cu"
+            probe.write_text("#include <cuda_runtime.h>\n__global__ void f(float *x) { *x = 1.0f; }\n")
+            command = [self.path, *CUDA_FLAGS, *cuda_architectures(), "-c", probe, "-o", probe.with_suffix(".o")]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                return f"left out, {self.path} cannot compile: {(result.stderr or result.stdout).strip()}"
+        says = subprocess.run([self.path, "--version"], capture_output=True, text=True).stdout
+        self.version = next((word.strip(",V") for word in says.split() if word.startswith("V")), "unknown")
+        root = self.root()
+        places = [root / "lib64", root / "lib", root.parent / "cuda_runtime" / "lib", root / "targets/x86_64-linux/lib"]
+        found = [place / "libcudart_static.a" for place in places if (place / "libcudart_static.a").is_file()]
+        if not found:
+            return f"left out, no libcudart_static.a beside {self.path}"
+        self.library = str(found[0])
+        return ""
+
+    def root(self):
+        """The toolkit's folder: nvcc itself may be a script on PATH that calls another."""
+        said = subprocess.run([self.path, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+        tops = [line.partition("TOP=")[2] for line in (said.stderr + said.stdout).splitlines() if "TOP=" in line]
+        return Path(tops[0].strip() if tops else Path(self.path).parent.parent).resolve()
+
+    def flags(self):
+        host = [*CUDA_HOST, *["-Werror"] * env_set("QL_WERROR")]
+        warnings = ["-Werror=all-warnings"] * env_set("QL_WERROR")
+        return [*CUDA_FLAGS, *cuda_architectures(), *warnings, "-Xcompiler", ",".join(host)]
+
+    def compile(self, source, folder):
+        """The object of `source`, kept under a name that holds a hash of command, source and all headers."""
+        command = [self.path, *self.flags(), "-c", source]
+        key = [*command, self.version, self.headers]
+        digest = hashlib.sha256("\0".join(key).encode() + (ROOT / source).read_bytes()).hexdigest()
+        target = folder / f"{source.replace('/', '_')}.{digest[:16]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            if subprocess.run([*command, "-o", str(partial)], cwd=ROOT).returncode != 0:
+                stop(f"{source} did not compile; nvcc's message is above. QL_CUDA=0 builds without CUDA.")
+            partial.rename(target)
+        return str(target)
 
 
 class Compiler:
@@ -120,18 +196,25 @@ class BuildCore(build_ext):
         version = compiler.version()
         defines = [f"-DQL_BUILT_{group.upper()}" for group in built] + [f'-DQL_COMPILER="{version}"']
         flags = [*COMMON, *["-Werror"] * env_set("QL_WERROR"), *SANITIZE * env_set("QL_SANITIZE")]
-        jobs = []
-        for group in built:
-            patterns, group_flags, _ = GROUPS[group]
-            jobs += [(source, [*flags, *defines, *group_flags]) for source in sources(patterns)]
+        nvcc = Nvcc()
+        cuda_sources = [] if nvcc.why_not else sources(["cuda/*.cu"])
+        defines += ["-DQL_BUILT_CUDA"] * bool(cuda_sources)
+        report.append(f"cuda: {nvcc.why_not or f'built, {len(cuda_sources)} files, nvcc {nvcc.version}'}")
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        jobs = [lambda source=source: nvcc.compile(source, folder) for source in largest_first(cuda_sources)]
+        for group in built:
+            patterns, group_flags, _ = GROUPS[group]
+            group_flags = [*flags, *defines, *group_flags]
+            for source in sources(patterns):
+                jobs.append(lambda source=source, flags=group_flags: compiler.compile(source, flags, folder))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(lambda job: compiler.compile(*job, folder), jobs))
+            objects = list(pool.map(lambda job: job(), jobs))
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*compiler.command, "-shared", "-fopenmp", *SANITIZE * env_set("QL_SANITIZE"), *objects]
-        subprocess.run([*link, "-lm", "-lpthread", "-o", str(output)], check=True)
+        libraries = [nvcc.library, "-ldl", "-lrt"] if cuda_sources else []
+        subprocess.run([*link, *libraries, "-lm", "-lpthread", "-o", str(output)], check=True)
         print(f"quantlab: compiler {version}\n" + "\n".join(f"quantlab: {line}" for line in report))
 
     @staticmethod
@@ -150,7 +233,7 @@ class BuildCore(build_ext):
             else:
                 built.append(group)
                 report.append(f"{group}: built, {count} files")
-        return built, [*report, f"cuda: {cuda_report()}"]
+        return built, report
 
 
 if sys.platform != "linux":

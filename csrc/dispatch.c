@@ -1,5 +1,6 @@
 /* dispatch.c: one complete table an ISA: the scalar table, overlaid by each ISA up to it. */
 #include "core/cpu.h"
+#include "core/memory.h"
 #include "quantlab.h"
 #include "x86/overlay.h"
 
@@ -32,6 +33,10 @@ static const int built[QL_ISA_COUNT] = {
 
 static void fill_scalar(ql_backend *table) {
     table->name = "cpu";
+    table->kv_bytes = sizeof(float);
+#define X(result, op, params) table->op = ql_host_##op;
+    QL_DEVICE_OPS(X)
+#undef X
 #define X(op, params) table->op = ql_##op##_scalar;
     QL_OPS(X)
 #undef X
@@ -88,6 +93,18 @@ ql_status ql_isa_select(ql_isa isa) {
     atomic_store(&selected, isa);
     return QL_OK;
 }
+
+/* ---- CUDA in a build without it ---------------------------------------------------------------------------- */
+
+#ifndef QL_BUILT_CUDA
+static ql_status no_cuda(void) { return ql_fail(QL_ECUDA, "this build holds no CUDA kernels"); }
+int ql_cuda_built(void) { return 0; }
+const ql_backend *ql_cuda(int device) { return (void)device, (void)no_cuda(), NULL; }
+ql_status ql_cuda_get_info(ql_cuda_info *info, int device) { return (void)info, (void)device, no_cuda(); }
+ql_status ql_cuda_reset_peak(int device) { return (void)device, no_cuda(); }
+void ql_cuda_set_folders(const char *folders) { (void)folders; }
+const char *ql_cuda_library(const char *name) { return (void)name, (void)no_cuda(), NULL; }
+#endif
 
 /* ---- names, for quantlab.backend.table() ------------------------------------------------------------------- */
 

@@ -8,6 +8,10 @@
 #include <stddef.h> /* size_t */
 #include <stdint.h> /* int64_t */
 
+#ifdef __cplusplus /* the CUDA files are C++ */
+extern "C" {
+#endif
+
 /* ---- status ------------------------------------------------------------------------------------------------ */
 
 typedef enum {
@@ -105,6 +109,18 @@ typedef struct {
     X(add_forward, (float *y, const float *x, int64_t count))                                                           \
     /* row rows[i] of out = row i of x (t, c); out has enough rows */                                                   \
     X(scatter_rows_forward, (float *out, const float *x, const int32_t *rows, int64_t t, int64_t c))                    \
+    /* row i of out (t, c) = row rows[i] of x */                                                                        \
+    X(gather_rows_forward, (float *out, const float *x, const int32_t *rows, int64_t t, int64_t c))                     \
+    /* tokens[i] = a choice from row i of logits (b, v). temperature 0: the largest, the first of equals. Else a draw   \
+     * from softmax(logits / temperature) over the top_k largest (0: all), of them the smallest set of largest with a   \
+     * share of at least top_p; what equals the last of a set belongs to it. The draw walks the set in order of index  \
+     * until its share passes ql_uniform(seed, streams[i], step[0]) (core/random.h); streams (b,), step (1,) */         \
+    X(sample_forward, (int32_t *tokens, const float *logits, const int32_t *streams, const int64_t *step, int64_t b,    \
+                       int64_t v, float temperature, int64_t top_k, float top_p, uint64_t seed))                        \
+    /* after a step of b sequences: row step[0] of history (steps, b) = tokens; ids = tokens; positions, rows and       \
+     * kv_len (b,) grow by one, and so does step[0] */                                                                  \
+    X(advance_forward, (int32_t *history, int32_t *ids, int32_t *positions, int32_t *rows, int64_t *kv_len,             \
+                        int64_t *step, const int32_t *tokens, int64_t b))                                               \
     /* loss[i] = logsumexp(logits[i]) - logits[i, target[i]], 0 where target is -100; logits (t, v); dlogits (t, v) or  \
      * NULL is set to softmax - onehot (0 in ignored rows) */                                                           \
     X(cross_entropy_forward,                                                                                            \
@@ -127,13 +143,68 @@ typedef struct {
      * group) -> codes int8, scales (count / group,). Other formats: not called. */                                     \
     X(quantize_forward, (void *codes, float *scales, const float *x, ql_format format, int64_t count, int64_t group))
 
+/* Parts of the model in one op each. NULL where a backend has none (the CPU): the model then composes it from the ops
+ * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
+#define QL_FUSED_OPS(X)                                                                                                 \
+    /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] of k and of v (rows, hkv, d) = rope(h Wk^T), h Wv^T   \
+     * of token i */                                                                                                    \
+    X(qkv_forward, (void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq,                  \
+                    const ql_weight *wk, const ql_weight *wv, const float *cos, const float *sin,                       \
+                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d,       \
+                    float eps))                                                                                         \
+    /* attention_forward without lse. max_queries, max_keys: bounds of what a sequence has, known to the host: a        \
+     * recorded step may be replayed with other kv_len up to them */                                                    \
+    X(attention_fused_forward, (void *out, const void *q, const void *k, const void *v, const int64_t *q_start,         \
+                                const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b, int64_t hq,       \
+                                int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys, float scale))            \
+    /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = rmsnorm(x, gain) */                                                   \
+    X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
+                        int64_t t, float eps))                                                                          \
+    /* x (t, n) += a (t, k) W^T */                                                                                      \
+    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, int64_t t))
+
+/* Memory, order and errors of a backend. All but begin are called between begin and end, by the thread that began. What
+ * is issued runs in the order of its issue; ops and fill do not wait for it. The first failure is kept and told by end. */
+typedef struct ql_step ql_step; /* a recorded sequence of ops */
+#define QL_DEVICE_OPS(X)                                                                                                \
+    X(ql_status, begin, (int device))              /* waits until no other thread is in a call; calls may nest */       \
+    X(ql_status, end, (void))                      /* the first failure since begin */                                  \
+    X(ql_status, finish, (void))                   /* waits for all that was issued */                                  \
+    X(ql_status, alloc, (void **memory, size_t bytes))                                                                  \
+    X(void, release, (void *memory))               /* NULL is fine; what was issued before may still use it */          \
+    X(ql_status, alloc_shared, (void **memory, size_t bytes)) /* on the host, and ops may write it */                   \
+    X(void, release_shared, (void *memory))                                                                             \
+    X(ql_status, upload, (void *memory, const void *host, size_t bytes)) /* host is free again at return */             \
+    X(ql_status, download, (void *host, const void *memory, size_t bytes)) /* waits */                                  \
+    X(ql_status, fill, (void *memory, int byte, size_t bytes))                                                          \
+    X(ql_status, weight_upload, (ql_weight *to, const ql_weight *from)) /* pointers of the backend, packed included */  \
+    X(void, weight_release, (ql_weight *weight))                                                                        \
+    /* What is issued between record and record_end is kept in *step and not run. Scratch memory must have its size by  \
+     * then: issue the same once before. replay issues it; 0 from step_valid: scratch memory has moved, record again */ \
+    X(ql_status, record, (void))                                                                                        \
+    X(ql_status, record_end, (ql_step **step))                                                                          \
+    X(int, step_valid, (const ql_step *step))                                                                           \
+    X(ql_status, replay, (ql_step *step))                                                                               \
+    X(void, step_release, (ql_step *step))                                                                              \
+    /* marks 0 .. QL_MARKS - 1: mark notes how far the issue is, wait waits until what came before it has run */        \
+    X(ql_status, mark, (int i))                                                                                         \
+    X(ql_status, wait, (int i))
+
+enum { QL_MARKS = 8 };
+
 typedef struct {
     const char *name; /* "cpu" or "cuda" */
+    int device;       /* number of the device, 0 on the CPU */
+    int kv_bytes;     /* size of an element of the key-value cache: 4 float32, 2 bfloat16 */
 #define X(op, params) void(*op) params;
     QL_OPS(X)
+    QL_FUSED_OPS(X)
 #undef X
 #define X(op, params) void(*op[QL_FORMAT_COUNT]) params;
     QL_FORMAT_OPS(X)
+#undef X
+#define X(result, op, params) result(*op) params;
+    QL_DEVICE_OPS(X)
 #undef X
 } ql_backend;
 
@@ -163,5 +234,30 @@ const char *ql_op_name(int op);
 int ql_op_has_formats(int op);
 const char *ql_op_variant(int op, ql_format format);
 const char *ql_format_name(ql_format format);
+
+/* ---- CUDA (cuda/backend.cu; dispatch.c in a build without it) ------------------------------------------------ */
+
+typedef struct {
+    char name[256];
+    int count;                   /* devices of this machine */
+    int major, minor;            /* compute capability */
+    int multiprocessors;
+    int driver, runtime;         /* versions, 1000 major + 10 minor */
+    int64_t total, free;         /* bytes of the device */
+    int64_t current, peak, held; /* bytes in use by us, most since the last reset, held by our pool */
+} ql_cuda_info;
+
+int ql_cuda_built(void);
+const ql_backend *ql_cuda(int device); /* NULL where it cannot be used: ql_status_detail() says why */
+ql_status ql_cuda_get_info(ql_cuda_info *info, int device);
+ql_status ql_cuda_reset_peak(int device);
+/* Where CUDA's libraries lie (folders, separated by ':'), tried before the loader's own places. */
+void ql_cuda_set_folders(const char *folders);
+/* "cublas", "cusolver": its file, or NULL where it is not there: ql_status_detail() says why. Opens it. */
+const char *ql_cuda_library(const char *name);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

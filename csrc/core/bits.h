@@ -3,11 +3,13 @@
 #ifndef QL_BITS_H
 #define QL_BITS_H
 
+#include "inline.h"
+
 #include <stdint.h>
 
-static inline int64_t ql_words_per_row(int64_t k, int bits) { return (k * bits + 31) / 32; }
+QL_INLINE int64_t ql_words_per_row(int64_t k, int bits) { return (k * bits + 31) / 32; }
 
-static inline uint32_t ql_code_get(const uint32_t *words, int64_t index, int bits) {
+QL_INLINE uint32_t ql_code_get(const uint32_t *words, int64_t index, int bits) {
     int64_t bit = index * bits;
     int shift = (int)(bit & 31);
     uint32_t code = words[bit >> 5] >> shift;
@@ -16,7 +18,7 @@ static inline uint32_t ql_code_get(const uint32_t *words, int64_t index, int bit
 }
 
 /* The words must be zero where no code was put yet. */
-static inline void ql_code_put(uint32_t *words, int64_t index, int bits, uint32_t code) {
+QL_INLINE void ql_code_put(uint32_t *words, int64_t index, int bits, uint32_t code) {
     int64_t bit = index * bits;
     int shift = (int)(bit & 31);
     words[bit >> 5] |= code << shift;

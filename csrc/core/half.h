@@ -2,30 +2,32 @@
 #ifndef QL_HALF_H
 #define QL_HALF_H
 
+#include "inline.h"
+
 #include <stdint.h>
 #include <string.h> /* memcpy: the defined way to reinterpret bits */
 
-static inline float ql_bits_to_float(uint32_t bits) {
+QL_INLINE float ql_bits_to_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t ql_float_to_bits(float value) {
+QL_INLINE uint32_t ql_float_to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float ql_bf16_to_float(uint16_t h) { return ql_bits_to_float((uint32_t)h << 16); }
+QL_INLINE float ql_bf16_to_float(uint16_t h) { return ql_bits_to_float((uint32_t)h << 16); }
 
-static inline uint16_t ql_float_to_bf16(float value) {
+QL_INLINE uint16_t ql_float_to_bf16(float value) {
     uint32_t bits = ql_float_to_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) { return (uint16_t)((bits >> 16) | 0x40u); } /* NaN stays NaN */
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline float ql_f16_to_float(uint16_t h) {
+QL_INLINE float ql_f16_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;
     if (exponent == 31) { return ql_bits_to_float(sign | 0x7f800000u | mantissa << 13); }
     if (exponent == 0) { /* zero or denormal: mantissa * 2^-24, exact in float32 */
@@ -35,7 +37,7 @@ static inline float ql_f16_to_float(uint16_t h) {
     return ql_bits_to_float(sign | (exponent + 112u) << 23 | mantissa << 13);
 }
 
-static inline uint16_t ql_float_to_f16(float value) {
+QL_INLINE uint16_t ql_float_to_f16(float value) {
     uint32_t bits = ql_float_to_bits(value);
     uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
     bits &= 0x7fffffffu;

@@ -5,7 +5,7 @@
 
 #include "../core/bits.h"
 
-static inline float ql_affine_value(uint32_t code, uint32_t zero) { return (float)((int32_t)code - (int32_t)zero); }
-static inline uint32_t ql_affine_symmetric_zero(int bits) { return 1u << (bits - 1); }
+QL_INLINE float ql_affine_value(uint32_t code, uint32_t zero) { return (float)((int32_t)code - (int32_t)zero); }
+QL_INLINE uint32_t ql_affine_symmetric_zero(int bits) { return 1u << (bits - 1); }
 
 #endif

@@ -4,11 +4,11 @@
 
 #include "../core/half.h"
 
-static inline float ql_f32_value(const void *codes, int64_t index) { return ((const float *)codes)[index]; }
-static inline float ql_f16_value(const void *codes, int64_t index) {
+QL_INLINE float ql_f32_value(const void *codes, int64_t index) { return ((const float *)codes)[index]; }
+QL_INLINE float ql_f16_value(const void *codes, int64_t index) {
     return ql_f16_to_float(((const uint16_t *)codes)[index]);
 }
-static inline float ql_bf16_value(const void *codes, int64_t index) {
+QL_INLINE float ql_bf16_value(const void *codes, int64_t index) {
     return ql_bf16_to_float(((const uint16_t *)codes)[index]);
 }
 

@@ -3,10 +3,12 @@
 #ifndef QL_FORMAT_INT8_H
 #define QL_FORMAT_INT8_H
 
+#include "../core/inline.h"
+
 #include <stdint.h>
 
 #define QL_INT8_STEP (1.0f / 127.0f)
 
-static inline float ql_int8_value(int8_t code) { return (float)code * QL_INT8_STEP; }
+QL_INLINE float ql_int8_value(int8_t code) { return (float)code * QL_INT8_STEP; }
 
 #endif

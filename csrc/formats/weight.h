@@ -19,6 +19,34 @@ static inline float ql_block_scale(const ql_weight *w, int64_t block) {
 
 static inline int64_t ql_groups_per_row(const ql_weight *w) { return (w->k + w->group - 1) / w->group; }
 
+/* bytes of each array of a weight; 0 where it has none */
+typedef struct {
+    size_t codes, scales, zeros, perm, scale_codes, scale_absmax, scale_map;
+} ql_weight_bytes;
+
+static inline ql_weight_bytes ql_bytes_of_weight(const ql_weight *w) {
+    ql_weight_bytes bytes = {0, 0, 0, 0, 0, 0, 0};
+    size_t count = (size_t)w->n * (size_t)w->k, blocks = 0;
+    switch (w->format) {
+    case QL_F32: bytes.codes = 4 * count; break;
+    case QL_F16: case QL_BF16: bytes.codes = 2 * count; break;
+    case QL_INT8: bytes.codes = count, blocks = (size_t)w->n; break;
+    case QL_AFFINE:
+        bytes.codes = 4 * (size_t)(w->n * ql_words_per_row(w->k, w->bits));
+        blocks = (size_t)(w->n * ql_groups_per_row(w));
+        break;
+    case QL_NF4: case QL_FP4: bytes.codes = (count + 1) / 2, blocks = (count + (size_t)w->group - 1) / (size_t)w->group; break;
+    case QL_FORMAT_COUNT: break;
+    }
+    bytes.scales = w->scales != NULL ? 4 * blocks : 0;
+    bytes.zeros = w->zeros != NULL ? blocks : 0;
+    bytes.perm = w->perm != NULL ? 4 * (size_t)w->k : 0;
+    bytes.scale_codes = w->scale_codes != NULL ? blocks : 0;
+    bytes.scale_absmax = w->scale_absmax != NULL ? 4 * ((blocks + QL_SCALE_BLOCK - 1) / QL_SCALE_BLOCK) : 0;
+    bytes.scale_map = w->scale_map != NULL ? 256 * 4 : 0;
+    return bytes;
+}
+
 static inline uint8_t ql_nibble(const void *codes, int64_t flat) {
     uint8_t byte = ((const uint8_t *)codes)[flat >> 1];
     return flat & 1 ? byte & 15 : byte >> 4;

@@ -48,3 +48,7 @@ void ql_add_forward_scalar(float *y, const float *x, int64_t count) {
 void ql_scatter_rows_forward_scalar(float *out, const float *x, const int32_t *rows, int64_t t, int64_t c) {
     for (int64_t i = 0; i < t; i++) { memcpy(out + rows[i] * c, x + i * c, (size_t)c * sizeof *x); }
 }
+
+void ql_gather_rows_forward_scalar(float *out, const float *x, const int32_t *rows, int64_t t, int64_t c) {
+    for (int64_t i = 0; i < t; i++) { memcpy(out + i * c, x + rows[i] * c, (size_t)c * sizeof *x); }
+}

@@ -1,0 +1,41 @@
+/* memory.c: the host as a device: memory is malloc's, ops have run when they return, and steps are not recorded. */
+#include "memory.h"
+
+#include <stdlib.h> /* malloc */
+#include <string.h> /* memcpy */
+
+ql_status ql_host_begin(int device) { return (void)device, QL_OK; }
+ql_status ql_host_end(void) { return QL_OK; }
+ql_status ql_host_finish(void) { return QL_OK; }
+
+ql_status ql_host_alloc(void **memory, size_t bytes) {
+    *memory = malloc(bytes > 0 ? bytes : 1);
+    return *memory != NULL ? QL_OK : ql_fail(QL_ENOMEM, "out of memory: asked for %zu bytes", bytes);
+}
+
+void ql_host_release(void *memory) { free(memory); }
+ql_status ql_host_alloc_shared(void **memory, size_t bytes) { return ql_host_alloc(memory, bytes); }
+void ql_host_release_shared(void *memory) { free(memory); }
+
+ql_status ql_host_upload(void *memory, const void *host, size_t bytes) {
+    if (bytes > 0) { memcpy(memory, host, bytes); }
+    return QL_OK;
+}
+
+ql_status ql_host_download(void *host, const void *memory, size_t bytes) { return ql_host_upload(host, memory, bytes); }
+
+ql_status ql_host_fill(void *memory, int byte, size_t bytes) {
+    if (bytes > 0) { memset(memory, byte, bytes); }
+    return QL_OK;
+}
+
+ql_status ql_host_weight_upload(ql_weight *to, const ql_weight *from) { return *to = *from, QL_OK; }
+void ql_host_weight_release(ql_weight *weight) { (void)weight; }
+
+ql_status ql_host_record(void) { return ql_fail(QL_EVALUE, "steps are not recorded on the host"); }
+ql_status ql_host_record_end(ql_step **step) { return *step = NULL, ql_host_record(); }
+int ql_host_step_valid(const ql_step *step) { return (void)step, 0; }
+ql_status ql_host_replay(ql_step *step) { return (void)step, ql_host_record(); }
+void ql_host_step_release(ql_step *step) { (void)step; }
+ql_status ql_host_mark(int i) { return (void)i, QL_OK; }
+ql_status ql_host_wait(int i) { return (void)i, QL_OK; }

@@ -1,0 +1,33 @@
+/* state.h: a device as backend.cu, memory.cu and libraries.cu see it; kernels see cuda.h. */
+#ifndef QL_CUDA_STATE_H
+#define QL_CUDA_STATE_H
+
+#include "cuda.h"
+
+enum { QL_CUDA_DEVICES = 16, QL_STAGES = 2 };
+static const size_t QL_STAGE_BYTES = (size_t)16 << 20; /* of pinned memory that an upload goes through, twice */
+
+typedef struct {
+    int index, opened;
+    ql_backend table;
+    cudaDeviceProp properties;
+    cudaStream_t stream;
+    cudaMemPool_t pool;
+    int recording;
+    struct {
+        void *memory;
+        size_t bytes;
+    } scratch[QL_SCRATCH_COUNT];
+    int64_t scratch_moves; /* a recorded step holds the addresses of the scratch memory: it is stale once they move */
+    void *stage[QL_STAGES];
+    cudaEvent_t stage_free[QL_STAGES];
+    cudaEvent_t marks[QL_MARKS];
+    ql_cublas cublas;
+    ql_cusolver cusolver;
+} ql_cuda_device;
+
+ql_cuda_device *ql_cuda_current(void); /* between begin and end */
+ql_status ql_cuda_open_memory(ql_cuda_device *device);
+void ql_cuda_fill_memory(ql_backend *table); /* the memory functions of QL_DEVICE_OPS */
+
+#endif
