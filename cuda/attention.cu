@@ -20,43 +20,75 @@ static size_t shared_bytes(int64_t d) {
     return (size_t)(ROWS * d + KEYS * (d + 1) + KEYS * COLUMNS + ROWS * KEYS) * sizeof(float);
 }
 
-/* 16 queries from `query` on, of which `rows` are there; the first of them sees `seen` keys; columns from `column` on */
-template <typename T>
-static __device__ void attend(const attention_args<T> &args, float *shared, int64_t query, int rows, int64_t seen,
-                              int64_t kv_start, int head, int column) {
-    int d = args.d, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, columns = min(COLUMNS, d - column);
-    float *q = shared, *k = q + ROWS * d, *v = k + KEYS * (d + 1), *weights = v + KEYS * COLUMNS + warp * KEYS * PER_WARP;
-    int64_t step = (int64_t)args.hkv * d, keys = seen + rows - 1, kv_first = kv_start * step + head / (args.hq / args.hkv) * d;
-    __syncthreads(); /* the queries before have been read */
-    for (int i = threadIdx.x; i < ROWS * d; i += THREADS) {
-        int row = i / d, at = i % d;
-        q[(row / PER_WARP * d + at) * PER_WARP + row % PER_WARP] =
-            row < rows ? to_float(args.q[((query + row) * args.hq + head) * d + at]) : 0.0f;
+/* 16 query rows of one head, `rows` of them there, the first of which sees `seen` keys; columns [column, column + columns) */
+struct work {
+    int64_t query, seen, kv_start;
+    int rows, head, column, columns;
+};
+
+template <typename T> static __device__ void load_queries(const attention_args<T> &args, const work &w, float *q) {
+    for (int i = threadIdx.x; i < ROWS * args.d; i += THREADS) {
+        int row = i / args.d, at = i % args.d;
+        q[(row / PER_WARP * args.d + at) * PER_WARP + row % PER_WARP] =
+            row < w.rows ? to_float(args.q[((w.query + row) * args.hq + w.head) * args.d + at]) : 0.0f;
     }
-    float out[PER_WARP][COLUMNS / WARP] = {}, maximum[PER_WARP], sum[PER_WARP] = {};
+}
+
+/* keys and values [first, first + count) */
+template <typename T>
+static __device__ void load_tile(const attention_args<T> &args, const work &w, float *k, float *v, int64_t first, int count) {
+    int64_t step = (int64_t)args.hkv * args.d, from = (w.kv_start + first) * step + w.head / (args.hq / args.hkv) * args.d;
+    for (int i = threadIdx.x; i < KEYS * args.d; i += THREADS) {
+        int row = i / args.d, at = i % args.d;
+        k[row * (args.d + 1) + at] = row < count ? to_float(args.k[from + row * step + at]) : 0.0f;
+    }
+    for (int i = threadIdx.x; i < KEYS * COLUMNS; i += THREADS) {
+        int row = i / COLUMNS, at = i % COLUMNS;
+        v[i] = row < count && at < w.columns ? to_float(args.v[from + row * step + w.column + at]) : 0.0f;
+    }
+}
+
+/* of the warp's 4 rows and the lane's key */
+static __device__ __forceinline__ void score_key(float (&score)[PER_WARP], const float *q, const float *key, int d) {
+    score[0] = score[1] = score[2] = score[3] = 0.0f;
+    for (int i = 0; i < d; i++) {
+        float4 mine = *(const float4 *)(q + i * PER_WARP);
+        score[0] = fmaf(mine.x, key[i], score[0]), score[1] = fmaf(mine.y, key[i], score[1]);
+        score[2] = fmaf(mine.z, key[i], score[2]), score[3] = fmaf(mine.w, key[i], score[3]);
+    }
+}
+
+/* of the warp's 4 rows and the lane's columns */
+static __device__ __forceinline__ void add_values(float (&out)[PER_WARP][COLUMNS / WARP], const float *weights, const float *v,
+                                                  int count) {
+    for (int i = 0; i < count; i++) {
+        float4 w = *(const float4 *)(weights + i * PER_WARP);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / WARP; n++) {
+            float value = v[i * COLUMNS + n * WARP + threadIdx.x % WARP];
+            out[0][n] = fmaf(w.x, value, out[0][n]), out[1][n] = fmaf(w.y, value, out[1][n]);
+            out[2][n] = fmaf(w.z, value, out[2][n]), out[3][n] = fmaf(w.w, value, out[3][n]);
+        }
+    }
+}
+
+template <typename T> static __device__ void attend(const attention_args<T> &args, const work &w, float *shared) {
+    int d = args.d, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float *q = shared, *k = q + ROWS * d, *v = k + KEYS * (d + 1), *weights = v + KEYS * COLUMNS + warp * KEYS * PER_WARP;
+    int64_t keys = w.seen + w.rows - 1;
+    __syncthreads(); /* the queries before have been read */
+    load_queries(args, w, q);
+    float out[PER_WARP][COLUMNS / WARP] = {}, maximum[PER_WARP], sum[PER_WARP] = {}, score[PER_WARP];
     for (int r = 0; r < PER_WARP; r++) { maximum[r] = -INFINITY; }
     for (int64_t first = 0; first < keys; first += KEYS) {
         int count = (int)min((int64_t)KEYS, keys - first);
         __syncthreads(); /* the tile before has been read */
-        for (int i = threadIdx.x; i < KEYS * d; i += THREADS) {
-            int row = i / d, at = i % d;
-            k[row * (d + 1) + at] = row < count ? to_float(args.k[kv_first + (first + row) * step + at]) : 0.0f;
-        }
-        for (int i = threadIdx.x; i < KEYS * COLUMNS; i += THREADS) {
-            int row = i / COLUMNS, at = i % COLUMNS;
-            v[i] = row < count && at < columns ? to_float(args.v[kv_first + (first + row) * step + column + at]) : 0.0f;
-        }
+        load_tile(args, w, k, v, first, count);
         __syncthreads();
-        float score[PER_WARP] = {};
-        for (int i = 0; i < d; i++) {
-            float4 mine = *(const float4 *)(q + (warp * d + i) * PER_WARP);
-            float key = k[lane * (d + 1) + i];
-            score[0] = fmaf(mine.x, key, score[0]), score[1] = fmaf(mine.y, key, score[1]);
-            score[2] = fmaf(mine.z, key, score[2]), score[3] = fmaf(mine.w, key, score[3]);
-        }
+        score_key(score, q + warp * d * PER_WARP, k + lane * (d + 1), d);
 #pragma unroll
         for (int r = 0; r < PER_WARP; r++) {
-            score[r] = first + lane < seen + warp * PER_WARP + r ? score[r] * args.scale : -INFINITY;
+            score[r] = first + lane < w.seen + warp * PER_WARP + r ? score[r] * args.scale : -INFINITY;
             float top = fmaxf(maximum[r], warp_max(score[r])), keep = expf(maximum[r] - top), weight = expf(score[r] - top);
             maximum[r] = top;
             sum[r] = sum[r] * keep + weight; /* of this lane's keys */
@@ -65,27 +97,19 @@ static __device__ void attend(const attention_args<T> &args, float *shared, int6
             for (int n = 0; n < COLUMNS / WARP; n++) { out[r][n] *= keep; }
         }
         __syncwarp();
-        for (int i = 0; i < count; i++) {
-            float4 w = *(const float4 *)(weights + i * PER_WARP);
-#pragma unroll
-            for (int n = 0; n < COLUMNS / WARP; n++) {
-                float value = v[i * COLUMNS + n * WARP + lane];
-                out[0][n] = fmaf(w.x, value, out[0][n]), out[1][n] = fmaf(w.y, value, out[1][n]);
-                out[2][n] = fmaf(w.z, value, out[2][n]), out[3][n] = fmaf(w.w, value, out[3][n]);
-            }
-        }
+        add_values(out, weights, v, count);
     }
 #pragma unroll
     for (int r = 0; r < PER_WARP; r++) {
         int row = warp * PER_WARP + r;
         float total = warp_sum(sum[r]);
-        if (row >= rows) { break; }
-        int64_t at = (query + row) * args.hq + head;
+        if (row >= w.rows) { break; }
+        int64_t at = (w.query + row) * args.hq + w.head;
 #pragma unroll
         for (int n = 0; n < COLUMNS / WARP; n++) {
-            if (n * WARP + lane < columns) { store(args.out + at * d + column + n * WARP + lane, out[r][n] / total); }
+            if (n * WARP + lane < w.columns) { store(args.out + at * d + w.column + n * WARP + lane, out[r][n] / total); }
         }
-        if (args.lse != NULL && column == 0 && lane == 0) { args.lse[at] = maximum[r] + logf(total); }
+        if (args.lse != NULL && w.column == 0 && lane == 0) { args.lse[at] = maximum[r] + logf(total); }
     }
 }
 
@@ -100,10 +124,12 @@ template <typename T> static __global__ void __launch_bounds__(THREADS) attentio
         int64_t first = args.q_start[sequence], queries = args.q_start[sequence + 1] - first;
         int64_t tiles = (queries + ROWS - 1) / ROWS, end = begin + tiles * args.hq * panels;
         for (; next < end; next += gridDim.x) {
-            int64_t item = next - begin, tile = tiles - 1 - item / (args.hq * panels); /* long ones first */
-            int head = (int)(item / panels % args.hq), row = (int)(tile * ROWS);
-            attend(args, plain_shared, first + row, (int)min((int64_t)ROWS, queries - row),
-                   args.kv_len[sequence] - queries + row + 1, args.kv_start[sequence], head, (int)(item % panels) * COLUMNS);
+            int64_t item = next - begin, row = (tiles - 1 - item / (args.hq * panels)) * ROWS; /* long ones first */
+            int column = (int)(item % panels) * COLUMNS;
+            work w = {first + row, args.kv_len[sequence] - queries + row + 1, args.kv_start[sequence],
+                      (int)min((int64_t)ROWS, queries - row), (int)(item / panels % args.hq), column,
+                      min(COLUMNS, args.d - column)};
+            attend(args, w, plain_shared);
         }
         begin = end;
     }
@@ -118,15 +144,17 @@ extern "C" void ql_attention_forward_cuda(float *out, float *lse, const float *q
                                           const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b,
                                           int64_t hq, int64_t hkv, int64_t d, float scale) {
     if (b == 0) { return; }
-    launch_plain(attention_args<float>{out, lse, q, k, v, q_start, kv_start, kv_len, (int)b, (int)hq, (int)hkv, (int)d, scale});
+    attention_args<float> args = {out, lse, q, k, v, q_start, kv_start, kv_len, (int)b, (int)hq, (int)hkv, (int)d, scale};
+    launch_plain(args);
 }
 
 extern "C" void ql_attention_fused_forward_cuda(void *out, const void *q, const void *k, const void *v, const int64_t *q_start,
-                                                const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b, int64_t hq,
-                                                int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys, float scale) {
+                                                const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b,
+                                                int64_t hq, int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys,
+                                                float scale) {
     if (t == 0) { return; }
-    attention_args<bf16> args = {(bf16 *)out, NULL, (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start, kv_len,
-                                 (int)b, (int)hq, (int)hkv, (int)d, scale};
+    attention_args<bf16> args = {(bf16 *)out, NULL,     (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
+                                 kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale};
     if (max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
     if (ql_attention_prefill(args, max_queries)) { return; }
     launch_plain(args);

@@ -2,8 +2,8 @@
  * "Flash-Decoding", Dao et al. 2023).
  *
  * A block owns one chunk of the keys of one sequence and one kv head, and all the (up to 16) query heads of that group: they are
- * the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores of
- * 16 keys, all meet in shared memory, and each warp then weighs all 64 values for a quarter of the output's columns. Several
+ * the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores
+ * of 16 keys, all meet in shared memory, and each warp then weighs all 64 values for a quarter of the output's columns. Several
  * blocks an SM keep the memory busy, so tiles are not double-buffered. The block that ends last adds the chunks up in their
  * order. Chunks depend on the sequence's own length alone, so its result does not depend on the batch, and the grid depends
  * on `max_keys` alone, so a recorded launch stays right while the lengths on the device grow.
@@ -157,11 +157,46 @@ __device__ void combine(const decode_args &c, int64_t slot, int chunks, int grou
     }
 }
 
+/* The lane's 2 rows: as results where there is one chunk; else as a part, and the block that ends last combines the parts. */
+template <int D>
+__device__ __forceinline__ void finish(const decode_args &c, int64_t sequence, int chunks, int group,
+                                       const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
+                                       const float (&sum)[2], bf16 *result, float *shared) {
+    __shared__ bool last;
+    int64_t slot = sequence * c.a.hkv + blockIdx.y, part = (slot * c.splits + blockIdx.x) * group;
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = lane / 4 + r * 8;
+        if (row >= group) { break; }
+        if (chunks > 1 && warp == 0 && lane % 4 == 0) {
+            *(float2 *)(c.statistics + (part + row) * 2) = make_float2(maximum[r], sum[r]);
+        }
+#pragma unroll
+        for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
+            int column = (warp + i * WARPS) * 8 + lane % 4 * 2;
+            if (column >= D) { break; }
+            if (chunks > 1) {
+                *(float2 *)(c.partial + (part + row) * D + column) = make_float2(out[i][2 * r], out[i][2 * r + 1]);
+            } else {
+                *(uint32_t *)(result + row * D + column) = pack_bf16(out[i][2 * r] / sum[r], out[i][2 * r + 1] / sum[r]);
+            }
+        }
+    }
+    if (chunks == 1) { return; }
+    __threadfence(); /* each thread's part is seen by all before the block counts as ended */
+    __syncthreads();
+    if (threadIdx.x == 0) { last = atomicInc(&ended[slot], (unsigned)chunks - 1) == (unsigned)chunks - 1; }
+    __syncthreads();
+    if (!last) { return; }
+    __threadfence();
+    combine<D>(c, slot, chunks, group, result, shared);
+}
+
 /* grid (chunks, hkv, b) */
 template <int D> __global__ void __launch_bounds__(THREADS) attention_decode_kernel(decode_args c) {
     constexpr int stride = D + 8, tiles_n = (D / 8 + WARPS - 1) / WARPS;
     extern __shared__ __align__(16) bf16 shared[];
-    __shared__ bool last;
     const attention_args<bf16> &args = c.a;
     ql_cuda_wait_previous();
     ql_cuda_start_next();
@@ -205,34 +240,8 @@ template <int D> __global__ void __launch_bounds__(THREADS) attention_decode_ker
         add_values<D>(out, weights, v);
     }
 
-    int64_t slot = sequence * args.hkv + blockIdx.y;
-    bf16 *result = args.out + (query * args.hq + (int64_t)blockIdx.y * group) * D;
-    float *partial = c.partial + (slot * c.splits + blockIdx.x) * group * D;
-    float *statistics = c.statistics + (slot * c.splits + blockIdx.x) * group * 2;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int row = lane / 4 + r * 8;
-        if (row >= group) { break; }
-        if (chunks > 1 && warp == 0 && lane % 4 == 0) { *(float2 *)(statistics + row * 2) = make_float2(maximum[r], sum[r]); }
-#pragma unroll
-        for (int i = 0; i < tiles_n; i++) {
-            int column = (warp + i * WARPS) * 8 + lane % 4 * 2;
-            if (column >= D) { break; }
-            if (chunks > 1) {
-                *(float2 *)(partial + row * D + column) = make_float2(out[i][2 * r], out[i][2 * r + 1]);
-            } else {
-                *(uint32_t *)(result + row * D + column) = pack_bf16(out[i][2 * r] / sum[r], out[i][2 * r + 1] / sum[r]);
-            }
-        }
-    }
-    if (chunks == 1) { return; }
-    __threadfence(); /* each thread's part is seen by all before the block counts as ended */
-    __syncthreads();
-    if (threadIdx.x == 0) { last = atomicInc(&ended[slot], (unsigned)chunks - 1) == (unsigned)chunks - 1; }
-    __syncthreads();
-    if (!last) { return; }
-    __threadfence();
-    combine<D>(c, slot, chunks, group, result, scores);
+    finish<D>(c, sequence, chunks, group, out, maximum, sum, args.out + (query * args.hq + (int64_t)blockIdx.y * group) * D,
+              scores);
 }
 
 template <int D> static void launch_decode(decode_args args, dim3 grid) {

@@ -111,7 +111,8 @@ __device__ __forceinline__ void online_softmax(float (&score)[MT][KEYS / 8][4], 
 
 /* out (16 MT, D) += weights V */
 template <int D, int MT>
-__device__ __forceinline__ void multiply_values(float (&out)[MT][D / 8][4], const float (&weight)[MT][KEYS / 8][4], uint32_t v) {
+__device__ __forceinline__ void multiply_values(float (&out)[MT][D / 8][4], const float (&weight)[MT][KEYS / 8][4],
+                                                uint32_t v) {
     constexpr int row_bytes = tiling<D, MT>::stride * 2;
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++) {
