@@ -5,8 +5,9 @@
 
 Variants: fp32, nf4, fp4, int8, rtn-B, gptq-B (textbook: symmetric, no act-order), gptq-B-g (the same in
 group-aware order, GPTQModel's default), gptq-B-r (GPTQConfig.recommended),
-for B bits. Calibration is the first ROWS * CONTEXT tokens of its text; perplexity is over the first CHUNKS chunks of
-CONTEXT tokens of each test text (0: all). `--load DIR` measures a checkpoint that another program quantized.
+for B bits. Calibration is ROWS rows of CONTEXT tokens spread evenly over its text (`--head`: its first ones);
+perplexity is over the first CHUNKS chunks of CONTEXT tokens of each test text (0: all). `--load DIR`
+measures a checkpoint that another program quantized.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import quantlab as ql
+from quantlab.calibration import spread_rows
 
 
 def variant_config(name: str, group_size: int) -> object:
@@ -50,14 +52,17 @@ def main() -> None:
     parser.add_argument("--load", nargs="*", default=[], help="checkpoints to measure as they are")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--head", action="store_true", help="calibrate on the first rows of the text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
     model = ql.LlamaForCausalLM.from_pretrained(arguments.model)
-    calibration = model.encode(arguments.calibration.read_text())[: arguments.rows * arguments.context]
-    calibration = calibration.reshape(arguments.rows, arguments.context)
+    ids = model.encode(arguments.calibration.read_text())
+    if arguments.head:
+        ids = ids[: arguments.rows * arguments.context]
+    calibration = spread_rows(ids, arguments.rows, arguments.context)
     texts = {"test": model.encode(arguments.test.read_text())}
     if arguments.other:
         texts["other"] = model.encode(arguments.other.read_text())
@@ -71,7 +76,8 @@ def main() -> None:
             quantized = model if config is None else ql.quantize(model, config, calibration=calibration)
         record = {
             "variant": name, "config": None if config is None else config.to_dict(), "model": arguments.model,
-            "calibration": {"rows": arguments.rows, "tokens": arguments.context}, "context": arguments.context,
+            "calibration": {"rows": len(calibration), "tokens": arguments.context, "head": arguments.head},
+            "context": arguments.context,
             "quantize_s": round(time.monotonic() - started, 2), "threads": ql.info()["threads"],
             "perplexity": measure(quantized, texts, arguments.context, arguments.chunks),
             "bytes": quantized.size_report()["total"],

@@ -38,6 +38,17 @@ class Chunk:
     lengths: np.ndarray  # int64 (rows,)
 
 
+def spread_rows(ids: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """Rows of a long text's token ids (at least `length`), (rows, length): of its consecutive rows, ones that are
+    evenly spread from the first to the last, in their order; all, where there are no more.
+
+    The head of a text is a few of its subjects. For SmolLM2 at 3 bits, 32 rows spread over WikiText-2 instead of its
+    first 32 take the perplexity from 33.5 to 31.0.
+    """
+    whole = ids[: len(ids) // length * length].reshape(-1, length)
+    return whole[np.unique(np.linspace(0, len(whole) - 1, min(rows, len(whole))).astype(np.int64))]
+
+
 def chunks_of(rows: Iterable[np.ndarray], tokens: int = CHUNK_TOKENS) -> list[Chunk]:
     """Rows of int32 ids in their order, in chunks of at most `tokens` (a longer row makes a chunk of its own)."""
     groups: list[list[np.ndarray]] = []

@@ -75,6 +75,9 @@ def size(
     if as_json:
         print_json({"config": config, "sizes": sizes})
         return
+    print(
+        "with a classifier of 3 labels, no lm_head" if head == "classifier" else "with the lm_head, if it is not tied"
+    )
     parts = list(sizes[0]["parts"])
     rows = [
         [str(one["bits"]), *(gigabytes(one["parts"][part]) for part in parts), gigabytes(one["total"])] for one in sizes
@@ -95,7 +98,10 @@ def load_config(name: str) -> Mapping[str, Any]:
             raise ValueError(f"{name}: not JSON: {error}") from error
     from quantlab.io import open_checkpoint
 
-    return open_checkpoint(name).config
+    try:
+        return open_checkpoint(name).config
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; configs known by name: {', '.join(KNOWN_CONFIGS)}") from None
 
 
 def quantization_config(method: str, bits: int | None, options: Mapping[str, Any]) -> QuantizationConfig:
@@ -119,8 +125,11 @@ def quantization_config(method: str, bits: int | None, options: Mapping[str, Any
 
 
 def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: int) -> np.ndarray:
-    """Token ids (samples, context), int32: the head of a text file, or the demo's tweets one after the other."""
+    """Token ids (samples, context), int32: rows spread evenly over a text file, or over the demo's tweets one after the
+    other."""
     import numpy as np
+
+    from quantlab.calibration import spread_rows
 
     if source is None:
         raise typer.BadParameter('--calibration: gptq needs a text file, or "demo" for the demo\'s tweets')
@@ -135,10 +144,9 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
     else:
         text = read_text(Path(source))
     ids = np.array(tokenizer.encode(text).ids, np.int32)
-    rows = min(samples, len(ids) // context)
-    if rows == 0:
+    if len(ids) < context:
         raise ValueError(f"--calibration: {source} has {len(ids)} tokens, fewer than one row of --context {context}")
-    return ids[: rows * context].reshape(rows, context)
+    return spread_rows(ids, samples, context)
 
 
 def require_new(out: Path) -> None:
@@ -181,6 +189,8 @@ def quantize(
     config = quantization_config(method, bits, options)
     if resume_dir is not None and method != "gptq":
         raise typer.BadParameter(f"--resume-dir: only gptq keeps finished layers, not {method}")
+    if calibration is not None and method != "gptq":
+        raise typer.BadParameter(f"--calibration: only gptq reads calibration text, not {method}")
     require_new(out)
     checkpoint = ql.open_checkpoint(source, local_files_only=local_files_only)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None
@@ -220,10 +230,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else take the likeliest.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="With --do-sample; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --do-sample.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="With --do-sample (1.0).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With --do-sample; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="With --do-sample (1.0).")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --do-sample (0).")] = None,
     dtype: Dtype = "float32",
     local_files_only: Local = False,
     as_json: Json = False,
@@ -231,6 +241,10 @@ def generate(
     """Continue a text; tokens are shown as they come."""
     import quantlab as ql
 
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not do_sample:
+        raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')}: it needs --do-sample beside it")
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local_files_only)
     ids = model.encode(prompt)
     tokens: list[int] = []
@@ -244,9 +258,8 @@ def generate(
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
-    options = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with wrong_call():
-        model.generate(ids, max_new_tokens=max_new_tokens, on_token=show, **options)
+        model.generate(ids, max_new_tokens=max_new_tokens, do_sample=do_sample, on_token=show, **options)
     text = model.tokenizer.decode(tokens)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": tokens})

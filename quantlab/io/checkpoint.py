@@ -76,6 +76,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
     from quantlab.io.directory import DirectoryCheckpoint
     from quantlab.io.gguf import GGUFCheckpoint
 
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"source: got {type(source).__name__}, accepted: a directory, a .gguf file, a hub id, or 'demo'"
+        )
     if source == "demo":  # a directory of that name is "./demo"
         from quantlab.io.cache import fetch
 

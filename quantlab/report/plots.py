@@ -213,14 +213,9 @@ def loss(study: Study) -> Figure | None:
     )
     best = min(history, key=lambda row: row["eval_loss"])
     axes.plot([best["step"]], [best["eval_loss"]], "o", color="#d1603d", markersize=7)
-    offset = (0, -16) if best["step"] < 0.8 * steps[-1] else (-8, -16)
+    kept = f"best {best['eval_loss']:.3f}"
     axes.annotate(
-        f"best {best['eval_loss']:.3f}",
-        (best["step"], best["eval_loss"]),
-        xytext=offset,
-        textcoords="offset points",
-        ha="center",
-        fontsize=9,
+        kept, (best["step"], best["eval_loss"]), xytext=(0, 10), textcoords="offset points", ha="right", fontsize=9
     )
     axes.grid(axis="y")
     axes.margins(y=0.14)
@@ -282,7 +277,7 @@ def accuracy_by_size(study: Study) -> Figure:
     """Accuracy against the size of the checkpoint: what each byte buys."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 3.5))
+    figure = Figure(figsize=(WIDTH, 4.0))
     axes = figure.add_subplot()
     for name in study.variants:
         found = study.need(name, "accuracy")
@@ -299,7 +294,7 @@ def accuracy_by_size(study: Study) -> Figure:
     axes.set_xlabel("checkpoint, MB (log scale)")
     axes.set_ylabel("accuracy, %")
     axes.set_title("Accuracy against size")
-    axes.legend(fontsize=8.5, ncols=2, loc="lower right", handletextpad=0.2, columnspacing=0.8)
+    figure.legend(fontsize=8.5, ncols=4, loc="outside lower center", handletextpad=0.2, columnspacing=0.8)
     return figure
 
 
