@@ -1,0 +1,382 @@
+/* 01_linear_small.cu: the kernels of linear_small.cuh at 4 bits, group 128, on the shapes of LLaMA-2-7B: every variant against a
+ * float64 product, timed by graph replay over rotating weights beyond L2, beside a kernel that only reads as many bytes.
+ *
+ *   nvcc -std=c++17 -O3 -arch=sm_90a -split-compile=0 -o /tmp/small cuda/dev/01_linear_small.cu && /tmp/small [all.csv]
+ *
+ * Prints the best variants of each shape and number of tokens, then the time of a chain of all four shapes (8 layers of distinct
+ * weights), each with its best variant. all.csv: every measurement. */
+#include "../linear_small.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#define CHECK(call)                                                                                  \
+    do {                                                                                             \
+        cudaError_t error_ = (call);                                                                 \
+        if (error_ != cudaSuccess) {                                                                 \
+            printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error_));        \
+            exit(1);                                                                                 \
+        }                                                                                            \
+    } while (0)
+
+using Codes = codes_4bit;
+static const int GROUP_PARTS = 1, RECORD = record_bytes<Codes>(GROUP_PARTS, 0);
+static int sms;
+static cudaStream_t stream;
+
+/* ---- variants -------------------------------------------------------------------------------------------------- */
+
+typedef small_layout (*layout_function)(int stages, int record, int x_units, int cluster, int owned);
+struct variant {
+    const void *kernel;
+    layout_function layout; /* NULL: the register kernel */
+    int tokens8, single, warps, units, tiles, blocks;
+};
+
+#define RING(T8, S, W, U, T, B)                                                                                                   \
+    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, T, B>, small_ring_layout<Codes, T8, S, W, U, T>, T8, S, W, U, T, B }
+#define REGISTER(T8, S, U, W, B) \
+    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 1, B }
+
+static const variant variants[] = {
+    /* one token */
+    RING(1, true, 4, 2, 1, 4), RING(1, true, 8, 1, 1, 3), RING(1, true, 8, 1, 1, 2), RING(1, true, 8, 2, 1, 2), RING(1, true, 16, 1, 1, 1),
+    RING(1, true, 16, 1, 1, 2), RING(1, true, 16, 2, 1, 1), RING(1, true, 8, 1, 2, 2), RING(1, true, 8, 2, 1, 1),
+    REGISTER(1, true, 1, 32, 1), REGISTER(1, true, 2, 16, 2), REGISTER(1, true, 2, 16, 1), REGISTER(1, true, 4, 8, 4), REGISTER(1, true, 4, 8, 3),
+    REGISTER(1, true, 4, 22, 1), REGISTER(1, true, 3, 29, 1),
+    /* 2 to 8 */
+    RING(1, false, 4, 2, 1, 4), RING(1, false, 8, 1, 1, 3), RING(1, false, 8, 1, 1, 2), RING(1, false, 8, 2, 1, 2), RING(1, false, 16, 1, 1, 1),
+    RING(1, false, 16, 1, 1, 2), RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 1, 2, 1), RING(1, false, 8, 2, 1, 1),
+    REGISTER(1, false, 1, 32, 1), REGISTER(1, false, 2, 16, 2), REGISTER(1, false, 4, 8, 3), REGISTER(1, false, 4, 22, 1),
+    /* 9 to 16 */
+    RING(2, false, 8, 1, 1, 2), RING(2, false, 8, 1, 2, 2), RING(2, false, 8, 1, 2, 1), RING(2, false, 16, 1, 1, 1), RING(2, false, 12, 1, 2, 1),
+    RING(2, false, 8, 1, 4, 1), REGISTER(2, false, 2, 16, 1), REGISTER(2, false, 4, 8, 2), REGISTER(2, false, 4, 22, 1),
+};
+
+/* ---- problems --------------------------------------------------------------------------------------------------- */
+
+struct shape {
+    int n, k;
+    int copies;
+    size_t bytes;
+    uint8_t *weights; /* copies of `bytes` */
+};
+struct problem {
+    shape *s;
+    int m;
+    uint8_t *x; /* blocks */
+    float *y;   /* (m, n) */
+    float *factor;
+    std::vector<int> rows;   /* checked */
+    std::vector<double> ref; /* (rows, m) */
+    double scale;
+};
+
+__global__ void fill_weights(uint8_t *records, size_t count, int record, uint32_t seed) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count * (record / 4)) { return; }
+    uint32_t h = (uint32_t)i * 2654435761u + seed;
+    h ^= h >> 16, h *= 0x7feb352du, h ^= h >> 15, h *= 0x846ca68bu, h ^= h >> 16;
+    size_t place = i % (record / 4) * 4;
+    if (place >= (size_t)CHUNK) { /* two scales of 2^-6 to 2^-5 */
+        h = (h & 0x03ff03ffu) | 0x24002400u;
+    }
+    *(uint32_t *)(records + i * 4) = h;
+}
+
+__global__ void read_only(const uint4 *data, size_t count, uint32_t *sink) {
+    uint32_t sum = 0;
+    size_t step = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += 8 * step) {
+        uint4 v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) { v[u] = i + u * step < count ? __ldcs(data + i + u * step) : make_uint4(0, 0, 0, 0); }
+#pragma unroll
+        for (int u = 0; u < 8; u++) { sum ^= v[u].x ^ v[u].y ^ v[u].z ^ v[u].w; }
+    }
+    if (sum == 0x12345678u) { *sink = sum; }
+}
+
+static uint16_t to_bf16(float v) {
+    uint32_t b;
+    memcpy(&b, &v, 4);
+    return (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+static float from_bf16(uint16_t h) {
+    uint32_t b = (uint32_t)h << 16;
+    float v;
+    memcpy(&v, &b, 4);
+    return v;
+}
+static double from_half(uint16_t h) { return (h >> 10 & 31) ? ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) : ldexp(h & 1023, -24); }
+
+static double weight_at(const uint8_t *records, int units, int row, int column) {
+    const uint8_t *r = records + ((size_t)(row / 8) * units + column / 128) * RECORD;
+    int in = column % 128, j = in / 16, t = in % 16 / 4, pair = in % 4 / 2, high = in % 2, i = 2 * (j % 2) + pair;
+    uint32_t word;
+    uint16_t scale;
+    memcpy(&word, r + (row % 8 * 4 + t) * 16 + j / 2 * 4, 4);
+    memcpy(&scale, r + CHUNK + row % 8 * 2, 2);
+    return ((int)(word >> (4 * i + 16 * high) & 15) - 8) * from_half(scale);
+}
+
+static problem make_problem(shape *s, int m) {
+    problem p;
+    p.s = s, p.m = m;
+    int tokens8 = (m + 7) / 8, rows = m == 1 ? 1 : 8, units = s->k / 128;
+    std::vector<float> x((size_t)tokens8 * 8 * s->k, 0.0f);
+    std::vector<uint16_t> blocks((size_t)tokens8 * rows * s->k);
+    srand(m + s->n);
+    for (int t = 0; t < tokens8 * 8; t++) {
+        for (int k = 0; k < s->k && t < m; k++) { x[(size_t)t * s->k + k] = from_bf16(to_bf16(rand() / (float)RAND_MAX * 2 - 1)); }
+    }
+    for (int t = 0; t < tokens8 * rows; t++) {
+        for (int k = 0; k < s->k; k++) {
+            size_t block = (size_t)(t / 8) * (s->k / 32) + k / 32;
+            int in = k % 32;
+            blocks[(block * rows + t % rows) * 32 + in % 16 / 4 * 8 + in / 16 * 4 + in % 4] = to_bf16(x[(size_t)t * s->k + k]);
+        }
+    }
+    CHECK(cudaMalloc(&p.x, blocks.size() * 2));
+    CHECK(cudaMemcpy(p.x, blocks.data(), blocks.size() * 2, cudaMemcpyHostToDevice));
+    CHECK(cudaMalloc(&p.y, (size_t)m * s->n * 4));
+    float one = 1.0f;
+    CHECK(cudaMalloc(&p.factor, 4));
+    CHECK(cudaMemcpy(p.factor, &one, 4, cudaMemcpyHostToDevice));
+    std::vector<uint8_t> w(s->bytes);
+    CHECK(cudaMemcpy(w.data(), s->weights, s->bytes, cudaMemcpyDeviceToHost));
+    double squares = 0;
+    for (int i = 0; i < 48; i++) {
+        int row = i < 8 ? i : i < 16 ? s->n - 1 - (i - 8) : rand() % s->n;
+        std::vector<double> line(s->k);
+        for (int k = 0; k < s->k; k++) { line[k] = weight_at(w.data(), units, row, k); }
+        p.rows.push_back(row);
+        for (int t = 0; t < m; t++) {
+            double sum = 0;
+            for (int k = 0; k < s->k; k++) { sum += line[k] * x[(size_t)t * s->k + k]; }
+            p.ref.push_back(sum);
+            squares += sum * sum;
+        }
+    }
+    p.scale = sqrt(squares / p.ref.size());
+    return p;
+}
+
+static double error_of(const problem &p) {
+    std::vector<float> y((size_t)p.m * p.s->n);
+    CHECK(cudaMemcpy(y.data(), p.y, y.size() * 4, cudaMemcpyDeviceToHost));
+    double worst = 0;
+    for (size_t i = 0; i < p.rows.size(); i++) {
+        for (int t = 0; t < p.m; t++) {
+            double e = fabs(y[(size_t)t * p.s->n + p.rows[i]] - p.ref[i * p.m + t]) / p.scale;
+            worst = e >= worst ? e : worst;
+            if (!(e == e)) { return INFINITY; }
+        }
+    }
+    return worst;
+}
+
+/* ---- launches --------------------------------------------------------------------------------------------------- */
+
+struct setting {
+    int index, budget, cluster, grid, stages;
+    size_t shared;
+    double us, error;
+};
+
+static small_args arguments(const problem &p, int copy) {
+    small_args a;
+    memset(&a, 0, sizeof a);
+    int units = p.s->k / 128;
+    small_part &q = a.part[0];
+    q.upper = p.s->weights + (size_t)copy * p.s->bytes, q.lower = q.upper + (size_t)units * RECORD;
+    q.factor = q.factor_lower = p.factor;
+    q.out = p.y, q.tiles = p.s->n / 16, q.divisor = 1, q.multiplier = 2, q.lower_rows = 8, q.n = p.s->n, q.output = SMALL_FLOAT;
+    a.x = p.x, a.tiles = q.tiles, a.units = units, a.x_units = p.s->k / 32, a.record = RECORD, a.parts = GROUP_PARTS, a.m = p.m;
+    return a;
+}
+
+/* false where the variant does not fit */
+static bool configure(setting &c, const problem &p) {
+    const variant &v = variants[c.index];
+    int units = p.s->k / 128, tiles = p.s->n / 16;
+    if (v.tokens8 != (p.m + 7) / 8 || v.single != (p.m == 1)) { return false; }
+    if (v.layout == NULL) {
+        int warps = (units + v.units - 1) / v.units;
+        if (c.cluster != 1 || warps > v.warps || warps * 2 <= v.warps) { return false; }
+        c.shared = 2 * (size_t)warps * v.tokens8 * CHUNK;
+        c.grid = c.budget == 1 ? tiles : std::min(tiles, sms * v.blocks);
+        if (c.budget == 3 || (c.budget == 2 && c.grid == tiles)) { return false; }
+        return true;
+    }
+    int groups = (tiles + v.tiles - 1) / v.tiles, most = (units + c.cluster - 1) / c.cluster;
+    c.grid = std::min(sms * v.blocks / c.cluster, groups) * c.cluster;
+    int owned = c.cluster > 1 ? ((groups + c.grid / c.cluster - 1) / (c.grid / c.cluster) + c.cluster - 1) / c.cluster : 0;
+    if (owned > SMALL_MAX_OWNED) { return false; }
+    size_t room = (size_t)(227 * 1024) / (v.blocks * c.budget) - 1024;
+    size_t without = v.layout(0, RECORD, most * 4, c.cluster, owned).bytes, stage = (size_t)v.tiles * 2 * v.warps * v.units * RECORD;
+    if (without + 2 * stage > room) { return false; }
+    c.stages = std::min((int)((room - without) / stage), (int)SMALL_MAX_STAGES);
+    c.shared = without + c.stages * stage;
+    return true;
+}
+
+static void launch(const setting &c, const problem &p, int copy) {
+    const variant &v = variants[c.index];
+    small_args a = arguments(p, copy);
+    a.stages = c.stages;
+    cudaLaunchConfig_t config;
+    memset(&config, 0, sizeof config);
+    int units = p.s->k / 128, warps = v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 2;
+    config.gridDim = dim3(c.grid), config.blockDim = dim3(warps * 32), config.dynamicSmemBytes = c.shared, config.stream = stream;
+    cudaLaunchAttribute attribute[2];
+    attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[0].val.programmaticStreamSerializationAllowed = 1;
+    attribute[1].id = cudaLaunchAttributeClusterDimension;
+    attribute[1].val.clusterDim.x = c.cluster, attribute[1].val.clusterDim.y = 1, attribute[1].val.clusterDim.z = 1;
+    config.attrs = attribute, config.numAttrs = c.cluster > 1 ? 2 : 1;
+    void *pointers[] = {&a};
+    CHECK(cudaLaunchKernelExC(&config, v.kernel, pointers));
+}
+
+/* seconds a replay, best of `repeats` */
+template <typename Body> static double time_graph(int repeats, Body body) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    body();
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    cudaEvent_t from, to;
+    CHECK(cudaEventCreate(&from));
+    CHECK(cudaEventCreate(&to));
+    double best = 1e9;
+    for (int i = 0; i < repeats + 1; i++) {
+        CHECK(cudaEventRecord(from, stream));
+        CHECK(cudaGraphLaunch(exec, stream));
+        CHECK(cudaEventRecord(to, stream));
+        CHECK(cudaEventSynchronize(to));
+        float ms;
+        CHECK(cudaEventElapsedTime(&ms, from, to));
+        if (i > 0) { best = std::min(best, ms * 1e-3); }
+    }
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaEventDestroy(from));
+    CHECK(cudaEventDestroy(to));
+    return best;
+}
+
+static double roof_us(const shape &s, uint32_t *sink) {
+    double best = 1e9;
+    int launches = std::max(s.copies, 24);
+    for (int grid : {1, 2, 4, 8}) {
+        for (int block : {256, 512, 1024}) {
+            if (grid * block > 2048) { continue; }
+            double t = time_graph(3, [&] {
+                for (int i = 0; i < launches; i++) {
+                    read_only<<<sms * grid, block, 0, stream>>>((const uint4 *)(s.weights + (size_t)(i % s.copies) * s.bytes), s.bytes / 16, sink);
+                }
+            });
+            best = std::min(best, t / launches * 1e6);
+        }
+    }
+    return best;
+}
+
+static std::string describe(const setting &c) {
+    const variant &v = variants[c.index];
+    char text[160];
+    snprintf(text, sizeof text, "%s warps %2d units %d tiles %d blocks %d | budget 1/%d cluster %d grid %4d stages %2d shared %6zu",
+             v.layout ? "ring    " : "register", v.warps, v.units, v.tiles, v.blocks, c.budget, c.cluster, c.grid, c.stages, c.shared);
+    return text;
+}
+
+int main(int argc, char **argv) {
+    cudaDeviceProp properties;
+    CHECK(cudaGetDeviceProperties(&properties, 0));
+    CHECK(cudaStreamCreate(&stream));
+    sms = properties.multiProcessorCount;
+    printf("%s, %d SMs\n", properties.name, sms);
+    for (const variant &v : variants) {
+        CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 - 1024));
+    }
+    uint32_t *sink;
+    CHECK(cudaMalloc(&sink, 4));
+    shape shapes[] = {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}};
+    double roof[4];
+    for (int i = 0; i < 4; i++) {
+        shape &s = shapes[i];
+        s.bytes = (size_t)s.n / 8 * (s.k / 128) * RECORD;
+        s.copies = std::max(8, (int)(220000000 / s.bytes));
+        CHECK(cudaMalloc(&s.weights, s.bytes * s.copies));
+        size_t count = s.bytes * s.copies / RECORD, threads = count * (RECORD / 4);
+        fill_weights<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(s.weights, count, RECORD, 77 * i);
+        CHECK(cudaStreamSynchronize(stream));
+        roof[i] = roof_us(s, sink);
+        printf("%5d x %5d: %5.1f MB, read roof %6.2f us, %.2f TB/s\n", s.n, s.k, s.bytes * 1e-6, roof[i], s.bytes / roof[i] * 1e-6);
+    }
+    FILE *csv = argc > 1 ? fopen(argv[1], "w") : NULL;
+    for (int m : {1, 4, 8, 16}) {
+        std::vector<problem> problems;
+        std::vector<setting> winners;
+        for (int i = 0; i < 4; i++) {
+            problem p = make_problem(&shapes[i], m);
+            std::vector<setting> done;
+            int launches = std::max(shapes[i].copies, 24), bad = 0;
+            for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
+                for (int budget : {1, 2, 3}) {
+                    for (int cluster : {1, 2, 4}) {
+                        setting c = {index, budget, cluster, 0, 0, 0, 0.0, 0.0};
+                        if (!configure(c, p)) { continue; }
+                        CHECK(cudaMemset(p.y, 0xff, (size_t)m * p.s->n * 4));
+                        launch(c, p, 0);
+                        cudaError_t error = cudaStreamSynchronize(stream);
+                        if (error != cudaSuccess) {
+                            printf("M %d %d x %d %s: %s\n", m, p.s->n, p.s->k, describe(c).c_str(), cudaGetErrorString(error));
+                            return 1;
+                        }
+                        c.error = error_of(p);
+                        c.us = time_graph(3, [&] {
+                                   for (int l = 0; l < launches; l++) { launch(c, p, l % p.s->copies); }
+                               }) / launches * 1e6;
+                        if (csv) { fprintf(csv, "%d,%d,%d,%.2f,%.3f,%.1e,%s\n", m, p.s->n, p.s->k, c.us, roof[i] / c.us, c.error, describe(c).c_str()); }
+                        if (c.error > 1e-4) {
+                            if (bad++ < 3) { printf("WRONG (error %.1e): %s\n", c.error, describe(c).c_str()); }
+                            continue;
+                        }
+                        done.push_back(c);
+                    }
+                }
+            }
+            std::sort(done.begin(), done.end(), [](const setting &a, const setting &b) { return a.us < b.us; });
+            printf("M %2d  %5d x %5d, roof %.2f us, %d variants, %d wrong\n", m, p.s->n, p.s->k, roof[i], (int)done.size() + bad, bad);
+            int rings = 0, registers = 0;
+            for (const setting &c : done) {
+                bool ring = variants[c.index].layout != NULL;
+                if ((ring ? rings++ : registers++) < (ring ? 5 : 2)) {
+                    printf("  %6.2f us %5.1f %%  error %.0e  %s\n", c.us, 100 * roof[i] / c.us, c.error, describe(c).c_str());
+                }
+            }
+            if (done.empty()) { return 1; }
+            problems.push_back(p);
+            winners.push_back(done[0]);
+        }
+        double chain = time_graph(5, [&] {
+            for (int layer = 0; layer < 32; layer++) {
+                for (int i = 0; i < 4; i++) { launch(winners[i], problems[i], layer % 8); }
+            }
+        });
+        double sum = 0;
+        for (int i = 0; i < 4; i++) { sum += 32e-3 * roof[i]; }
+        printf("M %2d  chain of 128 kernels with the best of each: %.3f ms; sum of the roofs %.3f ms\n", m, chain * 1e3, sum);
+        fflush(stdout);
+    }
+    if (csv) { fclose(csv); }
+    return 0;
+}
