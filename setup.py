@@ -26,7 +26,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 BASELINE = ["csrc/*.c", "csrc/core/*.c", "csrc/ops/*.c", "csrc/quant/*.c", "csrc/model/*.c", "csrc/python/*.c"]
-BASELINE_PROBE = "#include <Python.h>\n#include <omp.h>\nint f(void) { return omp_get_max_threads(); }\n"
+BASELINE_PROBE = "#include <Python.h>\n#include <pthread.h>\nint f(void) { return (int)pthread_self(); }\n"
 INTRINSICS = "#include <immintrin.h>\n"
 GROUPS = {
     "baseline": (BASELINE, [], BASELINE_PROBE),
@@ -38,7 +38,7 @@ GROUPS = {
 # -ffp-contract=off: a fused multiply-add appears only where a kernel asks for it, so results do not depend on flags.
 # -fstack-clash-protection: a task keeps up to half a MiB on the stack; in a thread with less it must not step over the
 # guard page.
-COMMON = ["-std=c11", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+COMMON = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
           "-fstack-clash-protection", "-Wall", "-Wextra", "-Wpedantic"]  # fmt: skip
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
 
@@ -169,7 +169,7 @@ class Compiler:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.c"
             source.write_text(text)
-            command = [*self.command, "-fopenmp", *flags, *self.include, "-c", source, "-o", source.with_suffix(".o")]
+            command = [*self.command, *flags, *self.include, "-c", source, "-o", source.with_suffix(".o")]
             result = subprocess.run(command, capture_output=True, text=True)
         return None if result.returncode == 0 else result.stderr
 
@@ -212,7 +212,7 @@ class BuildCore(build_ext):
             objects = list(pool.map(lambda job: job(), jobs))
         output = Path(self.get_ext_fullpath(extension.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = [*compiler.command, "-shared", "-fopenmp", *SANITIZE * env_set("QL_SANITIZE"), *objects]
+        link = [*compiler.command, "-shared", *SANITIZE * env_set("QL_SANITIZE"), *objects]
         libraries = [nvcc.library, "-ldl", "-lrt"] if cuda_sources else []
         subprocess.run([*link, *libraries, "-lm", "-lpthread", "-o", str(output)], check=True)
         print(f"quantlab: compiler {version}\n" + "\n".join(f"quantlab: {line}" for line in report))
@@ -222,7 +222,7 @@ class BuildCore(build_ext):
         """The groups to build, and a line for each group that says why or why not."""
         trouble = compiler.probe([], BASELINE_PROBE)
         if trouble is not None:
-            stop(f"a first C file did not compile. Are Python's headers (python3-dev) and OpenMP there?\n{trouble}")
+            stop(f"a first C file did not compile. Are Python's headers (python3-dev) there?\n{trouble}")
         built, report = [], []
         for group, (patterns, flags, probe) in GROUPS.items():
             count = len(sources(patterns))

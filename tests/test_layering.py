@@ -34,10 +34,10 @@ MAY_INCLUDE = {
 }
 C_LIBRARY = {
     *("assert", "errno", "float", "inttypes", "limits", "math", "stdalign", "stdarg", "stdatomic", "stdbool", "stddef"),
-    *("stdint", "stdio", "stdlib", "string", "time", "pthread", "unistd", "omp"),
+    *("stdint", "stdio", "stdlib", "string", "time", "pthread", "unistd"),
 }
 SYSTEM_HEADERS = {
-    "core": C_LIBRARY | {"cpuid", "immintrin", "sched", "signal", "sys/syscall", "sys/mman"},
+    "core": C_LIBRARY | {"cpuid", "immintrin", "sched", "signal", "sys/syscall", "sys/mman", "linux/futex"},
     "formats": {"math", "stdint", "stddef", "string"},
     "x86": C_LIBRARY - {"stdio", "stdlib", "pthread"} | {"immintrin"},
     "python": C_LIBRARY | {"Python", "numpy/arrayobject", "structmember"},

@@ -1,9 +1,10 @@
-"""Threads: the same result for any number of them, after a fork, from many Python threads, and Ctrl-C."""
+"""Threads: the same result for any number of them, after a fork, from many Python threads; how many; Ctrl-C."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,38 @@ def test_concurrent_calls_are_right(isa: str, rng: np.random.Generator) -> None:
             thread.join(TIMEOUT)
             assert not thread.is_alive(), "a call hangs"
     assert wrong == []
+
+
+def without(name: str) -> dict[str, str]:
+    """The environment less one variable."""
+    return {key: value for key, value in os.environ.items() if key != name}
+
+
+def test_pool_under_thread_sanitizer(tmp_path: Path) -> None:
+    """tests/pool_race.c: concurrent callers, nested regions and a changing number of threads, without a data race."""
+    here = Path(__file__).resolve().parent
+    core, compiler = here.parent / "csrc" / "core", shutil.which(os.environ.get("CC", "gcc").split()[0])
+    if compiler is None or not core.is_dir():
+        pytest.skip("no C compiler, or no source tree beside the tests")
+    program, sources = tmp_path / "pool_race", [here / "pool_race.c", core / "parallel.c", core / "topology.c"]
+    command = [compiler, "-std=c11", "-O1", "-g", "-fsanitize=thread", *sources, "-o", program, "-lpthread", "-lm"]
+    environment = without("LD_PRELOAD")  # another sanitizer's, where the tests run under one
+    built = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if built.returncode != 0:
+        pytest.skip(f"this compiler has no ThreadSanitizer: {built.stderr[-200:]}")
+    ran = subprocess.run([program], capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    if "unexpected memory mapping" in ran.stderr:
+        pytest.skip("ThreadSanitizer cannot run on this kernel")
+    assert (ran.returncode, ran.stdout) == (0, "ok\n"), ran.stdout + ran.stderr
+
+
+def test_default_is_the_cores_of_the_affinity_mask() -> None:
+    one = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    code = f"{one}\nfrom quantlab import _core\nprint(_core.threads())"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=without("QL_THREADS"), timeout=TIMEOUT
+    )
+    assert ran.stdout == "1\n", ran.stderr
 
 
 # ---- fork ----------------------------------------------------------------------------------------------------------

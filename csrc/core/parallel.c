@@ -1,20 +1,42 @@
-/* parallel.c: the one place with threads. Tasks are independent, so no result depends on the number of threads. */
+/* parallel.c: the one place with threads: a pool of our own. Tasks are independent, so no result depends on the number of
+ * threads.
+ *
+ * A region is one call of ql_parallel_for. Whoever takes part claims its tasks one at a time from pool.claim, which holds
+ * the number of the region and that of its next task. The caller claims like a worker until nothing is left, then waits for
+ * tasks in flight and for nothing else: a worker that the system never scheduled costs nothing.
+ *
+ * Workers are begun when they are first needed and stay. Between regions they spin for some tens of microseconds, then
+ * sleep on a futex. There is one region at a time: a second caller, a task that begins a region, and a forked child (which
+ * has none of these threads) compute serially. */
 #define _GNU_SOURCE
 #include "../quantlab.h"
 
-#include <omp.h>     /* parallel regions */
-#include <pthread.h> /* pthread_atfork */
-#include <sched.h>   /* sched_getaffinity */
+#include "topology.h"
+
+#include <limits.h>      /* INT_MAX */
+#include <linux/futex.h> /* FUTEX_WAIT_PRIVATE */
+#include <pthread.h>
+#include <sched.h>  /* sched_yield */
+#include <signal.h> /* sigfillset */
+#include <stdalign.h>
 #include <stdatomic.h>
-#include <stdlib.h> /* getenv, strtol */
-#include <time.h>   /* clock_gettime */
+#include <stdlib.h>      /* getenv, strtol */
+#include <sys/syscall.h> /* SYS_futex */
+#include <time.h>        /* clock_gettime */
+#include <unistd.h>      /* syscall */
 
-enum { POLL_INTERVAL_NS = 50000000 };
+enum {
+    POLL_INTERVAL_NS = 50000000,
+    SPIN_NS = 50000,      /* about what it costs to sleep and be woken, several times over */
+    PAUSES_PER_LOOK = 64, /* at the clock; a pause is 10 to 70 ns */
+    MAX_THREADS = 4096,
+    STACK_BYTES = 4 << 20 /* of a worker; a gemm task keeps half a MiB there */
+};
 
-static atomic_int chosen_threads;   /* 0: not chosen, use the default */
-static atomic_int in_forked_child;  /* libgomp's threads do not survive fork: the child computes serially */
+typedef void task_function(void *context, int64_t i);
 
-/* The state of the call that this thread is in. Workers see it through the region's context. */
+/* ---- the call that a thread is in ------------------------------------------------------------------------------ */
+
 typedef struct {
     ql_poll poll;
     atomic_int stopped;
@@ -22,40 +44,13 @@ typedef struct {
 } call_state;
 
 static _Thread_local call_state call;
+static _Thread_local int in_region; /* this thread runs tasks: what they begin is serial */
 
 static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
-
-static void mark_child(void) { atomic_store(&in_forked_child, 1); }
-
-__attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, mark_child); }
-
-int ql_default_threads(void) {
-    const char *text = getenv("QL_THREADS");
-    if (text != NULL && *text != '\0') {
-        char *end;
-        long value = strtol(text, &end, 10);
-        if (*end == '\0' && value >= 1 && value <= 4096) { return (int)value; }
-    }
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) { return CPU_COUNT(&set); }
-    return 1;
-}
-
-int ql_threads(void) {
-    if (atomic_load(&in_forked_child)) { return 1; }
-    int threads = atomic_load(&chosen_threads);
-    if (threads == 0) {
-        int chosen = ql_default_threads();
-        if (atomic_compare_exchange_strong(&chosen_threads, &threads, chosen)) { threads = chosen; } /* else: set meanwhile */
-    }
-    return threads;
-}
-
-void ql_set_threads(int threads) { atomic_store(&chosen_threads, threads < 1 ? 0 : threads); }
 
 void ql_call_begin(ql_poll poll) {
     call.poll = poll;
@@ -84,21 +79,175 @@ int ql_call_end(void) {
     return stopped;
 }
 
+/* ---- how many threads ------------------------------------------------------------------------------------------ */
+
+static atomic_int chosen_threads;  /* 0: not chosen, use the default */
+static atomic_int in_forked_child; /* the pool's threads do not survive a fork */
+
+static void mark_child(void) { atomic_store(&in_forked_child, 1); }
+
+__attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, mark_child); }
+
+int ql_default_threads(void) {
+    const char *text = getenv("QL_THREADS");
+    if (text != NULL && *text != '\0') {
+        char *end;
+        long value = strtol(text, &end, 10);
+        if (*end == '\0' && value >= 1 && value <= MAX_THREADS) { return (int)value; }
+    }
+    return ql_usable_cores();
+}
+
+int ql_threads(void) {
+    if (atomic_load(&in_forked_child)) { return 1; }
+    int threads = atomic_load(&chosen_threads);
+    if (threads == 0) {
+        int chosen = ql_default_threads();
+        if (atomic_compare_exchange_strong(&chosen_threads, &threads, chosen)) { threads = chosen; } /* else: set meanwhile */
+    }
+    return threads;
+}
+
+void ql_set_threads(int threads) { atomic_store(&chosen_threads, threads < 1 ? 0 : threads); }
+
+/* ---- the pool -------------------------------------------------------------------------------------------------- */
+
+static struct {
+    alignas(64) _Atomic uint64_t claim; /* region << 32 | next task */
+    /* The region. Written when all its predecessor's tasks are finished; a worker that reads a mixture of two regions finds
+     * its claim refused, since `claim` has moved on. */
+    alignas(64) _Atomic(task_function *) task;
+    _Atomic(void *) context;
+    _Atomic(atomic_int *) stopped; /* of the caller's call */
+    atomic_uint count;
+    atomic_int helpers; /* workers that may take part */
+    alignas(64) atomic_uint region; /* futex of the workers: number of the latest region */
+    atomic_int sleeping_workers;
+    alignas(64) atomic_uint finished; /* futex of the caller: tasks that workers have finished */
+    atomic_int caller_sleeps;
+    alignas(64) atomic_flag busy; /* held by the caller of the region, guards what follows */
+    int workers;
+} pool = {.busy = ATOMIC_FLAG_INIT};
+
+static void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void futex_wait(atomic_uint *word, unsigned value) { syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL); }
+static void futex_wake(atomic_uint *word, int waiters) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, waiters); }
+
+/* Waits, awake and for SPIN_NS at most, until *word equals `value` (or differs from it); 1 if it came to that. */
+static int spin_until(atomic_uint *word, int equals, unsigned value) {
+    for (int64_t end = 0; end == 0 || now_ns() < end;) {
+        for (int i = 0; i < PAUSES_PER_LOOK; i++) {
+            if ((atomic_load(word) == value) == equals) { return 1; }
+            relax();
+        }
+        if (end == 0) { end = now_ns() + SPIN_NS; }
+        sched_yield(); /* who is waited for may have no other core */
+    }
+    return 0;
+}
+
+/* Claims and runs tasks. Between a claim and the sum at the end the region cannot change: its caller waits for them. */
+static void help(int worker) {
+    unsigned done = 0;
+    uint64_t claim = atomic_load(&pool.claim);
+    for (;;) {
+        task_function *task = atomic_load_explicit(&pool.task, memory_order_relaxed);
+        void *context = atomic_load_explicit(&pool.context, memory_order_relaxed);
+        atomic_int *stopped = atomic_load_explicit(&pool.stopped, memory_order_relaxed);
+        uint32_t next = (uint32_t)claim;
+        if (worker >= atomic_load_explicit(&pool.helpers, memory_order_relaxed) ||
+            next >= atomic_load_explicit(&pool.count, memory_order_relaxed)) {
+            break;
+        }
+        if (!atomic_compare_exchange_weak(&pool.claim, &claim, claim + 1)) { continue; }
+        if (!atomic_load(stopped)) { task(context, next); }
+        done++;
+        claim = atomic_load(&pool.claim);
+    }
+    if (done > 0) {
+        atomic_fetch_add(&pool.finished, done);
+        if (atomic_load(&pool.caller_sleeps)) { futex_wake(&pool.finished, 1); }
+    }
+}
+
+/* The number of the latest region once it is not `seen`. */
+static unsigned wait_for_region(unsigned seen) {
+    if (!spin_until(&pool.region, 0, seen)) {
+        atomic_fetch_add(&pool.sleeping_workers, 1);
+        while (atomic_load(&pool.region) == seen) { futex_wait(&pool.region, seen); }
+        atomic_fetch_sub(&pool.sleeping_workers, 1);
+    }
+    return atomic_load(&pool.region);
+}
+
+static void *work(void *number) {
+    int worker = (int)(intptr_t)number;
+    in_region = 1;
+    for (unsigned region = 0;;) {
+        region = wait_for_region(region);
+        help(worker);
+    }
+    return NULL;
+}
+
+/* 0 where the system gives no more threads. Signals are for the threads of the program: a worker takes none but its own faults. */
+static int begin_worker(int number) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) { return 0; }
+    pthread_attr_setstacksize(&attributes, STACK_BYTES);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGTRAP};
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) { sigdelset(&blocked, faults[i]); }
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    pthread_t thread;
+    int failed = pthread_create(&thread, &attributes, work, (void *)(intptr_t)number);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    return !failed;
+}
+
+static void open_region(uint32_t count, task_function *task, void *context, int helpers) {
+    while (pool.workers < helpers && begin_worker(pool.workers)) { pool.workers++; }
+    atomic_store_explicit(&pool.task, task, memory_order_relaxed);
+    atomic_store_explicit(&pool.context, context, memory_order_relaxed);
+    atomic_store_explicit(&pool.stopped, &call.stopped, memory_order_relaxed);
+    atomic_store_explicit(&pool.count, count, memory_order_relaxed);
+    atomic_store_explicit(&pool.helpers, helpers, memory_order_relaxed);
+    atomic_store_explicit(&pool.finished, 0, memory_order_relaxed);
+    unsigned region = atomic_load(&pool.region) + 1;
+    atomic_store(&pool.claim, (uint64_t)region << 32);
+    atomic_store(&pool.region, region);
+    if (atomic_load(&pool.sleeping_workers) > 0) { futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers); }
+}
+
+static void wait_for_workers(unsigned tasks) {
+    if (spin_until(&pool.finished, 1, tasks)) { return; }
+    atomic_store(&pool.caller_sleeps, 1);
+    for (unsigned finished; (finished = atomic_load(&pool.finished)) != tasks;) { futex_wait(&pool.finished, finished); }
+    atomic_store(&pool.caller_sleeps, 0);
+}
+
 void ql_parallel_for(int64_t count, void (*task)(void *context, int64_t i), void *context) {
     int threads = ql_threads();
     if (threads > count) { threads = (int)count; }
-    if (threads <= 1 || omp_in_parallel()) {
+    if (threads <= 1 || count > INT_MAX || in_region || atomic_flag_test_and_set(&pool.busy)) {
         for (int64_t i = 0; i < count && !poll_now(); i++) { task(context, i); }
         return;
     }
-    atomic_int *stopped = &call.stopped;
-#pragma omp parallel num_threads(threads)
-    {
-        int is_caller = omp_get_thread_num() == 0; /* OpenMP's thread 0 is the thread that met the region */
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) {
-            if (is_caller ? poll_now() : atomic_load(stopped)) { continue; }
-            task(context, i);
-        }
+    in_region = 1;
+    open_region((uint32_t)count, task, context, threads - 1);
+    unsigned own = 0;
+    for (uint32_t i; (i = (uint32_t)atomic_fetch_add(&pool.claim, 1)) < count; own++) {
+        if (!poll_now()) { task(context, i); }
     }
+    wait_for_workers((unsigned)count - own);
+    in_region = 0;
+    atomic_flag_clear(&pool.busy);
 }
