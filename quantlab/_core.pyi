@@ -54,6 +54,8 @@ class Weight:
         scale_map: F32 | None = None,
         scale_offset: float = 0.0,
     ) -> Weight: ...
+    @property
+    def packed_nbytes(self) -> int: ...  # of the copy that products with few rows stream; 0 before the first of them
 
 def decode(weight: Weight, i0: int, i1: int, out: F32 | None = None, /) -> F32: ...  # (i1 - i0, k), columns as in W
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantlab import _core
-from quantlab.llama import BATCH_TOKENS, Ids, Llama, LlamaConfig, to_sequences
+from quantlab.llama import BATCH_TOKENS, Ids, Llama, LlamaConfig, linear_of_any_rows, to_sequences
 from quantlab.progress import progress
 from quantlab.weight import QuantWeight
 
@@ -125,7 +125,7 @@ class LlamaForSequenceClassification(Llama):
 
     def predict(self, texts: Texts, batch_tokens: int = BATCH_TOKENS, show: bool = True) -> np.ndarray:
         """Logits of texts (or rows of ids), float32 (N, num_labels)."""
-        return _core.linear(self.features(texts, batch_tokens, show), self.weights["score"].handle)
+        return linear_of_any_rows(self.features(texts, batch_tokens, show), self.weights["score"])
 
     def fit_head(
         self,

@@ -27,6 +27,7 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 LINEARS = ATTENTION + MLP
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
+DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 Self = TypeVar("Self", bound="Llama")
@@ -382,7 +383,7 @@ class LlamaForCausalLM(Llama):
             rows = np.array([len(row) for row in sequences])[:, None] - keep + np.arange(keep)
             hidden = np.take_along_axis(hidden, rows[:, :, None], axis=1)
         batch, width, channels = hidden.shape
-        return self.logits(hidden.reshape(-1, channels)).reshape(batch, width, -1)
+        return linear_of_any_rows(hidden.reshape(-1, channels), self.lm_head).reshape(batch, width, -1)
 
     def generate(
         self,
@@ -410,6 +411,15 @@ class LlamaForCausalLM(Llama):
         from quantlab.perplexity import perplexity
 
         return perplexity(self, text_or_ids, context, max_tokens)
+
+
+def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
+    """x W^T, float32 (m, n), of which a row has the same bits whatever m is: few rows are filled up with zeros."""
+    if len(x) > DECODE_ROWS:
+        return _core.linear(np.ascontiguousarray(x), weight.handle)
+    filled = np.zeros((DECODE_ROWS + 1, x.shape[1]), np.float32)
+    filled[: len(x)] = x
+    return _core.linear(filled, weight.handle)[: len(x)]
 
 
 def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:

@@ -70,8 +70,8 @@ def size_of_model(
     weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray], dtype: str = "float32"
 ) -> dict[str, Any]:
     """`parts`: bytes of embeddings, attention, mlp, norms and head in the checkpoint's files (headers aside);
-    `total`: their sum; `memory`: bytes of the arrays as they are held now. dtype: that of the config, whose name stands
-    beside every 4-bit weight."""
+    `total`: their sum; `memory`: bytes of the arrays as they are held now, `packed` of them copies that products with
+    few rows made for themselves. dtype: that of the config, whose name stands beside every 4-bit weight."""
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for module, weight in weights.items():
         kind = (
@@ -85,8 +85,9 @@ def size_of_model(
         )
         parts[kind] += checkpoint_nbytes(weight, dtype)
     parts["norms"] = sum(vector.nbytes for vector in vectors.values())
-    memory = sum(weight.nbytes for weight in weights.values()) + parts["norms"]
-    return {"parts": parts, "total": sum(parts.values()), "memory": memory}
+    packed = sum(weight.handle.packed_nbytes for weight in weights.values())
+    memory = sum(weight.nbytes for weight in weights.values()) + packed + parts["norms"]
+    return {"parts": parts, "total": sum(parts.values()), "memory": memory, "packed": packed}
 
 
 def size_from_config(

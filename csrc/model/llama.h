@@ -34,7 +34,7 @@ typedef struct {
     int64_t rows;
 } ql_kv_cache;
 
-/* floats of workspace that a forward pass over t tokens needs */
+/* floats of workspace, zero at first, that a forward pass over t tokens needs */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t);
 
 /* hidden (t, c): the last hidden states after the final norm. cache NULL: attend within the batch only.

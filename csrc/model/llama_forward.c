@@ -1,4 +1,5 @@
 /* llama_forward.c: the LLaMA forward pass (Touvron et al. 2023) over the table of ops; it names no backend. */
+#include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "llama.h"
 
 #include <math.h> /* sqrtf */
@@ -11,14 +12,21 @@ typedef struct {
     float *a;         /* (t, hq d) attention output */
     float *gate, *up; /* (t, f) */
     int32_t *rows;    /* (t,) cache row of each token */
+    int64_t m;        /* rows of the products, t or more */
 } buffers;
 
+/* Rows of a pass' products. Products with few rows add in an order of their own; without a cache a row's result must not
+ * depend on the rows beside it, so there a pass is never that small: rows of zeros fill it up. */
+static int64_t product_rows(int64_t t, int cached) { return cached || t > QL_GEMV_ROWS ? t : QL_GEMV_ROWS + 1; }
+
 int64_t ql_llama_workspace(const ql_llama *m, int64_t t) {
+    t = product_rows(t, 0);
     return t * (2 * m->c + 2 * m->hq * m->d + 2 * m->hkv * m->d + 2 * m->f + 1);
 }
 
 static buffers cut(const ql_llama *m, int64_t t, float *workspace) {
     buffers s;
+    s.m = t;
     s.x = workspace;
     s.h = s.x + t * m->c;
     s.q = s.h + t * m->c;
@@ -48,9 +56,9 @@ static void attention_block(const ql_llama *m, const ql_llama_layer *layer, cons
                             float *cache_k, float *cache_v, const ql_backend *be) {
     int64_t t = batch->t;
     be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, t, m->c, m->eps);
-    linear(be, s->q, s->h, layer->q, t, 0);
-    linear(be, s->k, s->h, layer->k, t, 0);
-    linear(be, s->v, s->h, layer->v, t, 0);
+    linear(be, s->q, s->h, layer->q, s->m, 0);
+    linear(be, s->k, s->h, layer->k, s->m, 0);
+    linear(be, s->v, s->h, layer->v, s->m, 0);
     be->rope_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
     be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     const float *k = s->k, *v = s->v;
@@ -61,20 +69,20 @@ static void attention_block(const ql_llama *m, const ql_llama_layer *layer, cons
     }
     be->attention_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, batch->b, m->hq, m->hkv,
                           m->d, 1.0f / sqrtf((float)m->d));
-    linear(be, s->x, s->a, layer->o, t, 1);
+    linear(be, s->x, s->a, layer->o, s->m, 1);
 }
 
 static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t, const buffers *s, const ql_backend *be) {
     be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, t, m->c, m->eps);
-    linear(be, s->gate, s->h, layer->gate, t, 0);
-    linear(be, s->up, s->h, layer->up, t, 0);
+    linear(be, s->gate, s->h, layer->gate, s->m, 0);
+    linear(be, s->up, s->h, layer->up, s->m, 0);
     be->swiglu_forward(s->gate, s->gate, s->up, t * m->f);
-    linear(be, s->x, s->gate, layer->down, t, 1);
+    linear(be, s->x, s->gate, layer->down, s->m, 1);
 }
 
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *be) {
-    buffers s = cut(m, batch->t, workspace);
+    buffers s = cut(m, product_rows(batch->t, cache != NULL), workspace);
     int64_t layer_floats = cache != NULL ? cache->rows * m->hkv * m->d : 0;
     if (cache != NULL) { cache_rows(s.rows, batch); }
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);

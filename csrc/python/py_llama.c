@@ -2,6 +2,7 @@
 #include "python.h"
 
 #include "../model/llama.h"
+#include "../quant/pack.h"
 
 typedef struct {
     PyObject_HEAD
@@ -153,6 +154,15 @@ static int batch_arg(ql_llama_batch *batch, PyObject **o, const ql_llama *m, int
     return 1;
 }
 
+/* a step of generation: its products read packed weights */
+static void pack_weights(const ql_llama *m) {
+    for (int64_t i = 0; i < m->layers; i++) {
+        const ql_llama_layer *layer = &m->layer[i];
+        const ql_weight *weights[] = {layer->q, layer->k, layer->v, layer->o, layer->gate, layer->up, layer->down};
+        for (int j = 0; j < 7; j++) { ql_weight_pack((ql_weight *)weights[j]); }
+    }
+}
+
 static PyObject *llama_forward(PyObject *object, PyObject *arguments) {
     LlamaObject *self = (LlamaObject *)object;
     const ql_llama *m = &self->model;
@@ -168,10 +178,11 @@ static PyObject *llama_forward(PyObject *object, PyObject *arguments) {
     if (cached && !cache_arg(&cache, cache_k, cache_v, m)) { return NULL; }
     if (!check_batch(&batch, self->vocabulary, positions, cached ? cache.rows : batch.t)) { return NULL; }
     PyArrayObject *out = ql_new(2, (int64_t[]){batch.t, m->c}, NPY_FLOAT32);
-    float *workspace = PyMem_RawMalloc((size_t)ql_llama_workspace(m, batch.t) * sizeof(float) + 1);
+    float *workspace = PyMem_RawCalloc((size_t)ql_llama_workspace(m, batch.t) + 1, sizeof(float)); /* padding rows: 0 */
     if (out == NULL || workspace == NULL) { return Py_XDECREF(out), PyMem_RawFree(workspace), PyErr_NoMemory(); }
     int stopped;
     QL_CALL_BEGIN
+    if (cached && batch.t <= QL_GEMV_ROWS) { pack_weights(m); }
     ql_llama_forward(ql_data(out), m, &batch, cached ? &cache : NULL, workspace, ql_cpu());
     QL_CALL_END(stopped)
     PyMem_RawFree(workspace);

@@ -1,6 +1,8 @@
 /* py_ops.c: the ops as functions of arrays. Each: parse, validate, release the GIL, call, raise. */
 #include "python.h"
 
+#include "../quant/pack.h"
+
 static PyObject *finish(PyArrayObject *out, int stopped) {
     if (stopped) { return Py_DECREF(out), NULL; }
     return (PyObject *)out;
@@ -199,6 +201,7 @@ static PyObject *linear_like(PyObject *arguments, int backward) {
     if (out == NULL) { return NULL; }
     int stopped;
     QL_CALL_BEGIN
+    if (!backward && m <= QL_GEMV_ROWS) { ql_weight_pack(&((WeightObject *)w_object)->weight); }
     if (backward) {
         ql_cpu()->linear_backward_input[w->format](ql_data(out), ql_data(x), w, m, accumulate);
     } else {

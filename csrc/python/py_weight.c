@@ -2,6 +2,7 @@
 #include "python.h"
 
 #include "../formats/weight.h"
+#include "../quant/pack.h"
 
 PyTypeObject *ql_weight_type;
 
@@ -140,15 +141,28 @@ static PyObject *weight_new(PyTypeObject *type, PyObject *arguments, PyObject *k
 static void weight_dealloc(WeightObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(self->arrays);
+    ql_weight_unpack(&self->weight);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
+
+static PyObject *packed_nbytes(PyObject *self, void *closure) {
+    (void)closure;
+    const ql_weight *w = &((WeightObject *)self)->weight;
+    return PyLong_FromLongLong(w->packed == NULL ? 0 : (long long)ql_packed_nbytes(w));
+}
+
+static PyGetSetDef properties[] = {
+    {"packed_nbytes", packed_nbytes, NULL, "bytes of the copy that products with few rows stream; 0 before the first of them", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, "Weight(format, bits, n, k, group, codes, scales=None, zeros=None, perm=None, scale_codes=None, "
                 "scale_absmax=None, scale_map=None, scale_offset=0.0): a validated view of NumPy buffers"},
     {Py_tp_new, __extension__(void *)weight_new},
     {Py_tp_dealloc, __extension__(void *)weight_dealloc},
+    {Py_tp_getset, properties},
     {0, NULL},
 };
 static PyType_Spec spec = {"quantlab._core.Weight", sizeof(WeightObject), 0, Py_TPFLAGS_DEFAULT, slots};

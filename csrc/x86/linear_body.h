@@ -30,6 +30,7 @@ static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1,
 }
 
 void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    if (V_NAME(gemv_forward)(y, x, w, m, accumulate)) { return; }
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
               .pack_b = pack_transposed, .m = m, .n = w->n, .k = w->k};
     gemm_run(&g);

@@ -25,6 +25,10 @@ void ql_overlay_avx512(ql_backend *table);
     X(linear_forward)        \
     X(linear_backward_input)
 
+/* y = x W^T for m <= QL_GEMV_ROWS rows (gemv_body.h); 0: nothing done, this weight or this m has no such kernel */
+int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
+int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
+
 #define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params;
 QL_OPS(X)
 QL_FORMAT_OPS(X)

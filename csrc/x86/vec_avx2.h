@@ -25,6 +25,7 @@ static inline vf v_load_tail(const float *p, int64_t n) { return _mm256_maskload
 static inline void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 static inline void v_store_tail(float *p, vf a, int64_t n) { _mm256_maskstore_ps(p, _mm256_castps_si256(vm_first(n)), a); }
 static inline void v_prefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline void v_fetch(const void *p) { _mm_prefetch(p, _MM_HINT_T0); } /* any address */
 static inline void v_stream(float *p, vf a) { _mm256_stream_ps(p, a); } /* past the caches; p on 32 bytes */
 static inline void v_stream_end(void) { _mm_sfence(); }
 
@@ -105,6 +106,7 @@ static inline vf v_ldexp(vf a, vf exponent) {
 
 static inline vi vi_load_u8(const void *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 static inline vi vi_load_i8(const void *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+static inline vi vi_load_i16(const void *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_load_u16(const void *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(p)); }
 static inline vf v_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
 static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }

@@ -23,6 +23,7 @@ static inline vf v_load_tail(const float *p, int64_t n) { return _mm512_maskz_lo
 static inline void v_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 static inline void v_store_tail(float *p, vf a, int64_t n) { _mm512_mask_storeu_ps(p, vm_first(n), a); }
 static inline void v_prefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+static inline void v_fetch(const void *p) { _mm_prefetch(p, _MM_HINT_T0); } /* any address */
 static inline void v_stream(float *p, vf a) { _mm512_stream_ps(p, a); } /* past the caches; p on 64 bytes */
 static inline void v_stream_end(void) { _mm_sfence(); }
 
@@ -94,6 +95,7 @@ static inline vf v_ldexp(vf a, vf q) { return _mm512_scalef_ps(a, q); }
 
 static inline vi vi_load_u8(const void *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_load_i8(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+static inline vi vi_load_i16(const void *p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
 static inline vi vi_load_u16(const void *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)); }
 static inline vf v_load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
 static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16(p), 16)); }

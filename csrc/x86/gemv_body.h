@@ -1,0 +1,400 @@
+/* gemv_body.h: y (m, n) = x (m, k) W^T for m <= QL_GEMV_ROWS: decode. All that counts is to read W once, at the speed of memory,
+ * so codes become float32 in registers and meet float32 activations there; products are exact up to float32 rounding.
+ *
+ * Three kernels, by what a code is:
+ *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h). A permute looks each nibble up in the 16 values of the
+ *            format: shift, permute, fma for a lane's weight, and no sums across lanes.
+ *   sums     2 and 3 bits. A nibble is 2 codes, or one bit of 4: a permute looks it up in a table of the 16 sums that it can
+ *            stand for with these activations, so that 3 instructions serve 2 or 4 codes. The tables of a row of x
+ *            (k / 2 lines of 64 bytes at 2 bits) are made once a product; panels of 64 rows share each load of a table.
+ *   rows     8 bits (5 to 7 as bytes) and floats. Lanes are columns; a few rows of W at a time share the loads of x.
+ * Codes are looked up around the middle of their range; zeros other than it, the `offsets` of a group, are taken off as
+ * offset * sum of the group's activations. A group's sum is multiplied by its scale once.
+ *
+ * A row of y has the same bits for every m and every number of threads. */
+#include "../formats/packed.h"
+#include "overlay.h"
+
+#include <stdalign.h>
+#include <string.h> /* memcpy */
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, format and rows are constants after inlining */
+
+enum {
+    MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
+    TASK_BYTES = 64 << 10,   /* of W: large against the cost of a task, small against a thread's share */
+    AHEAD = 1024             /* bytes: what the loads of a panel will need soon */
+};
+
+typedef struct {
+    float *y;           /* (m, n) */
+    const float *x;     /* (m, ldx): columns as stored, groups padded with 0 in panels */
+    const float *sums;  /* (m, groups) sum of each group's x; NULL where no zeros are */
+    const float *table; /* sums: a line of 16 floats for each nibble of a row of W */
+    const ql_weight *w;
+    const void *codes;
+    ql_packed_layout l;
+    int64_t m, ldx, part; /* part: panels or rows of a task */
+    int accumulate;
+} gemv;
+
+static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+/* ---- panels --------------------------------------------------------------------------------------------------- */
+
+/* VL elements of row r of y from column i, as many as there are */
+static inline void store_lanes(const gemv *g, int64_t r, int64_t i, vf value) {
+    int64_t count = at_most(VL, g->w->n - i);
+    if (count < 1) { return; }
+    float *y = g->y + r * g->w->n + i;
+    v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
+}
+
+/* - offset * sum of x over group `group` of row r of x, for VL rows of W: `offsets` are theirs */
+static inline vf offset_term(const gemv *g, const void *offsets, int64_t r, int64_t group) {
+    return v_fnma(vi_to_vf(vi_load_i16(offsets)), v_set1(g->sums[r * g->l.groups + group]), v_zero());
+}
+
+/* rows [i, i + 2 VL) of W, from lane `lane` of a panel of 32, for all m rows of x; even and odd columns have their own sums */
+ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values, int64_t lane, int64_t i, const int m) {
+    const ql_packed_layout *l = &g->l;
+    const float *x = g->x;
+    vf total[QL_GEMV_ROWS][2];
+    for (int r = 0; r < m; r++) { total[r][0] = total[r][1] = v_zero(); }
+    for (int64_t group = 0; group < l->groups; group++) {
+        vf sum[QL_GEMV_ROWS][2][2];
+        const uint32_t *scales = p + lane;
+        for (int r = 0; r < m; r++) {
+            for (int v = 0; v < 2; v++) {
+                const int16_t *offsets = (const int16_t *)(const void *)(p + 32) + lane + v * VL;
+                sum[r][v][0] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
+                sum[r][v][1] = v_zero();
+            }
+        }
+        p += l->head;
+        int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
+        for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
+            vi w0 = vi_load(p + lane), w1 = vi_load(p + lane + VL);
+            v_fetch((const char *)(p + lane) + AHEAD);
+            v_fetch((const char *)(p + lane + VL) + AHEAD);
+#pragma GCC unroll 8
+            for (int q = 0; q < 8; q++) {
+                vf value0 = v_table_get(values, vi_shr(w0, (unsigned)(4 * q)));
+                vf value1 = v_table_get(values, vi_shr(w1, (unsigned)(4 * q)));
+#pragma GCC unroll 4
+                for (int r = 0; r < m; r++) {
+                    vf a = v_set1(x[r * g->ldx + q]);
+                    sum[r][0][q & 1] = v_fma(value0, a, sum[r][0][q & 1]);
+                    sum[r][1][q & 1] = v_fma(value1, a, sum[r][1][q & 1]);
+                }
+            }
+        }
+        for (int v = 0; v < 2; v++) {
+            vf scale = v_load((const float *)(const void *)(scales + v * VL));
+            for (int r = 0; r < m; r++) { total[r][v] = v_fma(v_add(sum[r][v][0], sum[r][v][1]), scale, total[r][v]); }
+        }
+    }
+    for (int r = 0; r < m; r++) {
+        store_lanes(g, r, i, total[r][0]);
+        store_lanes(g, r, i + VL, total[r][1]);
+    }
+}
+
+static void nibble_task(void *context, int64_t task) {
+    const gemv *g = context;
+    v_table values = v_table_load(g->table);
+    int64_t end = at_most((task + 1) * g->part, g->l.panels);
+    for (int64_t panel = task * g->part; panel < end; panel++) {
+        const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
+        for (int64_t lane = 0; lane < 32; lane += 2 * VL) {
+            int64_t i = panel * 32 + lane;
+            switch (g->m) {
+            case 1: nibble_lanes(g, p, values, lane, i, 1); break;
+            case 2: nibble_lanes(g, p, values, lane, i, 2); break;
+            case 3: nibble_lanes(g, p, values, lane, i, 3); break;
+            default: nibble_lanes(g, p, values, lane, i, 4); break;
+            }
+        }
+    }
+}
+
+/* rows [i, i + 4 VL) of W, from lane `lane` of a panel of 64, for one row of x, that of the tables */
+static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i) {
+    const ql_packed_layout *l = &g->l;
+    const float *table = g->table;
+    vf total[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+    for (int64_t group = 0; group < l->groups; group++) {
+        const float *scales = (const float *)(const void *)p + lane;
+        vf sum[4];
+        for (int v = 0; v < 4; v++) {
+            const int16_t *offsets = (const int16_t *)(const void *)(p + 64) + lane + v * VL;
+            sum[v] = l->zeros ? offset_term(g, offsets, 0, group) : v_zero();
+        }
+        p += l->head;
+        int64_t words = (group == l->groups - 1 ? l->last : l->blocks) * l->words;
+        for (int64_t word = 0; word < words; word++, p += 64) {
+            vi codes[4];
+            for (int v = 0; v < 4; v++) {
+                codes[v] = vi_load(p + lane + v * VL);
+                v_fetch((const char *)(p + lane + v * VL) + AHEAD);
+            }
+#pragma GCC unroll 8
+            for (int q = 0; q < 8; q++, table += 16) {
+                v_table values = v_table_load(table);
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; v++) { sum[v] = v_add(sum[v], v_table_get(values, vi_shr(codes[v], (unsigned)(4 * q)))); }
+            }
+        }
+        for (int v = 0; v < 4; v++) { total[v] = v_fma(sum[v], v_load(scales + v * VL), total[v]); }
+    }
+    for (int v = 0; v < 4; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
+}
+
+static void sums_task(void *context, int64_t task) {
+    const gemv *g = context;
+    int64_t end = at_most((task + 1) * g->part, g->l.panels);
+    for (int64_t panel = task * g->part; panel < end; panel++) {
+        const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
+        for (int64_t lane = 0; lane < 64; lane += 4 * VL) { sums_lanes(g, p, lane, panel * 64 + lane); }
+    }
+}
+
+/* the 16 sums of `count` activations: line[i] = sum over c of x[c] * value(digit c of i), digits of 4 / count bits */
+static inline void sums_line(float *line, const float *x, float (*values)[16], int count) {
+    for (int lane = 0; lane < 16; lane += VL) {
+        vf sum = v_mul(v_set1(x[0]), v_load(values[0] + lane));
+        for (int c = 1; c < count; c++) { sum = v_fma(v_set1(x[c]), v_load(values[c] + lane), sum); }
+        v_store(line + lane, sum);
+    }
+}
+
+/* the tables of a row of x, `columns` long, in the order in which the words of W need them */
+static void sums_table(float *table, const float *x, int64_t columns, int bits) {
+    alignas(64) float pair[2][16], quad[4][16]; /* a code's low 2 bits are worth -2 to 1, its bit 2 is worth -2 or 2 */
+    for (int i = 0; i < 16; i++) {
+        for (int c = 0; c < 2; c++) { pair[c][i] = (float)((i >> (2 * c) & 3) - 2); }
+        for (int c = 0; c < 4; c++) { quad[c][i] = (i >> c & 1) ? 2.0f : -2.0f; }
+    }
+    int64_t step = bits == 3 ? 32 : 16;
+    for (int64_t j = 0; j < columns; j += step) {
+        for (int64_t q = 0; q < step; q += 2, table += 16) { sums_line(table, x + j + q, pair, 2); }
+        for (int64_t q = 0; bits == 3 && q < step; q += 4, table += 16) { sums_line(table, x + j + q, quad, 4); }
+    }
+}
+
+/* ---- rows ----------------------------------------------------------------------------------------------------- */
+
+/* the first `count` of VL values of a row from column j, the rest 0 */
+ALWAYS_INLINE vf row_values(const int format, const char *row, int64_t j, int64_t count) {
+    const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
+    alignas(64) char some[4 * VL] = {0};
+    const char *p = row + j * size;
+    if (count < VL) {
+        if (format == QL_AFFINE) { memset(some, 128, VL); } /* the code of 0 */
+        memcpy(some, p, (size_t)(count * size));
+        p = some;
+    }
+    switch (format) {
+    case QL_F32: return v_load((const float *)(const void *)p);
+    case QL_F16: return v_load_f16(p);
+    case QL_BF16: return v_load_bf16(p);
+    case QL_INT8: return vi_to_vf(vi_load_i8(p));
+    default: return vi_to_vf(vi_sub(vi_load_u8(p), vi_set1(128)));
+    }
+}
+
+/* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them */
+ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, int64_t end,
+                                const int format, const int rows, const int m) {
+    const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
+    for (; j + VL <= end; j += VL) {
+#pragma GCC unroll 4
+        for (int a = 0; a < rows; a++) {
+            vf value = row_values(format, codes + a * stride, j, VL);
+            v_fetch(codes + (a + rows) * stride + j * size);
+#pragma GCC unroll 4
+            for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
+        }
+    }
+    for (int a = 0; j < end && a < rows; a++) {
+        vf value = row_values(format, codes + a * stride, j, end - j);
+        for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load_tail(g->x + r * g->ldx + j, end - j), sum[r][a]); }
+    }
+}
+
+/* affine codes have a scale, and maybe an offset, a group; the offsets' share is summed apart, in `offset` */
+ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g, const char *codes, int64_t stride, int64_t i,
+                              const int rows, const int m) {
+    const ql_weight *w = g->w;
+    int64_t groups = g->l.groups, middle = ql_affine_symmetric_zero(w->bits);
+    for (int64_t group = 0; group < groups; group++) {
+        vf sum[QL_GEMV_ROWS][4];
+        for (int r = 0; r < m; r++) {
+            for (int a = 0; a < rows; a++) { sum[r][a] = v_zero(); }
+        }
+        int64_t j = group * g->l.group;
+        row_products(sum, g, codes, stride, j, at_most(j + g->l.group, w->k), QL_AFFINE, rows, m);
+        for (int a = 0; a < rows; a++) {
+            int64_t at = (i + a) * groups + group;
+            for (int r = 0; r < m; r++) {
+                total[r][a] = v_fma(sum[r][a], v_set1(w->scales[at]), total[r][a]);
+                if (w->zeros != NULL) {
+                    offset[r][a] += (float)(w->zeros[at] - middle) * g->sums[r * groups + group] * w->scales[at];
+                }
+            }
+        }
+    }
+}
+
+/* rows [i, i + rows) of W */
+ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const int rows, const int m) {
+    const ql_weight *w = g->w;
+    const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
+    int64_t stride = format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : size * w->k;
+    const char *codes = (const char *)g->codes + i * stride;
+    vf total[QL_GEMV_ROWS][4];
+    float offset[QL_GEMV_ROWS][4] = {{0}};
+    for (int r = 0; r < m; r++) {
+        for (int a = 0; a < rows; a++) { total[r][a] = v_zero(); }
+    }
+    if (format == QL_AFFINE) {
+        row_groups(total, offset, g, codes, stride, i, rows, m);
+    } else {
+        row_products(total, g, codes, stride, 0, w->k, format, rows, m);
+    }
+    for (int r = 0; r < m; r++) {
+        for (int a = 0; a < rows; a++) {
+            float sum = v_sum(total[r][a]), *y = g->y + r * w->n + i + a;
+            if (format == QL_INT8) { sum *= QL_INT8_STEP * w->scales[i + a]; }
+            if (format == QL_AFFINE) { sum -= offset[r][a]; }
+            *y = g->accumulate ? *y + sum : sum;
+        }
+    }
+}
+
+ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int format, const int m) {
+    const int rows = m < 3 ? 4 : 2; /* registers */
+    for (; i + rows <= end; i += rows) { row_lanes(g, i, format, rows, m); }
+    for (; i < end; i++) { row_lanes(g, i, format, 1, m); }
+}
+
+#define ROW_TASK(FORMAT)                                                                           \
+    static void row_task_##FORMAT(void *context, int64_t task) {                                   \
+        const gemv *g = context;                                                                   \
+        int64_t i = task * g->part, end = at_most(i + g->part, g->w->n);                           \
+        switch (g->m) {                                                                            \
+        case 1: row_range(g, i, end, FORMAT, 1); break;                                            \
+        case 2: row_range(g, i, end, FORMAT, 2); break;                                            \
+        case 3: row_range(g, i, end, FORMAT, 3); break;                                            \
+        default: row_range(g, i, end, FORMAT, 4); break;                                           \
+        }                                                                                          \
+    }
+ROW_TASK(QL_F32)
+ROW_TASK(QL_F16)
+ROW_TASK(QL_BF16)
+ROW_TASK(QL_INT8)
+ROW_TASK(QL_AFFINE)
+
+/* ---- the product ---------------------------------------------------------------------------------------------- */
+
+/* x as the kernels read it: stored order, and in panels the columns that fill a group's last block, 0 */
+static void arrange(float *out, const float *x, const ql_weight *w, const ql_packed_layout *l) {
+    int64_t padded = l->rows > 0 ? l->blocks * l->step : l->group;
+    for (int64_t group = 0; group < l->groups; group++, out += padded) {
+        int64_t j = group * l->group, count = at_most(l->group, w->k - j);
+        if (w->perm == NULL) {
+            memcpy(out, x + j, (size_t)count * sizeof *out);
+        } else {
+            for (int64_t c = 0; c < count; c++) { out[c] = x[w->perm[j + c]]; }
+        }
+        int64_t end = l->rows == 0 ? count : group == l->groups - 1 ? l->last * l->step : padded;
+        for (int64_t c = count; c < end; c++) { out[c] = 0.0f; }
+    }
+}
+
+static void group_sums(float *sums, const float *x, int64_t columns, int64_t group, int64_t groups) {
+    for (int64_t g = 0; g < groups; g++) {
+        vf sum = v_zero();
+        for (int64_t j = g * group, end = at_most(j + group, columns); j < end; j += VL) {
+            sum = v_add(sum, v_load_tail(x + j, at_most(VL, end - j)));
+        }
+        sums[g] = v_sum(sum);
+    }
+}
+
+/* panels or rows of a task, where one has `bytes` bytes of W */
+static int64_t part_of(int64_t count, int64_t bytes) {
+    int64_t share = count / (4 * ql_threads()), large = TASK_BYTES / bytes;
+    int64_t part = share < large ? share : large;
+    return part < 1 ? 1 : part;
+}
+
+static void run_rows(gemv *g) {
+    void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
+        [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
+    int64_t bytes = g->w->k * (g->w->format == QL_F32 ? 4 : g->w->format == QL_F16 || g->w->format == QL_BF16 ? 2 : 1);
+    g->part = (part_of(g->w->n, bytes) + 3) / 4 * 4;
+    ql_parallel_for((g->w->n + g->part - 1) / g->part, tasks[g->w->format], g);
+}
+
+static void run_nibbles(gemv *g) {
+    alignas(64) float values[16];
+    for (int i = 0; i < 16; i++) {
+        values[i] = g->w->format == QL_NF4 ? ql_nf4_values[i] : g->w->format == QL_FP4 ? ql_fp4_values[i] : (float)(i - 8);
+    }
+    g->table = values;
+    ql_parallel_for((g->l.panels + g->part - 1) / g->part, nibble_task, g);
+}
+
+/* one row of x after the other, since each has its own tables */
+static void run_sums(const gemv *all, float *table) {
+    for (int64_t r = 0; r < all->m; r++) {
+        gemv g = *all;
+        sums_table(table, all->x + r * all->ldx, all->l.columns, all->w->bits);
+        g.y += r * all->w->n, g.m = 1, g.table = table;
+        g.sums = all->sums == NULL ? NULL : all->sums + r * all->l.groups;
+        ql_parallel_for((g.l.panels + g.part - 1) / g.part, sums_task, &g);
+    }
+}
+
+typedef struct { int64_t x, sums, table; } scratch_sizes; /* floats, each a multiple of 16 */
+
+static void run(gemv *g, const float *x, const scratch_sizes *s) {
+    alignas(64) float scratch[s->x + s->sums + s->table + 16];
+    const ql_packed_layout *l = &g->l;
+    float *sums = scratch + s->x;
+    for (int64_t r = 0; r < g->m && s->x > 0; r++) { arrange(scratch + r * g->ldx, x + r * g->w->k, g->w, l); }
+    g->x = s->x > 0 ? scratch : x;
+    g->sums = s->sums > 0 ? sums : NULL;
+    int64_t group = l->rows > 0 ? l->blocks * l->step : l->group, columns = l->rows > 0 ? l->columns : g->w->k;
+    for (int64_t r = 0; r < g->m && s->sums > 0; r++) {
+        group_sums(sums + r * l->groups, g->x + r * g->ldx, columns, group, l->groups);
+    }
+    if (l->rows == 0) {
+        run_rows(g);
+    } else {
+        g->part = part_of(l->panels, 4 * l->panel);
+        if (l->rows == 32) { run_nibbles(g); } else { run_sums(g, sums + s->sums); }
+    }
+}
+
+static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+int V_NAME(gemv_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
+    gemv g = {.y = y, .w = w, .l = ql_packed_layout_of(w), .m = m, .ldx = w->k, .accumulate = accumulate};
+    int in_place = w->format == QL_AFFINE ? w->bits == 8 : w->format != QL_NF4 && w->format != QL_FP4;
+    g.codes = in_place ? w->codes : packed;
+    if (m < 1 || m > QL_GEMV_ROWS || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
+    if (g.l.rows == 0) { g.l.groups = (w->k + g.l.group - 1) / g.l.group; }
+    scratch_sizes s = {0};
+    if (w->perm != NULL || (g.l.rows > 0 && g.l.columns != w->k)) {
+        g.ldx = g.l.rows > 0 ? lines(g.l.columns) : lines(w->k);
+        s.x = m * g.ldx;
+    }
+    if (w->zeros != NULL) { s.sums = lines(m * g.l.groups); }
+    if (g.l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g.l.columns; }
+    if (s.x + s.sums + s.table > MAX_SCRATCH) { return 0; }
+    run(&g, x, &s);
+    return 1;
+}

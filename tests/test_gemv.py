@@ -1,0 +1,151 @@
+"""Products with at most four rows: packed weights, every format and ISA, against float64 and the scalar reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference as ref
+
+import quantlab as ql
+from quantlab import _core
+
+VECTOR = [isa for isa, state in _core.isa_info().items() if state["usable"] and isa != "scalar"]
+ROWS = (1, 2, 3, 4)
+CASES = {
+    **{format: {"format": format} for format in ("f32", "f16", "bf16", "int8")},
+    **{f"{format}-perm": {"format": format, "perm": True} for format in ("f32", "bf16", "int8")},
+    **{f"affine{bits}": {"format": "affine", "bits": bits, "group": 32} for bits in range(2, 9)},
+    **{f"affine{bits}-g{group}": {"format": "affine", "bits": bits, "group": group, "zeros": True}
+       for bits in range(2, 9) for group in (64, 128)},
+    **{f"affine{bits}-ragged": {"format": "affine", "bits": bits, "group": 27, "zeros": True, "perm": True}
+       for bits in (2, 3, 4, 5, 8)},
+    **{f"affine{bits}-tiny": {"format": "affine", "bits": bits, "group": 3, "zeros": True} for bits in (2, 3, 4, 8)},
+    **{f"affine{bits}-row": {"format": "affine", "bits": bits, "group": 1 << 20} for bits in (2, 3, 4, 8)},
+    **{f"{format}-{group}": {"format": format, "group": group} for format in ("nf4", "fp4") for group in (32, 64)},
+    **{f"{format}-crossing": {"format": format, "group": 34, "perm": True} for format in ("nf4", "fp4")},
+    **{f"{format}-double": {"format": format, "group": 32, "double": True} for format in ("nf4", "fp4")},
+}  # fmt: skip
+SHAPES = [(n, k) for n, k in zip(ref.SIZES, reversed(ref.SIZES), strict=True)] + [
+    (1, 300),
+    (67, 513),
+    (130, 96),
+    (193, 256),
+    (65, 640),
+]
+
+
+def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeight:
+    return ref.random_weight(rng, **CASES[case], n=n, k=k) if "group" not in CASES[case] else _grouped(rng, case, n, k)
+
+
+def _grouped(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeight:
+    arguments = dict(CASES[case])
+    if arguments["format"] == "affine":
+        arguments["group"] = min(arguments["group"], k)
+    return ref.random_weight(rng, n=n, k=k, **arguments)
+
+
+def magnitude(w: ref.StoredWeight) -> np.ndarray:
+    """What an element's product may be made of: the code and the zero are both taken from the middle of the codes,
+    2 and 3 bits in two parts; float64 (n, k), columns in the order of W."""
+    if w.format != "affine":
+        return np.abs(ref.decode(w))
+    codes, middle = ref.unpack(w.codes, w.bits, w.k), 2 ** (w.bits - 1)
+    zeros = np.zeros((w.n, w.k))
+    if w.zeros is not None:
+        zeros = np.repeat(w.zeros.astype(np.int64), w.group, 1)[:, : w.k] - middle
+    parts = np.abs((codes & 3) - 2) + 2 if w.bits == 3 else np.abs(codes - middle)
+    stored = (parts + np.abs(zeros)) * np.repeat(ref._f64(w.scales), w.group, 1)[:, : w.k]
+    if w.perm is None:
+        return stored
+    values = np.empty_like(stored)
+    values[:, w.perm] = stored
+    return values
+
+
+def bound(w: ref.StoredWeight, x: np.ndarray) -> np.ndarray:
+    """A priori: half an EPS of the parts' sum for each addition on the longest path, and up to 8 roundings beside."""
+    return (w.k + 8) * ref.EPS / 2 * (np.abs(x).astype(np.float64) @ magnitude(w).T)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
+    for n, k in SHAPES:
+        stored = make(rng, case, n, k)
+        weight, x = stored.core(), rng.standard_normal((4, k), dtype=np.float32)
+        exact, limit = ref.linear(x, stored), bound(stored, x)
+        for m in ROWS:
+            out, buffer = ref.guarded(np.full((m, n), np.nan))
+            assert _core.linear(x[:m], weight, out) is out
+            assert (np.abs(out - exact[:m]) <= limit[:m]).all(), (n, k, m)
+            assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adds_to_what_is_there(isa: str, rng: np.random.Generator, case: str) -> None:
+    stored = make(rng, case, 67, 160)
+    weight, x = stored.core(), rng.standard_normal((4, 160), dtype=np.float32)
+    before = rng.standard_normal((4, 67), dtype=np.float32)
+    for m in ROWS:
+        out, buffer = ref.guarded(before[:m])
+        _core.linear(x[:m], weight, out, True)
+        limit = bound(stored, x[:m]) + (stored.k + 8) * ref.EPS / 2 * np.abs(before[:m])
+        assert (np.abs(out - (before[:m] + ref.linear(x[:m], stored))) <= limit).all()
+        assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_at_most_twice_the_scalar_error(rng: np.random.Generator, case: str) -> None:
+    """Root mean square over the product; the scalar reference is the naive sum."""
+    stored = make(rng, case, 257, 576)
+    weight, x = stored.core(), rng.standard_normal((4, 576), dtype=np.float32)
+    exact = ref.linear(x, stored)
+    with ql.backend.use(isa="scalar"):
+        naive = np.sqrt(np.mean((_core.linear(x, weight) - exact) ** 2))
+    for isa in VECTOR:
+        with ql.backend.use(isa=isa):
+            assert np.sqrt(np.mean((_core.linear(x, weight) - exact) ** 2)) <= 2 * naive, isa
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_for_every_m_and_number_of_threads(isa: str, rng: np.random.Generator, case: str) -> None:
+    stored = make(rng, case, 333, 160)
+    weight, x = stored.core(), rng.standard_normal((4, 160), dtype=np.float32)
+    with ql.backend.use(threads=1):
+        alone = np.concatenate([_core.linear(x[r : r + 1], weight) for r in range(4)])
+    for threads in (1, 2, 3, 7):
+        with ql.backend.use(threads=threads):
+            for m in ROWS:
+                assert _core.linear(x[:m], weight).tobytes() == alone[:m].tobytes(), (threads, m)
+
+
+def test_weights_are_packed_once_and_reported(rng: np.random.Generator) -> None:
+    if not VECTOR:
+        pytest.skip("packed weights are for vector kernels")
+    x = rng.standard_normal((5, 256), dtype=np.float32)
+    in_panels = (ql.RTNConfig(4, 64), ql.NF4Config(), ql.RTNConfig(3, 32), ql.RTNConfig(2, 32))
+    for config in (*in_panels, ql.RTNConfig(8, 64), ql.Int8Config()):
+        weight = ql.QuantWeight.from_float(rng.standard_normal((128, 256), dtype=np.float32), config)
+        nbytes = weight.nbytes
+        ql.linear(x, weight)
+        assert weight.handle.packed_nbytes == 0  # five rows: not a decode step
+        ql.linear(x[:1], weight)
+        packed = weight.handle.packed_nbytes
+        assert weight.nbytes == nbytes and (packed > 0) == (config in in_panels)
+        assert packed <= 1.02 * nbytes
+        ql.linear(x[:2], weight)
+        assert weight.handle.packed_nbytes == packed
+
+
+def test_nan_stays_in_its_row(isa: str, rng: np.random.Generator) -> None:
+    for case in ("f32", "affine4", "affine3", "affine2-g64", "affine8-g64", "nf4-64", "int8"):
+        weight, x = make(rng, case, 40, 64).core(), rng.standard_normal((4, 64), dtype=np.float32)
+        x[2, 63] = np.nan
+        y = _core.linear(x, weight)
+        assert np.isnan(y[2]).all() and np.isfinite(np.delete(y, 2, 0)).all(), case
+
+
+def test_weights_too_wide_for_the_stack_are_decoded(isa: str, rng: np.random.Generator) -> None:
+    stored = ref.random_weight(rng, "affine", 3, 60_001, group=64, bits=4, perm=True)
+    x = rng.standard_normal((4, stored.k), dtype=np.float32)
+    assert (np.abs(_core.linear(x, stored.core()) - ref.linear(x, stored)) <= bound(stored, x)).all()
