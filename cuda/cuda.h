@@ -18,11 +18,24 @@
 
 /* ---- kernels of the table: a line here puts ql_<op>_cuda into it (backend.cu) -------------------------------- */
 
-#define QL_CUDA_PLAIN_OPS(X) \
-    X(advance_forward)
+#define QL_CUDA_PLAIN_OPS(X)  \
+    X(embedding_forward)      \
+    X(rmsnorm_forward)        \
+    X(rope_forward)           \
+    X(attention_forward)      \
+    X(swiglu_forward)         \
+    X(add_forward)            \
+    X(scatter_rows_forward)   \
+    X(gather_rows_forward)    \
+    X(sample_forward)         \
+    X(advance_forward)        \
+    X(cross_entropy_forward)  \
+    X(gram_forward)           \
+    X(feedback_forward)
 
 /* ops of QL_FUSED_OPS */
-#define QL_CUDA_FUSED_OPS(X)
+#define QL_CUDA_FUSED_OPS(X) \
+    X(attention_fused_forward)
 
 /* ops of QL_FORMAT_OPS, one function for all formats */
 #define QL_CUDA_FORMAT_OPS(X)
@@ -159,5 +172,10 @@ void ql_cuda_matmul(void *y, cudaDataType type_y, const __nv_bfloat16 *x, const 
 /* dx (m, k) = or += dy (m, n) W */
 void ql_cuda_matmul_backward(void *dx, cudaDataType type_dx, const __nv_bfloat16 *dy, const __nv_bfloat16 *w, int64_t m,
                              int64_t n, int64_t k, int accumulate);
+
+/* ---- pieces of fused ops ------------------------------------------------------------------------------------------ */
+
+/* out (t, c) bf16 = rmsnorm(x (t, c), gain) (rmsnorm.cu) */
+void ql_cuda_rmsnorm_bf16(__nv_bfloat16 *out, const float *x, const float *gain, int64_t t, int64_t c, float eps);
 
 #endif

@@ -90,9 +90,10 @@ __device__ __forceinline__ float warp_max(float x) {
     for (int i = WARP / 2; i > 0; i /= 2) { x = fmaxf(x, __shfl_xor_sync(QL_FULL_WARP, x, i)); }
     return x;
 }
-/* over a whole block of up to 32 warps; `scratch`: 32 values in shared memory, free again at the next barrier */
+/* over a whole block of up to 32 warps; `scratch`: 32 values in shared memory */
 template <typename T> __device__ __forceinline__ T block_sum(T x, T *scratch) {
     x = warp_sum(x);
+    __syncthreads(); /* what was there has been read */
     if (threadIdx.x % WARP == 0) { scratch[threadIdx.x / WARP] = x; }
     __syncthreads();
     int lane = threadIdx.x % WARP;
@@ -100,6 +101,7 @@ template <typename T> __device__ __forceinline__ T block_sum(T x, T *scratch) {
 }
 __device__ __forceinline__ float block_max(float x, float *scratch) {
     x = warp_max(x);
+    __syncthreads();
     if (threadIdx.x % WARP == 0) { scratch[threadIdx.x / WARP] = x; }
     __syncthreads();
     int lane = threadIdx.x % WARP;
