@@ -12,7 +12,7 @@
 static ql_backend tables[QL_ISA_COUNT];
 static int usable[QL_ISA_COUNT];
 static const char *why_not[QL_ISA_COUNT] = {"", "", "", ""};
-static atomic_int selected;
+static atomic_int selected, precise;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static const char *const isa_names[QL_ISA_COUNT] = {"scalar", "avx2", "avx512", "amx"};
@@ -28,7 +28,11 @@ static const int built[QL_ISA_COUNT] = {
 #else
     0,
 #endif
-    0, /* amx: no kernels yet */
+#ifdef QL_BUILT_AMX
+    1,
+#else
+    0,
+#endif
 };
 
 static void fill_scalar(ql_backend *table) {
@@ -52,7 +56,7 @@ static void initialize(void) {
     usable[QL_ISA_SCALAR] = 1;
     for (int isa = QL_ISA_AVX2; isa < QL_ISA_COUNT; isa++) {
         if (!built[isa]) {
-            why_not[isa] = isa == QL_ISA_AMX ? "no AMX kernels exist yet" : "the compiler of this build did not support it";
+            why_not[isa] = "the compiler of this build did not support it";
         } else {
             usable[isa] = has[isa](&why_not[isa]);
         }
@@ -64,6 +68,9 @@ static void initialize(void) {
 #endif
 #ifdef QL_BUILT_AVX512
         if (isa >= QL_ISA_AVX512) { ql_overlay_avx512(&tables[isa]); }
+#endif
+#ifdef QL_BUILT_AMX
+        if (isa >= QL_ISA_AMX) { ql_overlay_amx(&tables[isa]); }
 #endif
         if (usable[isa]) { atomic_store(&selected, isa); }
     }
@@ -93,6 +100,9 @@ ql_status ql_isa_select(ql_isa isa) {
     atomic_store(&selected, isa);
     return QL_OK;
 }
+
+int ql_precise(void) { return atomic_load(&precise); }
+void ql_set_precise(int on) { atomic_store(&precise, on != 0); }
 
 /* ---- CUDA in a build without it ---------------------------------------------------------------------------- */
 

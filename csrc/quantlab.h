@@ -36,6 +36,15 @@ int ql_threads(void);
 void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
 int ql_default_threads(void);
 
+/* Kernels that compute in bfloat16 split both operands into high and low parts: each is then rounded by at most 2^-16 of its
+ * size, and not by 2^-8 */
+int ql_precise(void);
+void ql_set_precise(int on);
+
+/* At least `bytes` of memory for an op to work in, on 64 bytes: the calling thread's own, its contents last until this
+ * thread's next call; NULL: there is none (core/scratch.c) */
+void *ql_scratch(size_t bytes);
+
 /* A long call installs a poll (may be NULL) for its own thread; once it returns non-zero, tasks not yet begun are skipped. */
 typedef int (*ql_poll)(void);
 void ql_call_begin(ql_poll poll);

@@ -1,4 +1,4 @@
-"""Which kernels run: the instruction set, the threads, the device.
+"""Which kernels run: the instruction set, the threads, the device, the precision.
 
 Environment, read once when quantlab is imported: QL_ISA (scalar, avx2, avx512, amx) and QL_THREADS. Without them: the
 best instruction set that this machine has, and one thread for each core that this process may use.
@@ -14,29 +14,39 @@ from quantlab import _core, cuda
 
 
 @contextmanager
-def use(isa: str | None = None, threads: int | None = None, device: str | None = None) -> Iterator[None]:
+def use(
+    isa: str | None = None, threads: int | None = None, device: str | None = None, precise: bool | None = None
+) -> Iterator[None]:
     """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
 
-    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu" or "cuda". The choice holds for the
-    whole process, so two Python threads should not make different ones at the same time.
+    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu" or "cuda". precise: kernels that
+    compute in bfloat16 (amx: products with weights that are not float32) split both operands into a high and a low
+    part, which costs up to three times the time and brings the relative error of an operand from 2^-8 to 2^-16; not
+    set: False. The choice holds for the whole process, so two Python threads should not make different ones at the same
+    time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.
     """
-    _check(threads, device)
-    isa_before, threads_before = _core.isa_selected(), _core.threads()
+    _check(threads, device, precise)
+    isa_before, threads_before, precise_before = _core.isa_selected(), _core.threads(), _core.precise()
     try:
         if isa is not None:
             _core.isa_select(isa)
         if threads is not None:
             _core.set_threads(threads)
+        if precise is not None:
+            _core.set_precise(precise)
         yield
     finally:
+        _core.set_precise(precise_before)
         _core.isa_select(isa_before)
         _core.set_threads(threads_before)
 
 
-def _check(threads: int | None, device: str | None) -> None:
+def _check(threads: int | None, device: str | None, precise: bool | None) -> None:
+    if precise is not None and not isinstance(precise, bool):
+        raise TypeError(f"precise: got {type(precise).__name__}, expected a bool")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise TypeError(f"threads: got {type(threads).__name__}, expected an int")
     if threads is not None and not 1 <= threads <= 4096:

@@ -14,6 +14,12 @@ from quantlab import _core
 
 def test_use_restores_and_nests() -> None:
     before = _core.isa_selected(), _core.threads()
+    with ql.backend.use(precise=True), ql.backend.use(threads=1):
+        assert _core.precise()
+        with ql.backend.use(precise=False):
+            assert not _core.precise()
+        assert _core.precise()
+    assert not _core.precise()
     with ql.backend.use(isa="scalar", threads=3):
         assert (_core.isa_selected(), _core.threads()) == ("scalar", 3)
         with ql.backend.use(threads=1):
@@ -32,6 +38,7 @@ def test_use_restores_and_nests() -> None:
         ({"isa": "sse"}, ValueError, "isa: got 'sse', expected scalar, avx2, avx512 or amx"),
         ({"threads": 0}, ValueError, "threads: got 0, expected 1 to 4096"),
         ({"threads": 2.0}, TypeError, "threads: got float, expected an int"),
+        ({"precise": 1}, TypeError, "precise: got int, expected a bool"),
         ({"device": "tpu"}, ValueError, "device: got 'tpu', expected 'cpu' or 'cuda'"),
     ],
 )

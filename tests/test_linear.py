@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference as ref
 
-from quantlab import _core
+from quantlab import _core, backend
 
 # name -> arguments of random_weight; "ragged": the last group of a row is shorter, blocks of nf4 and fp4 cross rows
 CASES = {
@@ -24,11 +25,13 @@ CASES = {
     **{f"{format}-crossing": {"format": format, "group": 34, "perm": True} for format in ("nf4", "fp4")},
     **{f"{format}-double": {"format": format, "group": 32, "double": True} for format in ("nf4", "fp4")},
 }  # fmt: skip
+BF16_ROUNDING = 2.0**-8  # relative: half a unit of the 8 bits of a bfloat16
 SHAPES = [(n, k) for n, k in zip(ref.SIZES, reversed(ref.SIZES), strict=True)] + [
     (1, 300),
     (67, 513),
     (201, 96),
     (385, 259),
+    (35, 1100),
 ]
 
 
@@ -39,11 +42,25 @@ def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeigh
     return ref.random_weight(rng, arguments.pop("format"), n, k, **arguments)
 
 
-def bound(terms: int, magnitude: np.ndarray, isa: str) -> np.ndarray:
+def bound(terms: int, magnitude: np.ndarray, isa: str, case: str) -> np.ndarray:
     """A priori: `magnitude`, the sum of |x w|, times half an EPS for each addition on the longest path to the sum (the
-    kernels sum blocks of 256, the scalar reference all terms in a row), for the product and up to 5 roundings of w."""
+    vector kernels sum blocks of 256, the tiles blocks of 32, the scalar reference all terms in a row), for the product
+    and up to 5 roundings of w; on tiles also what the roundings of x and w to bfloat16 leave out."""
     additions = terms if isa == "scalar" else min(terms, 256) + terms // 256
-    return (additions + 6) * ref.EPS / 2 * magnitude
+    bf16 = 0.0
+    if on_tiles(isa, case):
+        products = 3 if _core.precise() else 1  # high high + low high + high low, one block of sums after another
+        additions = products * (min(terms, 32) + terms // 32)
+        bf16 = 3 * BF16_ROUNDING**2 if _core.precise() else 2 * BF16_ROUNDING + BF16_ROUNDING**2
+    return ((additions + 6) * ref.EPS / 2 + bf16) * magnitude
+
+
+def on_tiles(isa: str, case: str) -> bool:
+    return isa == "amx" and not case.startswith("f32")
+
+
+def bf16(a: np.ndarray) -> np.ndarray:
+    return a.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def test_cases_cover_the_registry() -> None:
@@ -58,8 +75,9 @@ def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
         weight, values = stored.core(), ref.decode(stored)
         for op, w, terms in ((_core.linear, values.T, k), (_core.linear_backward_input, values, n)):
             a = rng.standard_normal((31, terms), dtype=np.float32)
-            exact, limit = a.astype(np.float64) @ w, bound(terms, np.abs(a) @ np.abs(w), isa)
-            for m in (1, 2, 5, 31) if isa == "scalar" or op is not _core.linear else (5, 31):  # fewer: test_gemv.py
+            exact, limit = a.astype(np.float64) @ w, bound(terms, np.abs(a) @ np.abs(w), isa, case)
+            few = () if op is _core.linear and isa != "scalar" else (1, 2)  # test_gemv.py
+            for m in (*few, 5, 17, 31):
                 out, buffer = ref.guarded(np.full((m, w.shape[1]), np.nan))
                 assert op(a[:m], weight, out) is out
                 assert (np.abs(out - exact[:m]) <= limit[:m]).all(), (op.__name__, n, k, m)
@@ -68,16 +86,19 @@ def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
 
 @pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4-crossing"])
 def test_error_is_at_most_twice_the_scalar_error(isa: str, rng: np.random.Generator, case: str) -> None:
-    """Root mean square over the matrix; the scalar reference is the naive sum."""
+    """Root mean square over the matrix; the scalar reference is the naive sum, on tiles that of rounded operands."""
     stored = make(rng, case, 193, 577)
     weight, values = stored.core(), ref.decode(stored)
     x, dy = rng.standard_normal((70, 577), dtype=np.float32), rng.standard_normal((70, 193), dtype=np.float32)
     for op, a, w in ((_core.linear, x, values.T), (_core.linear_backward_input, dy, values)):
         exact = a.astype(np.float64) @ w
         error = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
-        _core.isa_select("scalar")
-        naive = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
-        _core.isa_select(isa)
+        if on_tiles(isa, case):
+            naive = np.sqrt(np.mean((bf16(a) @ bf16(w) - exact) ** 2))
+        else:
+            _core.isa_select("scalar")
+            naive = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
+            _core.isa_select(isa)
         assert error <= 2 * naive
 
 
@@ -96,7 +117,7 @@ def test_accumulates(isa: str, rng: np.random.Generator, case: str) -> None:
         exact = before.astype(np.float64) + a.astype(np.float64) @ (
             ref.decode(stored).T if size == 513 else ref.decode(stored)
         )
-        assert (np.abs(out - exact) <= bound(size + 1, magnitude, isa)).all()
+        assert (np.abs(out - exact) <= bound(size + 1, magnitude, isa, case)).all()
         assert ref.guards_intact(buffer)
 
 
@@ -131,7 +152,7 @@ def test_result_does_not_depend_on_threads(isa: str, rng: np.random.Generator, c
 
 def test_vector_kernels_agree_bit_for_bit(rng: np.random.Generator) -> None:
     """Lanes are columns of the output, so AVX2 and AVX-512 add in the same order."""
-    usable = [isa for isa, state in _core.isa_info().items() if state["usable"] and isa != "scalar"]
+    usable = [isa for isa, state in _core.isa_info().items() if state["usable"] and isa in ("avx2", "avx512")]
     before = _core.isa_selected()
     try:
         for case in CASES:
@@ -145,6 +166,25 @@ def test_vector_kernels_agree_bit_for_bit(rng: np.random.Generator) -> None:
         _core.isa_select(before)
 
 
+@pytest.mark.skipif(not _core.isa_info()["amx"]["usable"], reason="needs AMX")
+@pytest.mark.parametrize("case", CASES)
+def test_precise(rng: np.random.Generator, case: str) -> None:
+    """High and low parts: within 3 * 2^-16 of the sum of |x w|, and the same whatever the batch and the threads."""
+    for n, k in ((17, 33), (67, 513), (35, 1100)):
+        stored = make(rng, case, n, k)
+        weight, values = stored.core(), ref.decode(stored)
+        for op, w in ((_core.linear, values.T), (_core.linear_backward_input, values)):
+            a = rng.standard_normal((70, len(w)), dtype=np.float32)
+            with backend.use(isa="amx", precise=True):
+                limit = bound(len(w), np.abs(a) @ np.abs(w), "amx", case)
+                out, buffer = ref.guarded(np.full((70, w.shape[1]), np.nan))
+                op(a, weight, out)
+                assert (np.abs(out - a.astype(np.float64) @ w) <= limit).all(), (op.__name__, n, k)
+                assert ref.guards_intact(buffer)
+                with backend.use(threads=3):
+                    assert op(a[37:61].copy(), weight).tobytes() == out[37:61].tobytes()
+
+
 def test_large_odd_shape(isa: str, rng: np.random.Generator) -> None:
     """More than one chunk of rows, many blocks, every kind of edge."""
     if isa == "scalar":
@@ -152,10 +192,9 @@ def test_large_odd_shape(isa: str, rng: np.random.Generator) -> None:
     stored = make(rng, "affine4-ragged", 1021, 773)
     weight, values = stored.core(), ref.decode(stored)
     x, dy = rng.standard_normal((2065, 773), dtype=np.float32), rng.standard_normal((331, 1021), dtype=np.float32)
-    assert (np.abs(_core.linear(x, weight) - x @ values.T) <= bound(773, np.abs(x) @ np.abs(values.T), isa)).all()
-    assert (
-        np.abs(_core.linear_backward_input(dy, weight) - dy @ values) <= bound(1021, np.abs(dy) @ np.abs(values), isa)
-    ).all()
+    for op, a, w in ((_core.linear, x, values.T), (_core.linear_backward_input, dy, values)):
+        limit = bound(len(w), np.abs(a) @ np.abs(w), isa, "affine4-ragged")
+        assert (np.abs(op(a, weight) - a @ w) <= limit).all()
 
 
 def test_no_rows(isa: str, rng: np.random.Generator) -> None:

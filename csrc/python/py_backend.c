@@ -45,6 +45,19 @@ static PyObject *threads_set(PyObject *self, PyObject *argument) {
     Py_RETURN_NONE;
 }
 
+static PyObject *precise_get(PyObject *self, PyObject *unused) {
+    (void)self, (void)unused;
+    return PyBool_FromLong(ql_precise());
+}
+
+static PyObject *precise_set(PyObject *self, PyObject *argument) {
+    (void)self;
+    int on = PyObject_IsTrue(argument);
+    if (on < 0) { return NULL; }
+    ql_set_precise(on);
+    Py_RETURN_NONE;
+}
+
 static PyObject *op_table(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     PyObject *table = PyDict_New();
@@ -69,6 +82,8 @@ static PyMethodDef methods[] = {
     {"isa_select", isa_select, METH_O, "isa_select(name): use the kernels of this ISA"},
     {"threads", threads_get, METH_NOARGS, "threads() -> int"},
     {"set_threads", threads_set, METH_O, "set_threads(n); 0: the default"},
+    {"precise", precise_get, METH_NOARGS, "precise() -> bool"},
+    {"set_precise", precise_set, METH_O, "set_precise(on): bfloat16 products of high and low parts"},
     {"op_table", op_table, METH_NOARGS, "op_table() -> {op: {format: variant}}"},
     {NULL, NULL, 0, NULL},
 };

@@ -7,6 +7,7 @@
 
 void ql_overlay_avx2(ql_backend *table);
 void ql_overlay_avx512(ql_backend *table);
+void ql_overlay_amx(ql_backend *table);
 
 /* the ops that have a kernel for every ISA, written once as <op>_body.h */
 #define QL_X86_PLAIN_OPS(X)  \
@@ -29,7 +30,7 @@ void ql_overlay_avx512(ql_backend *table);
 int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 
-#define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params;
+#define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_amx params;
 QL_OPS(X)
 QL_FORMAT_OPS(X)
 #undef X

@@ -1,0 +1,162 @@
+/* decode_amx.h: stored codes to bf16: the float32 value of formats/weight.h, rounded to nearest even.
+ *
+ * Codes of 2 to 4 bits become indices of a table of the 16 values of their group, as bf16 with its scale: 32 codes for one
+ * vpshufb, one shift and one vpermw. Codes of 8 bits are scaled in float32. What lies otherwise (groups that do not begin
+ * at multiples of 32, other widths) is decoded to float32 first, and so is everything that needs a low plane. */
+#ifndef QL_DECODE_AMX_H
+#define QL_DECODE_AMX_H
+
+#include "../formats/weight.h"
+#include "overlay.h"
+#include "tile_amx.h"
+
+#include <stdalign.h> /* alignas */
+
+/* how 32 codes lie in 16 bytes: code j starts in byte pick[2j], bit shift[j]; what is above it in the index is ignored,
+ * for the table repeats every 2^bits of its 32 entries */
+typedef struct {
+    __m512i pick, shift;
+    int64_t bytes; /* of 32 codes */
+    vi lane_code;  /* lane & (2^bits - 1) */
+} code_layout;
+
+typedef struct {
+    const ql_weight *w;
+    enum { BY_FLOAT, BY_TABLE, BY_BYTE, BY_F16, BY_BF16 } way;
+    code_layout layout;
+} decoder;
+
+static code_layout code_layout_of(const ql_weight *w) {
+    alignas(64) uint8_t pick[64];
+    alignas(64) uint16_t shift[SIDE];
+    int bits = w->format == QL_AFFINE ? w->bits : 4;
+    for (int j = 0; j < SIDE; j++) {
+        int bit = w->format == QL_AFFINE ? bits * j : j / 2 * 8 + (j % 2 == 0 ? 4 : 0);
+        pick[2 * j] = (uint8_t)(bit / 8);
+        pick[2 * j + 1] = (uint8_t)(bit / 8 + 1 < 16 ? bit / 8 + 1 : 0x80); /* 0x80: a zero byte */
+        shift[j] = (uint16_t)(bit % 8);
+    }
+    return (code_layout){_mm512_load_si512(pick), _mm512_load_si512(shift), bits * SIDE / 8,
+                         vi_and(vi_iota(), vi_set1((1 << bits) - 1))};
+}
+
+/* every 32 columns from a multiple of 32 on have one scale */
+static int has_aligned_groups(const ql_weight *w) {
+    if (w->format == QL_NF4 || w->format == QL_FP4) { return w->group % SIDE == 0 && w->k % w->group == 0; }
+    return w->group % SIDE == 0 || w->group >= w->k;
+}
+
+static decoder decoder_of(const ql_weight *w, int planes) {
+    decoder d = {.w = w, .way = BY_FLOAT};
+    if (planes > 1) { return d; }
+    switch (w->format) {
+    case QL_F16: d.way = BY_F16; break;
+    case QL_BF16: d.way = BY_BF16; break;
+    case QL_INT8: d.way = BY_BYTE; break;
+    case QL_AFFINE:
+        if (has_aligned_groups(w) && w->bits <= 4) { d.way = BY_TABLE; }
+        if (has_aligned_groups(w) && w->bits == 8) { d.way = BY_BYTE; }
+        break;
+    case QL_NF4: case QL_FP4:
+        if (has_aligned_groups(w)) { d.way = BY_TABLE; }
+        break;
+    case QL_F32: case QL_FORMAT_COUNT: break;
+    }
+    if (d.way == BY_TABLE) { d.layout = code_layout_of(w); }
+    return d;
+}
+
+/* the values of group g (NF4, FP4: of the flat tensor), twice */
+static inline __m512i group_table(const decoder *d, int64_t g) {
+    const ql_weight *w = d->w;
+    vf values;
+    if (w->format == QL_AFFINE) {
+        int32_t zero = w->zeros != NULL ? w->zeros[g] : (int32_t)ql_affine_symmetric_zero(w->bits);
+        values = v_mul(vi_to_vf(vi_sub(d->layout.lane_code, vi_set1(zero))), v_set1(w->scales[g]));
+    } else {
+        values = v_mul(v_load(w->format == QL_NF4 ? ql_nf4_values : ql_fp4_values), v_set1(ql_block_scale(w, g)));
+    }
+    return to_bf16(values, values);
+}
+
+static inline __mmask32 first_words(int64_t count) { return (__mmask32)((1ull << at_most(count, SIDE)) - 1); }
+
+static void decode_by_table(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+    const ql_weight *w = d->w;
+    int64_t row_bytes = w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k / 2;
+    int64_t group = j0 / w->group, first_group = i * ql_groups_per_row(w), offset = j0 / SIDE * d->layout.bytes;
+    const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
+    for (int64_t j = j0; j < j1; group++) {
+        int64_t end = at_most((group + 1) * w->group, j1);
+        __m512i table = group_table(d, first_group + group);
+        for (; j < end; j += SIDE, out += SIDE, offset += d->layout.bytes) {
+            int64_t left = row_bytes - offset;
+            __m128i codes = left >= 16 ? _mm_loadu_si128((const __m128i *)(const void *)(row + offset))
+                                       : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), row + offset);
+            __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), d->layout.pick);
+            index = _mm512_srlv_epi16(index, d->layout.shift);
+            _mm512_storeu_si512(out, _mm512_maskz_permutexvar_epi16(first_words(end - j), index, table));
+        }
+    }
+}
+
+static inline vf byte_values(const ql_weight *w, __m128i bytes, int64_t g) {
+    if (w->format == QL_INT8) { return v_mul(v_mul(vi_to_vf(_mm512_cvtepi8_epi32(bytes)), v_set1(QL_INT8_STEP)), v_set1(w->scales[g])); }
+    int32_t zero = w->zeros != NULL ? w->zeros[g] : (int32_t)ql_affine_symmetric_zero(8);
+    return v_mul(vi_to_vf(vi_sub(_mm512_cvtepu8_epi32(bytes), vi_set1(zero))), v_set1(w->scales[g]));
+}
+
+static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+    const ql_weight *w = d->w;
+    int is_int8 = w->format == QL_INT8;
+    int64_t row_bytes = is_int8 ? w->k : 4 * ql_words_per_row(w->k, 8), width = is_int8 ? w->k : w->group;
+    int64_t group = j0 / width, first_group = is_int8 ? i : i * ql_groups_per_row(w);
+    const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
+    for (int64_t j = j0; j < j1; group++) {
+        int64_t end = at_most((group + 1) * width, j1);
+        for (; j < end; j += SIDE, out += SIDE) {
+            __mmask32 lanes = first_words(end - j);
+            __m256i codes = _mm256_maskz_loadu_epi8(lanes, row + j);
+            vf low = byte_values(w, _mm256_castsi256_si128(codes), first_group + group);
+            vf high = byte_values(w, _mm256_extracti128_si256(codes, 1), first_group + group);
+            _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(lanes, to_bf16(low, high)));
+        }
+    }
+}
+
+static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+    const uint16_t *row = (const uint16_t *)d->w->codes + i * d->w->k;
+    for (int64_t j = j0; j < j1; j += SIDE, out += SIDE) {
+        __m512i halves = _mm512_maskz_loadu_epi16(first_words(j1 - j), row + j);
+        if (d->way == BY_F16) {
+            halves = to_bf16(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
+        }
+        _mm512_storeu_si512(out, halves);
+    }
+}
+
+/* any format; low: what rounding left over, or NULL */
+static void decode_by_float(uint16_t *out, uint16_t *low, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
+    alignas(64) float values[BLOCK_STEPS];
+    int64_t count = j1 - j0;
+    ql_decode_forward_avx512(values, BLOCK_STEPS, w, i, i + 1, j0, j1);
+    memset(values + count, 0, (size_t)(round_up(count, SIDE) - count) * sizeof *values);
+    for (int64_t j = 0; j < count; j += SIDE) {
+        vf first = v_load(values + j), second = v_load(values + j + VL);
+        __m512i rounded = to_bf16(first, second);
+        _mm512_storeu_si512(out + j, rounded);
+        if (low != NULL) { _mm512_storeu_si512(low + j, left_over_bf16(first, second, rounded)); }
+    }
+}
+
+/* stored row i, columns [j0, j1), at most BLOCK_STEPS, j0 a multiple of 32; zeros up to the next multiple of 32 */
+static void decode_row(uint16_t *out, uint16_t *low, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+    switch (d->way) {
+    case BY_FLOAT: decode_by_float(out, low, d->w, i, j0, j1); break;
+    case BY_TABLE: decode_by_table(out, d, i, j0, j1); break;
+    case BY_BYTE: decode_by_byte(out, d, i, j0, j1); break;
+    case BY_F16: case BY_BF16: decode_half(out, d, i, j0, j1); break;
+    }
+}
+
+#endif

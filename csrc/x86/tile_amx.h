@@ -1,0 +1,316 @@
+/* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: bf16 operands, float32 sums.
+ *
+ * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
+ * two steps of a pair side by side. An operand has one plane, its values as bf16, or two, high and low, with high + low the
+ * value to 2^-16; then c = high high + low high + high low. All tiles beyond an edge are filled with zeros.
+ *
+ *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
+ *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache
+ *   sums      [32 rows][32 columns][2 x 2 tiles]                 between blocks of k, in the second-level cache
+ *
+ * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
+ * first-level cache, meet all columns, 2 x 2 tiles at a time: four tile products for four tile loads. Tile products add in
+ * the order of k (and of the planes in a block of k), and sums are kept as they are between blocks, so an element's value does not
+ * depend on m, on the task or on the number of threads. */
+#ifndef QL_TILE_AMX_H
+#define QL_TILE_AMX_H
+
+#include "../quantlab.h"
+#include "vec_avx512.h"
+
+#include <stdatomic.h>
+#include <string.h> /* memset */
+
+enum {
+    SIDE = 32,                /* rows, columns and steps of a 2 x 2 of tiles */
+    TILE = 512,               /* bf16 elements of a tile */
+    BLOCK_STEPS = 512,        /* steps of k in a block, all planes together */
+    MAX_WIDTH = 256,          /* columns of a task */
+    MAX_CHUNK = 1024,         /* rows of a task: its sums are at most 1 MiB */
+    MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
+    PASS_ROWS = 2048,         /* rows of a that are packed at once */
+    BLOCK_SIZE = MAX_WIDTH * BLOCK_STEPS,
+    QUAD = SIDE * SIDE        /* sums of 2 x 2 tiles */
+};
+
+typedef struct tile_gemm tile_gemm;
+struct tile_gemm {
+    float *c; /* (m, n) */
+    int64_t ldc;
+    const int32_t *c_columns; /* (n,) or NULL: column j of the product goes to column c_columns[j] of c */
+    int accumulate;
+    int lower; /* only elements with row >= column are written */
+    const void *a, *b; /* what pack_a and pack_b read */
+    int64_t lda, ldb;
+    /* the tiles of rows [i, i + 32) and steps [k0, k1) of a, plane after plane `a_plane` apart; k0 is a multiple of 32 */
+    void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane);
+    /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
+    void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
+    int a_planes, b_planes;
+    int64_t m, n, k;
+    /* filled by tile_gemm_run */
+    int64_t i0, i1;         /* the rows of this pass */
+    int64_t block_k;        /* steps of a block of k, a multiple of 32 */
+    int64_t chunk, width;
+    uint16_t *packed_a;
+    uint16_t *blocks;       /* (workers, BLOCK_SIZE) */
+    float *sums;            /* (workers, sums_size) */
+    int64_t sums_size;
+    atomic_int *busy;       /* (workers,) */
+    int64_t workers;
+};
+
+static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+static inline int64_t round_up(int64_t count, int64_t size) { return pieces(count, size) * size; }
+
+/* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
+static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
+
+/* ---- packing -------------------------------------------------------------------------------------------------- */
+
+/* 32 floats as bf16, to nearest even */
+static inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+/* what rounding to bf16 left over */
+static inline __m512 left_over(__m512 x, __m256i rounded) {
+    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+}
+static inline __m512i left_over_bf16(__m512 low, __m512 high, __m512i rounded) {
+    return to_bf16(left_over(low, _mm512_castsi512_si256(rounded)), left_over(high, _mm512_extracti64x4_epi64(rounded, 1)));
+}
+
+/* 16 words of each of two steps to one row of a tile of b */
+static inline __m512i interleave(__m256i first, __m256i second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+}
+
+/* rows of 16 dwords, `ld` bf16 elements apart, to columns: the tile of b whose columns are these rows, and back */
+static inline void transpose_tile(uint16_t *tile, const uint16_t *rows, int64_t ld) {
+    for (int q = 0; q < VL; q += 4) {
+        vf columns[4];
+        v_transpose4(columns, (const float *)(const void *)(rows + 2 * q), ld / 2);
+        for (int r = 0; r < 4; r++) { v_store((float *)(void *)(tile + (q + r) * SIDE), columns[r]); }
+    }
+}
+
+/* ---- the 2 x 2 tiles ------------------------------------------------------------------------------------------- */
+
+/* gcc 12's tile intrinsics do not tell the compiler that they read and write memory */
+#define MEMORY_BARRIER() __asm__ volatile("" : : : "memory")
+
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int t = 0; t < 8; t++) { config.row_bytes[t] = 64, config.rows[t] = 16; }
+    __asm__ volatile("" : : "r"(&config) : "memory"); /* the intrinsic claims to read 8 bytes only */
+    _tile_loadconfig(&config);
+}
+
+/* sums (2 x 2 tiles of 16 x 16) = or += the products of `steps` / 32 tiles of a and b: tiles 4, 5 of a, 6, 7 of b */
+static inline __attribute__((always_inline)) void multiply_plane(const uint16_t *a, const uint16_t *b, int64_t steps,
+                                                                 const int rows, const int columns) {
+    for (int64_t s = 0; s < steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (columns > 1) {
+            _tile_loadd(7, b + TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (rows > 1) {
+            _tile_loadd(5, a + TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
+        }
+    }
+}
+
+typedef struct {
+    const uint16_t *a, *b;
+    int64_t steps, plane; /* elements between the planes of an operand */
+    int a_planes, b_planes;
+    const float *before;  /* 2 x 2 tiles to add to, or NULL */
+    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
+    int64_t ld, down, right;
+} quad;
+
+static inline __attribute__((always_inline)) void multiply_tiles(const quad *q, const int rows, const int columns) {
+    if (q->before == NULL) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, q->before, 64);
+        if (columns > 1) { _tile_loadd(1, q->before + QUAD / 4, 64); }
+        if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
+        if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
+    }
+    multiply_plane(q->a, q->b, q->steps, rows, columns);
+    if (q->a_planes > 1) { multiply_plane(q->a + q->plane, q->b, q->steps, rows, columns); }
+    if (q->b_planes > 1) { multiply_plane(q->a, q->b + q->plane, q->steps, rows, columns); }
+    int64_t stride = q->ld * (int64_t)sizeof(float);
+    _tile_stored(0, q->after, stride);
+    if (columns > 1) { _tile_stored(1, q->after + q->right, stride); }
+    if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
+    if (rows > 1 && columns > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+}
+
+static void multiply_quad(const quad *q, int rows, int columns) {
+    MEMORY_BARRIER();
+    if (rows > 1 && columns > 1) {
+        multiply_tiles(q, 2, 2);
+    } else if (rows > 1) {
+        multiply_tiles(q, 2, 1);
+    } else if (columns > 1) {
+        multiply_tiles(q, 1, 2);
+    } else {
+        multiply_tiles(q, 1, 1);
+    }
+    MEMORY_BARRIER();
+}
+
+/* ---- tasks ------------------------------------------------------------------------------------------------------ */
+
+/* 2 x 2 tiles of sums to c at (i, j): at an edge, on the diagonal, to scattered columns, or to be added */
+static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t rows, int64_t j, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = sums + r / 16 * (QUAD / 2) + r % 16 * 16;
+        float *out = g->c + (i + r) * g->ldc;
+        int64_t count = g->lower ? at_most(columns, i + r - j + 1) : columns;
+        for (int64_t first = 0; first < count; first += 16, row += QUAD / 4) {
+            int64_t left = at_most(16, count - first);
+            vm lanes = vm_first(left);
+            if (g->c_columns != NULL) {
+                vi at = _mm512_maskz_loadu_epi32(lanes, g->c_columns + j + first);
+                vf sum = v_load(row);
+                if (g->accumulate) { sum = v_add(sum, _mm512_mask_i32gather_ps(v_zero(), lanes, at, out, 4)); }
+                _mm512_mask_i32scatter_ps(out, lanes, at, sum, 4);
+            } else {
+                float *element = out + j + first;
+                v_store_tail(element, g->accumulate ? v_add(v_load_tail(element, left), v_load(row)) : v_load(row), left);
+            }
+        }
+    }
+}
+
+/* panel p of a packed operand whose panels hold `planes` planes of `steps` steps */
+static inline uint16_t *panel_at(uint16_t *packed, int64_t p, int planes, int64_t steps) {
+    return packed + p * planes * plane_size(steps);
+}
+
+/* the part of packed a that holds block [k0, k1) */
+static uint16_t *packed_block(const tile_gemm *g, int64_t k0) {
+    return g->packed_a + round_up(g->i1 - g->i0, SIDE) * round_up(k0, SIDE) * g->a_planes;
+}
+
+static void pack_a_task(void *context, int64_t task) {
+    const tile_gemm *g = context;
+    int64_t i = g->i0 + task * SIDE;
+    for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
+        int64_t k1 = at_most(k0 + g->block_k, g->k);
+        g->pack_a(panel_at(packed_block(g, k0), task, g->a_planes, k1 - k0), g, i, k0, k1, plane_size(k1 - k0));
+    }
+}
+
+/* 32 rows of a, one block of k, against all columns of the task */
+static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
+                          int64_t k1) {
+    int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
+    quad q = {.a = panel_at(packed_block(g, k0), (i - g->i0) / SIDE, g->a_planes, steps), .steps = steps,
+              .plane = plane_size(steps), .a_planes = g->a_planes, .b_planes = g->b_planes};
+    for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
+        int64_t columns = at_most(SIDE, j1 - j);
+        int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
+        q.b = panel_at(block, (j - j0) / SIDE, g->b_planes, steps);
+        q.before = k0 > 0 ? sums : NULL;
+        if (k1 == g->k && inside) {
+            q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
+        } else {
+            q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
+        }
+        multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
+        if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }
+    }
+}
+
+/* a block and sums that no other task works in */
+static int64_t claim(const tile_gemm *g) {
+    for (int64_t w = 0;; w = w + 1 < g->workers ? w + 1 : 0) {
+        if (!atomic_exchange(&g->busy[w], 1)) { return w; }
+    }
+}
+
+static void tile_gemm_task(void *context, int64_t task) {
+    const tile_gemm *g = context;
+    int64_t across = pieces(g->n, g->width);
+    int64_t i0 = g->i0 + task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->i1);
+    int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
+    if (g->lower && j0 > i1 - 1) { return; }
+    int64_t worker = claim(g), quads_a_row = pieces(g->width, SIDE);
+    uint16_t *block = g->blocks + worker * BLOCK_SIZE;
+    float *sums = g->sums + worker * g->sums_size;
+    configure_tiles();
+    for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
+        int64_t k1 = at_most(k0 + g->block_k, g->k);
+        g->pack_b(block, g, k0, k1, j0, j1);
+        for (int64_t i = i0; i < i1; i += SIDE) {
+            int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
+            multiply_rows(g, block, sums + kept, i, j0, j1, k0, k1);
+        }
+    }
+    _tile_release();
+    atomic_store(&g->busy[worker], 0);
+}
+
+static int64_t task_count(const tile_gemm *g) { return pieces(g->i1 - g->i0, g->chunk) * pieces(g->n, g->width); }
+
+/* 1: no thread waits for another at the end, were all tasks equal */
+static double balance(const tile_gemm *g, int64_t threads) {
+    int64_t tasks = task_count(g);
+    return (double)tasks / (double)(pieces(tasks, threads) * threads);
+}
+
+static void choose_tasks(tile_gemm *g, int64_t threads) {
+    const double enough = 0.9;
+    g->width = round_up(pieces(g->n, pieces(g->n, MAX_WIDTH)), SIDE);
+    g->chunk = round_up(pieces(g->i1 - g->i0, pieces(g->i1 - g->i0, MAX_CHUNK)), SIDE);
+    while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
+    while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = round_up(pieces(g->chunk, 2), SIDE); }
+    while (balance(g, threads) < enough && g->width > SIDE) { g->width -= SIDE; }
+}
+
+/* 0: no memory for the packed operands, nothing is written */
+static int tile_gemm_run(tile_gemm *g) {
+    if (g->m < 1 || g->n < 1) { return 1; }
+    int planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
+    g->workers = ql_threads();
+    g->block_k = round_up(pieces(g->k, pieces(g->k, BLOCK_STEPS / planes)), SIDE);
+    int64_t pass = at_most(g->m, PASS_ROWS), blocks = pieces(g->k, g->block_k);
+    int64_t a_size = round_up(pass, SIDE) * round_up(g->k, SIDE) * g->a_planes;
+    g->sums_size = blocks > 1 ? round_up(at_most(pass, MAX_CHUNK), SIDE) * MAX_WIDTH : MAX_WIDTH * SIDE;
+    int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */
+    char *memory = ql_scratch((size_t)(a_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
+                              (size_t)(g->workers * g->sums_size) * sizeof *g->sums + (size_t)busy_size * sizeof *g->busy);
+    if (memory == NULL) { return 0; }
+    g->packed_a = (uint16_t *)(void *)memory;
+    g->blocks = g->packed_a + a_size;
+    g->sums = (float *)(void *)(g->blocks + g->workers * BLOCK_SIZE);
+    g->busy = (atomic_int *)(void *)(g->sums + g->workers * g->sums_size);
+    for (int64_t w = 0; w < g->workers; w++) { atomic_init(&g->busy[w], 0); }
+    for (g->i0 = 0; g->i0 < g->m; g->i0 = g->i1) {
+        g->i1 = at_most(g->i0 + PASS_ROWS, g->m);
+        choose_tasks(g, g->workers);
+        ql_parallel_for(pieces(g->i1 - g->i0, SIDE), pack_a_task, g);
+        ql_parallel_for(task_count(g), tile_gemm_task, g);
+    }
+    return 1;
+}
+
+#endif
