@@ -1,20 +1,28 @@
 /* attention_decode.cu: attention of one query a sequence over its cached keys, bf16 with float32 sums (split keys,
  * "Flash-Decoding", Dao et al. 2023).
  *
- * A block owns one chunk of the keys of one sequence and one kv head, and all the (up to 16) query heads of that group: they are
- * the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores
+ * A block owns one chunk of the keys of one sequence and one kv head, and all the (up to 16) query heads of that group: they
+ * are the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores
  * of 16 keys, all meet in shared memory, and each warp then weighs all 64 values for a quarter of the output's columns. Several
- * blocks an SM keep the memory busy, so tiles are not double-buffered. The block that ends last adds the chunks up in their
- * order. Chunks depend on the sequence's own length alone, so its result does not depend on the batch, and the grid depends
- * on `max_keys` alone, so a recorded launch stays right while the lengths on the device grow.
+ * blocks an SM keep the memory busy, so tiles are not double-buffered.
  *
- *   shared: Q (16, d + 8) | K (64, d + 8) | V (64, d + 8) | scores (16, 64 + 4) float
- *   partial results in device scratch: (b, hkv, splits, group, d) float, then maximum and sum (b, hkv, splits, group, 2) */
+ * Chunks are added up in their order: up to 8 (short contexts, sm_90) form a cluster, whose blocks send each other the columns
+ * that each of them adds up; more go through scratch memory, and the block that ends last adds them up. Both compute the same
+ * bits. Chunks depend on the sequence's own length alone, so its result does not depend on the batch, and the grid depends on
+ * `max_keys` alone, so a recorded launch stays right while the lengths on the device grow.
+ *
+ * Before it waits for the kernel ahead a block loads its first tile, but for the newest key: that one alone comes from the
+ * kernel ahead. Lengths and older keys were written before the last kernel that lets its follower start only after its own wait
+ * (embedding, or the attention of the layer before), and so are there.
+ *
+ *   shared: Q (16, d + 8) | K (64, d + 8) | V (64, d + 8) | scores (16, 64 + 4) float | of a cluster: parts, statistics
+ *   parts: (chunks, group, columns) float; statistics: maximum and sum, (chunks, group, 2); in scratch for each (b, hkv) */
 #include "attention.cuh"
 #include "cuda.h"
+#include "pipeline.cuh"
 
 enum { WARPS = 4, THREADS = WARPS * WARP, KEYS = 64, ROWS = 16, SCORE_STRIDE = KEYS + 4 };
-enum { MAX_COUNTERS = 1 << 16 };
+enum { MAX_COUNTERS = 1 << 16, MAX_CLUSTER = 8 };
 
 /* how many blocks of (sequence, kv head) have ended; each goes back to 0 by itself */
 static __device__ unsigned int ended[MAX_COUNTERS];
@@ -30,18 +38,51 @@ static __host__ __device__ inline int64_t chunk_count(int64_t keys) {
 
 struct decode_args {
     attention_args<bf16> a;
-    float *partial, *statistics;
-    int splits; /* chunks that the scratch has room for */
+    float *parts, *statistics; /* not of a cluster */
+    int splits;                /* chunks that they have room for: the grid */
 };
 
-/* 64 rows of keys or values to shared memory; zeros from row `valid` on */
-template <int D> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 *from, int64_t step, int valid) {
+/* what a block is about */
+struct chunk_work {
+    int64_t query, keys, first_key, kv_row; /* kv_row: row of the first key of the chunk */
+    int chunks, group;                      /* chunks 0: no query */
+};
+
+static __device__ __forceinline__ chunk_work look_up(const attention_args<bf16> &args) {
+    int sequence = blockIdx.z;
+    int64_t query = args.q_start[sequence], end = args.q_start[sequence + 1], start = args.kv_start[sequence];
+    chunk_work w;
+    w.query = query, w.keys = args.kv_len[sequence], w.first_key = blockIdx.x * chunk_keys(w.keys);
+    w.kv_row = start + w.first_key;
+    w.chunks = end > query ? (int)chunk_count(w.keys) : 0;
+    w.group = args.hq / args.hkv;
+    return w;
+}
+
+/* 64 rows of keys or values to shared memory, but for row `skip`; zeros from row `valid` on */
+template <int D> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 *from, int64_t step, int valid, int skip) {
     constexpr int chunks = D / 8;
 #pragma unroll
     for (int i = 0; i < KEYS * chunks / THREADS; i++) {
         int index = threadIdx.x + i * THREADS, row = index / chunks, chunk = index % chunks;
+        if (row == skip) { continue; }
         copy_async_16(shared_address(to + row * (D + 8) + chunk * 8), from + (row < valid ? row : 0) * step + chunk * 8,
                       row < valid);
+    }
+}
+
+/* row `row` of keys and of values, and the queries of the group */
+template <int D>
+__device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf16 *from_k, const bf16 *from_v, int64_t row,
+                                                     int64_t step, bf16 *q, const bf16 *from_q, int group) {
+    if (threadIdx.x < 2 * (D / 8) && row < KEYS) {
+        bool key = threadIdx.x < D / 8;
+        int column = threadIdx.x % (D / 8) * 8;
+        copy_async_16(shared_address((key ? k : v) + row * (D + 8) + column), (key ? from_k : from_v) + row * step + column, true);
+    }
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        int head = i / (D / 8), column = i % (D / 8) * 8;
+        copy_async_16(shared_address(q + head * (D + 8) + column), from_q + (head < group ? head * D : 0) + column, head < group);
     }
 }
 
@@ -116,157 +157,228 @@ __device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WA
     }
 }
 
-/* Adds up the chunks of the group: a warp takes each fourth chunk, then the warps meet in shared memory, always in one order.
- * weights: 4 * D floats of shared memory */
+/* the block's chunk of `left` keys, the first tile of which is on its way */
 template <int D>
-__device__ void combine(const decode_args &c, int64_t slot, int chunks, int group, bf16 *out, float *shared) {
-    constexpr int per_lane = (D + WARP - 1) / WARP;
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const float *partial = c.partial + slot * c.splits * group * D, *statistics = c.statistics + slot * c.splits * group * 2;
-    for (int row = 0; row < group; row++) {
-        float top = -INFINITY, total = 0.0f, sum[per_lane] = {};
-        for (int s = lane; s < chunks; s += WARP) { top = fmaxf(top, __ldcg(statistics + (s * group + row) * 2)); }
-        top = warp_max(top);
-#pragma unroll 4
-        for (int s = warp; s < chunks; s += WARPS) {
-            float2 mine = __ldcg((const float2 *)(statistics + (s * group + row) * 2));
-            float weight = exp2_fast(mine.x - top);
-            total += weight * mine.y;
-#pragma unroll
-            for (int i = 0; i < per_lane; i++) {
-                int column = lane + i * WARP;
-                if (column < D) { sum[i] += weight * __ldcg(partial + (int64_t)(s * group + row) * D + column); }
-            }
-        }
-        __syncthreads(); /* the row before has been read */
-#pragma unroll
-        for (int i = 0; i < per_lane; i++) {
-            int column = lane + i * WARP;
-            if (column < D) { shared[warp * (D + 1) + column] = sum[i]; }
-        }
-        if (lane == 0) { shared[warp * (D + 1) + D] = total; }
-        __syncthreads();
-        for (int column = threadIdx.x; column < D; column += THREADS) {
-            float value = 0.0f, weight = 0.0f;
-            for (int w = 0; w < WARPS; w++) {
-                value += shared[w * (D + 1) + column];
-                weight += shared[w * (D + 1) + D];
-            }
-            out[row * D + column] = __float2bfloat16_rn(value / weight);
-        }
-    }
-}
-
-/* The lane's 2 rows: as results where there is one chunk; else as a part, and the block that ends last combines the parts. */
-template <int D>
-__device__ __forceinline__ void finish(const decode_args &c, int64_t sequence, int chunks, int group,
-                                       const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
-                                       const float (&sum)[2], bf16 *result, float *shared) {
-    __shared__ bool last;
-    int64_t slot = sequence * c.a.hkv + blockIdx.y, part = (slot * c.splits + blockIdx.x) * group;
+__device__ __forceinline__ void attend_chunk(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], float (&maximum)[2], float (&sum)[2],
+                                             bf16 *q, bf16 *k, bf16 *v, float *scores, const bf16 *from_k, const bf16 *from_v,
+                                             int64_t step, int left, float scale_log2) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int row = lane / 4 + r * 8;
-        if (row >= group) { break; }
-        if (chunks > 1 && warp == 0 && lane % 4 == 0) {
-            *(float2 *)(c.statistics + (part + row) * 2) = make_float2(maximum[r], sum[r]);
-        }
-#pragma unroll
-        for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
-            int column = (warp + i * WARPS) * 8 + lane % 4 * 2;
-            if (column >= D) { break; }
-            if (chunks > 1) {
-                *(float2 *)(c.partial + (part + row) * D + column) = make_float2(out[i][2 * r], out[i][2 * r + 1]);
-            } else {
-                *(uint32_t *)(result + row * D + column) = pack_bf16(out[i][2 * r] / sum[r], out[i][2 * r + 1] / sum[r]);
-            }
-        }
-    }
-    if (chunks == 1) { return; }
-    __threadfence(); /* each thread's part is seen by all before the block counts as ended */
-    __syncthreads();
-    if (threadIdx.x == 0) { last = atomicInc(&ended[slot], (unsigned)chunks - 1) == (unsigned)chunks - 1; }
-    __syncthreads();
-    if (!last) { return; }
-    __threadfence();
-    combine<D>(c, slot, chunks, group, result, shared);
-}
-
-/* grid (chunks, hkv, b) */
-template <int D> __global__ void __launch_bounds__(THREADS) attention_decode_kernel(decode_args c) {
-    constexpr int stride = D + 8, tiles_n = (D / 8 + WARPS - 1) / WARPS;
-    extern __shared__ __align__(16) bf16 shared[];
-    const attention_args<bf16> &args = c.a;
-    ql_cuda_wait_previous();
-    ql_cuda_start_next();
-    int64_t sequence = blockIdx.z, query = args.q_start[sequence];
-    int64_t keys = args.kv_len[sequence], chunk = chunk_keys(keys), first_key = blockIdx.x * chunk;
-    if (args.q_start[sequence + 1] == query || first_key >= keys) { return; }
-
-    int group = args.hq / args.hkv, chunks = (int)chunk_count(keys);
-    int64_t step = (int64_t)args.hkv * D;
-    bf16 *q = shared, *k = q + ROWS * stride, *v = k + KEYS * stride;
-    float *scores = (float *)(v + KEYS * stride);
-    const bf16 *from_q = args.q + (query * args.hq + (int64_t)blockIdx.y * group) * D;
-    int64_t kv_first = (args.kv_start[sequence] + first_key) * step + (int64_t)blockIdx.y * D;
-    const bf16 *from_k = args.k + kv_first, *from_v = args.v + kv_first;
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        int row = i / (D / 8), column = i % (D / 8) * 8;
-        copy_async_16(shared_address(q + row * stride + column), from_q + (row < group ? row * D : 0) + column, row < group);
-    }
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, left = (int)min(chunk, keys - first_key);
-    uint32_t q_lane = shared_address(q + lane % 16 * stride + lane / 16 * 8);
-    uint32_t k_lane = shared_address(k + (warp * 16 + lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-    float out[tiles_n][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    uint32_t q_lane = shared_address(q + lane % 16 * (D + 8) + lane / 16 * 8);
+    uint32_t k_lane = shared_address(k + (warp * 16 + lane % 8 + lane / 16 * 8) * (D + 8) + lane / 8 % 2 * 8);
     for (int done = 0; done < left; done += KEYS) {
-        if (done > 0) { __syncthreads(); } /* the tile before has been read */
-        load_tile<D>(k, from_k + done * step, step, left - done);
+        if (done > 0) {
+            __syncthreads(); /* the tile before has been read */
+            load_tile<D>(k, from_k + done * step, step, left - done, -1);
+            load_tile<D>(v, from_v + done * step, step, left - done, -1);
+        }
         copy_async_commit();
-        load_tile<D>(v, from_v + done * step, step, left - done);
-        copy_async_commit();
-        copy_async_wait<1>();
-        __syncthreads();
-        score_keys<D>(scores, q_lane, k_lane, left - done, args.scale);
         copy_async_wait<0>();
+        __syncthreads();
+        score_keys<D>(scores, q_lane, k_lane, left - done, scale_log2);
         __syncthreads();
         uint32_t weights[KEYS / 16][4];
         float keep[2];
         weigh(weights, scores, maximum, sum, keep);
 #pragma unroll
-        for (int i = 0; i < tiles_n; i++) {
+        for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
             out[i][0] *= keep[0], out[i][1] *= keep[0], out[i][2] *= keep[1], out[i][3] *= keep[1];
         }
         add_values<D>(out, weights, v);
     }
-
-    finish<D>(c, sequence, chunks, group, out, maximum, sum, args.out + (query * args.hq + (int64_t)blockIdx.y * group) * D,
-              scores);
 }
 
-template <int D> static void launch_decode(decode_args args, dim3 grid) {
+/* a running maximum, sum and weighted values of one row and two columns */
+struct pair_sum {
+    float top, total;
+    float2 value;
+};
+static __device__ __forceinline__ void add_part(pair_sum &s, float2 statistic, float2 part) {
+    float top = fmaxf(s.top, statistic.x), keep = exp2_fast(s.top - top), weight = exp2_fast(statistic.x - top);
+    s.top = top;
+    s.total = s.total * keep + weight * statistic.y;
+    s.value.x = s.value.x * keep + weight * part.x;
+    s.value.y = s.value.y * keep + weight * part.y;
+}
+static __device__ __forceinline__ uint32_t finished(const pair_sum &s) {
+    return pack_bf16(s.value.x / s.total, s.value.y / s.total);
+}
+
+/* Calls send(row, column, values) for each two columns of this lane, and state(row, maximum, sum) once a row of the block. */
+template <int D, typename Send, typename State>
+__device__ __forceinline__ void each_pair(const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
+                                          const float (&sum)[2], int group, Send send, State state) {
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int row = lane / 4 + r * 8;
+        if (row >= group) { break; }
+        if (warp == 0 && lane % 4 == 0) { state(row, make_float2(maximum[r], sum[r])); }
+#pragma unroll
+        for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
+            int column = (warp + i * WARPS) * 8 + lane % 4 * 2;
+            if (column < D) { send(row, column, make_float2(out[i][2 * r], out[i][2 * r + 1]), sum[r]); }
+        }
+    }
+}
+
+/* Through scratch memory: the block of the group that ends last adds up all parts. */
+template <int D>
+__device__ __forceinline__ void combine_last(const decode_args &c, const chunk_work &w,
+                                             const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
+                                             const float (&sum)[2], bf16 *result) {
+    __shared__ bool last;
+    int group = w.group;
+    int64_t slot = (int64_t)blockIdx.z * c.a.hkv + blockIdx.y, part = (slot * c.splits + blockIdx.x) * group;
+    each_pair<D>(
+        out, maximum, sum, group,
+        [&](int row, int column, float2 values, float) { *(float2 *)(c.parts + (part + row) * D + column) = values; },
+        [&](int row, float2 statistic) { *(float2 *)(c.statistics + (part + row) * 2) = statistic; });
+    __threadfence(); /* each thread's part is seen by all before the block counts as ended */
+    __syncthreads();
+    if (threadIdx.x == 0) { last = atomicInc(&ended[slot], (unsigned)w.chunks - 1) == (unsigned)w.chunks - 1; }
+    __syncthreads();
+    if (!last) { return; }
+    __threadfence();
+    const float *parts = c.parts + slot * c.splits * group * D, *statistics = c.statistics + slot * c.splits * group * 2;
+    for (int i = threadIdx.x; i < group * (D / 2); i += THREADS) {
+        int row = i / (D / 2), column = i % (D / 2) * 2;
+        pair_sum s = {-INFINITY, 0.0f, {0.0f, 0.0f}};
+#pragma unroll 8
+        for (int chunk = 0; chunk < w.chunks; chunk++) {
+            int64_t line = chunk * group + row;
+            add_part(s, __ldcg((const float2 *)(statistics + line * 2)), __ldcg((const float2 *)(parts + line * D + column)));
+        }
+        *(uint32_t *)(result + row * D + column) = finished(s);
+    }
+}
+
+#ifdef QL_HAS_BULK_COPY
+__device__ __forceinline__ void cluster_store_2(uint32_t address, float2 v) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+/* Through the cluster: block r adds up columns [8 i, 8 i + 8), i % chunks == r, in its i / chunks'th slot. All blocks
+ * of the cluster have begun: so they are there to be written to. */
+template <int D>
+__device__ __forceinline__ void combine_cluster(const chunk_work &w, const float (&out)[(D / 8 + WARPS - 1) / WARPS][4],
+                                                const float (&maximum)[2], const float (&sum)[2], bf16 *result, float *parts) {
+    int rank = blockIdx.x, slots = (D / 8 + w.chunks - 1) / w.chunks, width = slots * 8;
+    float *statistics = parts + w.chunks * w.group * width;
+    if (rank < w.chunks) {
+        each_pair<D>(
+            out, maximum, sum, w.group,
+            [&](int row, int column, float2 values, float) {
+                int tile = column / 8, at = (rank * w.group + row) * width + tile / w.chunks * 8 + column % 8;
+                cluster_store_2(cluster_address(shared_address(parts + at), tile % w.chunks), values);
+            },
+            [&](int row, float2 statistic) {
+                for (int to = 0; to < w.chunks; to++) {
+                    cluster_store_2(cluster_address(shared_address(statistics + (rank * w.group + row) * 2), to), statistic);
+                }
+            });
+    }
+    __syncwarp();
+    cluster_sync();
+    if (rank >= w.chunks) { return; }
+    for (int i = threadIdx.x; i < w.group * slots * 4; i += THREADS) {
+        int row = i / (slots * 4), at = i % (slots * 4) * 2, column = (at / 8 * w.chunks + rank) * 8 + at % 8;
+        if (column >= D) { continue; }
+        pair_sum s = {-INFINITY, 0.0f, {0.0f, 0.0f}};
+#pragma unroll
+        for (int chunk = 0; chunk < MAX_CLUSTER; chunk++) {
+            if (chunk < w.chunks) {
+                int line = chunk * w.group + row;
+                add_part(s, *(const float2 *)(statistics + line * 2), *(const float2 *)(parts + line * width + at));
+            }
+        }
+        *(uint32_t *)(result + row * D + column) = finished(s);
+    }
+}
+#endif
+
+/* the blocks of this cluster have all begun */
+template <bool clustered> __device__ __forceinline__ void wait_cluster() {
+#ifdef QL_HAS_BULK_COPY
+    if (clustered) { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+#endif
+}
+
+/* grid (chunks, hkv, b); clustered: the chunks of a group are one cluster */
+template <int D, bool clustered> __global__ void __launch_bounds__(THREADS, 5) attention_decode_kernel(decode_args c) {
+    constexpr int stride = D + 8, tiles_n = (D / 8 + WARPS - 1) / WARPS;
+    extern __shared__ __align__(16) bf16 shared[];
+    const attention_args<bf16> &args = c.a;
+#ifdef QL_HAS_BULK_COPY
+    if (clustered) { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+#endif
+    chunk_work w = look_up(args);
+    bool active = (int)blockIdx.x < w.chunks;
+    int64_t step = (int64_t)args.hkv * D, left = min(chunk_keys(w.keys), w.keys - w.first_key), newest = w.keys - 1 - w.first_key;
+    bf16 *q = shared, *k = q + ROWS * stride, *v = k + KEYS * stride;
+    float *scores = (float *)(v + KEYS * stride);
+    const bf16 *from_k = args.k + w.kv_row * step + (int64_t)blockIdx.y * D, *from_v = args.v + (from_k - args.k);
+    if (active) {
+        load_tile<D>(k, from_k, step, (int)left, newest < KEYS ? (int)newest : -1);
+        load_tile<D>(v, from_v, step, (int)left, newest < KEYS ? (int)newest : -1);
+    }
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    if (!active && (!clustered || w.chunks <= 1)) { return wait_cluster<clustered>(); }
+
+    int64_t head = w.query * args.hq + (int64_t)blockIdx.y * w.group;
+    float out[tiles_n][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    if (active) {
+        load_row_and_queries<D>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
+        attend_chunk<D>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
+    }
+    bf16 *result = args.out + head * D;
+    wait_cluster<clustered>();
+    if (w.chunks == 1) {
+        each_pair<D>(
+            out, maximum, sum, w.group,
+            [&](int row, int column, float2 values, float total) {
+                *(uint32_t *)(result + row * D + column) = pack_bf16(values.x / total, values.y / total);
+            },
+            [](int, float2) {});
+        return;
+    }
+#ifdef QL_HAS_BULK_COPY
+    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, result, scores + ROWS * SCORE_STRIDE); }
+#endif
+    combine_last<D>(c, w, out, maximum, sum, result);
+}
+
+template <int D> static void launch_decode(decode_args args, dim3 grid, bool clustered) {
+    int64_t group = args.a.hq / args.a.hkv;
     size_t bytes = (size_t)(ROWS + 2 * KEYS) * (D + 8) * sizeof(bf16) + (size_t)ROWS * SCORE_STRIDE * sizeof(float);
-    ql_cuda_launch(attention_decode_kernel<D>, grid, dim3(THREADS), bytes, true, args);
+    if (!clustered) { return ql_cuda_launch(attention_decode_kernel<D, false>, grid, dim3(THREADS), bytes, true, args); }
+    bytes += (size_t)group * ((D / 8 + grid.x) * 8 + grid.x * 2) * sizeof(float);
+    ql_cuda_launch_cluster(attention_decode_kernel<D, true>, grid, dim3(THREADS), bytes, true, grid.x, args);
 }
 
 bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys) {
     int64_t slots = (int64_t)args.b * args.hkv, group = args.hq / args.hkv;
     if (group > ROWS || args.b > 65535 || args.hkv > 65535 || slots > MAX_COUNTERS) { return false; }
+    if (args.d != 64 && args.d != 80 && args.d != 96 && args.d != 128) { return false; }
     decode_args decode = {args, NULL, NULL, 1};
     /* the count of chunks is not monotonic in the number of keys: it is largest at the end of a step of chunk_keys */
     for (int64_t keys : {(int64_t)1024, (int64_t)4096, (int64_t)8192, max_keys}) {
         if (keys <= max_keys && chunk_count(keys) > decode.splits) { decode.splits = (int)chunk_count(keys); }
     }
     decode.a.scale *= 1.4426950408889634f; /* log2 e: weights are powers of two */
-    decode.partial = (float *)ql_cuda_scratch(QL_SCRATCH_ATTENTION, (size_t)(slots * decode.splits * group * (args.d + 2)) * 4);
-    if (decode.partial == NULL) { return true; }
-    decode.statistics = decode.partial + slots * decode.splits * group * args.d;
+    bool clustered = decode.splits > 1 && decode.splits <= MAX_CLUSTER && ql_cuda_capability() >= 90;
+    if (decode.splits > 1 && !clustered) {
+        int64_t parts = slots * decode.splits * group;
+        decode.parts = (float *)ql_cuda_scratch(QL_SCRATCH_ATTENTION, (size_t)(parts * (args.d + 2)) * sizeof(float));
+        if (decode.parts == NULL) { return true; }
+        decode.statistics = decode.parts + parts * args.d;
+    }
     dim3 grid((unsigned)decode.splits, (unsigned)args.hkv, (unsigned)args.b);
     switch (args.d) {
-    case 64: launch_decode<64>(decode, grid); return true;
-    case 80: launch_decode<80>(decode, grid); return true;
-    case 96: launch_decode<96>(decode, grid); return true;
-    case 128: launch_decode<128>(decode, grid); return true;
-    default: return false;
+    case 64: launch_decode<64>(decode, grid, clustered); break;
+    case 80: launch_decode<80>(decode, grid, clustered); break;
+    case 96: launch_decode<96>(decode, grid, clustered); break;
+    case 128: launch_decode<128>(decode, grid, clustered); break;
     }
+    return true;
 }

@@ -157,9 +157,10 @@ static void check_all() {
     for (int64_t d : {64, 80, 96, 128, 32, 40, 256, 7, 130}) {
         check("ragged prefill", problem<bf16>({70, 0, 130, 1, 64, 300}, {0, 5, 33, 80, 64, 700}, 6, 2, d));
         check("ragged decode", problem<bf16>({1, 1, 0, 1, 1}, {0, 5, 33, 63, 1700}, 6, 2, d));
+        check("ragged decode, short", problem<bf16>({1, 1, 0, 1, 1}, {0, 5, 333, 64, 450}, 6, 2, d));
         check("float32", problem<float>({20, 3, 0, 1, 65}, {0, 70, 4, 900, 0}, 6, 2, d));
     }
-    for (int64_t keys : {1, 16, 63, 64, 65, 128, 129, 1023, 1024, 1025, 4096, 4097, 9000, 20000}) {
+    for (int64_t keys : {1, 16, 63, 64, 65, 128, 129, 200, 300, 384, 500, 512, 513, 1023, 1024, 1025, 4096, 4097, 9000, 20000}) {
         char name[64];
         snprintf(name, sizeof name, "decode over %d keys", (int)keys);
         check(name, problem<bf16>({1}, {keys - 1}, 8, 8, 128));
