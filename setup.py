@@ -99,8 +99,8 @@ class Nvcc:
             self.why_not = "left out, no nvcc in CUDA_HOME, PATH or the pip packages"
         else:
             self.why_not = self.look()
-        sources = [path for folder in ("csrc", "cuda") for path in sorted((ROOT / folder).rglob("*.[hc]*"))]
-        headers = b"".join(path.read_bytes() for path in sources if path.suffix in (".h", ".cuh"))
+        seen = ("csrc/*.h", "csrc/core/*.h", "csrc/formats/*.h", "cuda/*.h", "cuda/*.cuh")  # what .cu files include
+        headers = b"".join((ROOT / path).read_bytes() for path in sources(seen))
         self.headers = hashlib.sha256(headers).hexdigest()
 
     def look(self):

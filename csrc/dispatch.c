@@ -13,6 +13,7 @@ static ql_backend tables[QL_ISA_COUNT];
 static int usable[QL_ISA_COUNT];
 static const char *why_not[QL_ISA_COUNT] = {"", "", "", ""};
 static atomic_int selected, precise;
+static _Atomic(const ql_backend *) selected_device; /* NULL: the CPU */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static const char *const isa_names[QL_ISA_COUNT] = {"scalar", "avx2", "avx512", "amx"};
@@ -93,6 +94,12 @@ int ql_isa_usable(ql_isa isa) { return ensure(), usable[isa]; }
 const char *ql_isa_why_not(ql_isa isa) { return ensure(), why_not[isa]; }
 ql_isa ql_isa_selected(void) { return ensure(), (ql_isa)atomic_load(&selected); }
 const ql_backend *ql_cpu(void) { return ensure(), &tables[atomic_load(&selected)]; }
+void ql_select(const ql_backend *table) { atomic_store(&selected_device, table); }
+
+const ql_backend *ql_selected(void) {
+    const ql_backend *device = atomic_load(&selected_device);
+    return device != NULL ? device : ql_cpu();
+}
 
 ql_status ql_isa_select(ql_isa isa) {
     ensure();
@@ -157,9 +164,11 @@ static int same_slot(const ql_backend *a, const ql_backend *b, int op, ql_format
 }
 
 const char *ql_op_variant(int op, ql_format format) {
-    const ql_backend *table = ql_cpu();
+    const ql_backend *table = ql_selected();
+    static const ql_backend empty;
+    if (same_slot(table, &empty, op, format)) { return ""; }
     for (int isa = QL_ISA_SCALAR; isa < QL_ISA_COUNT; isa++) {
         if (same_slot(table, &tables[isa], op, format)) { return isa_names[isa]; }
     }
-    return "";
+    return table->name; /* a device has one variant */
 }

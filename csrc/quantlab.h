@@ -205,6 +205,7 @@ typedef struct {
     const char *name; /* "cpu" or "cuda" */
     int device;       /* number of the device, 0 on the CPU */
     int kv_bytes;     /* size of an element of the key-value cache: 4 float32, 2 bfloat16 */
+    int records;      /* whether steps can be recorded */
 #define X(op, params) void(*op) params;
     QL_OPS(X)
     QL_FUSED_OPS(X)
@@ -237,6 +238,8 @@ const char *ql_isa_why_not(ql_isa isa); /* "" where usable */
 ql_isa ql_isa_selected(void);
 ql_status ql_isa_select(ql_isa isa);
 const ql_backend *ql_cpu(void);         /* the table of the selected ISA */
+const ql_backend *ql_selected(void);    /* the table that single ops use: the CPU's, or that of a device chosen by ql_select */
+void ql_select(const ql_backend *table); /* NULL: the CPU's */
 /* the variant in use of op `op` (0 .. ql_op_count()), format ignored for plain ops: "scalar", "avx2", … or "" if empty */
 int ql_op_count(void);
 const char *ql_op_name(int op);

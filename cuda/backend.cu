@@ -181,7 +181,7 @@ static ql_status mark_wait(int i) {
 static void fill_table(ql_backend *table, int index) {
     table->name = "cuda";
     table->device = index;
-    table->kv_bytes = sizeof(__nv_bfloat16);
+    table->records = 1;
 #define X(op) table->op = ql_##op##_cuda;
     QL_CUDA_PLAIN_OPS(X)
     QL_CUDA_FUSED_OPS(X)
@@ -191,6 +191,7 @@ static void fill_table(ql_backend *table, int index) {
         QL_CUDA_FORMAT_OPS(X)
 #undef X
     }
+    table->kv_bytes = table->attention_fused_forward != NULL ? sizeof(__nv_bfloat16) : sizeof(float);
     ql_cuda_fill_memory(table);
     table->begin = call_begin, table->end = call_end;
     table->record = step_record, table->record_end = step_record_end, table->replay = step_replay;

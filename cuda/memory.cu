@@ -100,9 +100,11 @@ static ql_status open_stage(ql_cuda_device *device, int i) {
 /* One half of the staging memory is filled by the threads while the other is on its way. `host` may be a memory map. */
 ql_status ql_cuda_upload(void *memory, const void *host, size_t bytes) {
     ql_cuda_device *device = ql_cuda_current();
-    for (size_t done = 0, i = 0; done < bytes; done += QL_STAGE_BYTES, i ^= 1) {
+    for (size_t done = 0; done < bytes; done += QL_STAGE_BYTES) {
+        int i = device->next_stage;
+        device->next_stage = (i + 1) % QL_STAGES;
         size_t part = bytes - done < QL_STAGE_BYTES ? bytes - done : QL_STAGE_BYTES;
-        ql_status status = open_stage(device, (int)i);
+        ql_status status = open_stage(device, i);
         if (status != QL_OK) { return status; }
         if (!ql_cuda_check(cudaEventSynchronize(device->stage_free[i]), "an upload")) { return ql_fail(QL_ECUDA, "an upload failed"); }
         copy_context copy = {(char *)device->stage[i], (const char *)host + done, part, (size_t)1 << 20};

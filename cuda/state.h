@@ -5,7 +5,7 @@
 #include "cuda.h"
 
 enum { QL_CUDA_DEVICES = 16, QL_STAGES = 2 };
-static const size_t QL_STAGE_BYTES = (size_t)16 << 20; /* of pinned memory that an upload goes through, twice */
+static const size_t QL_STAGE_BYTES = (size_t)16 << 20; /* of pinned memory, twice: uploads go through it */
 
 typedef struct {
     int index, opened;
@@ -20,6 +20,7 @@ typedef struct {
     } scratch[QL_SCRATCH_COUNT];
     int64_t scratch_moves; /* a recorded step holds the addresses of the scratch memory: it is stale once they move */
     void *stage[QL_STAGES];
+    int next_stage;
     cudaEvent_t stage_free[QL_STAGES];
     cudaEvent_t marks[QL_MARKS];
     ql_cublas cublas;

@@ -35,6 +35,16 @@ def precise() -> bool: ...
 def set_precise(on: bool, /) -> None: ...  # bfloat16 products of high and low parts
 def op_table() -> dict[str, dict[str, str]]: ...  # {op: {format: variant in use}}
 
+# ---- CUDA: devices by number -----------------------------------------------------------------------------------------
+
+def cuda_built() -> bool: ...
+def cuda_info(device: int, /) -> dict[str, Any]: ...  # CudaError with the reason where the device cannot be used
+def cuda_reset_peak(device: int, /) -> None: ...
+def cuda_set_folders(folders: str, /) -> None: ...  # of the libraries, separated by ':'
+def cuda_library(name: str, /) -> str: ...  # path of cublas or cusolver; CudaError where it is not there
+def device_select(device: int, /) -> None: ...  # single ops run there; -1: on the CPU
+def device_selected() -> int: ...
+
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 class Weight:
@@ -101,6 +111,11 @@ def linear_backward_input(
 def cross_entropy(logits: F32, targets: I32, gradient: Literal[False] = False, /) -> F32: ...
 @overload
 def cross_entropy(logits: F32, targets: I32, gradient: Literal[True], /) -> tuple[F32, F32]: ...
+def scatter_rows_into(out: F32, x: F32, rows: I32, /) -> None: ...  # out[rows[i]] = x[i]
+def gather_rows_into(out: F32, x: F32, rows: I32, /) -> None: ...  # out[i] = x[rows[i]]
+def sample(
+    logits: F32, streams: I32, step: int, temperature: float, top_k: int, top_p: float, seed: int, /
+) -> I32: ...  # (b, v), (b,) -> (b,); temperature 0: the largest
 def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b
 
 # ---- model -----------------------------------------------------------------------------------------------------------
@@ -119,6 +134,7 @@ class Llama:
         embed: Weight,
         norm: F32,
         layers: tuple[tuple[Any, ...], ...],
+        device: int = -1,  # -1: the CPU
     ) -> Llama: ...
     def forward(
         self,
@@ -131,8 +147,45 @@ class Llama:
         sin: F32,
         cache_k: F32 | None = None,  # (layers, rows, kv_heads, d)
         cache_v: F32 | None = None,
+        keep: I32 | None = None,  # (kept,)
         /,
-    ) -> F32: ...  # hidden states after the final norm (t, c)
+    ) -> F32: ...  # hidden states after the final norm (t, c), or the rows `keep` of them
+    def losses(
+        self,
+        input_ids: I32,
+        positions: I32,
+        q_start: I64,
+        kv_start: I64,
+        kv_len: I64,
+        cos: F32,
+        sin: F32,
+        head: Weight,
+        targets: I32,
+        /,
+    ) -> F32: ...  # -log p of each target (t,)
+    def linear(self, x: F32, weight: Weight, /) -> F32: ...  # x W^T, where the model is
+
+class Generation:
+    """Sequences that grow by a token a step, with their cache, where the model is. temperature 0: the likeliest."""
+
+    capacity: int  # tokens that each sequence has room for
+    def __new__(
+        cls,
+        llama: Llama,
+        head: Weight,  # (vocabulary, c)
+        lengths: I64,  # (b,) of the prompts
+        steps: int,
+        cos: F32,
+        sin: F32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Generation: ...
+    def prefill(
+        self, input_ids: I32, positions: I32, q_start: I64, kv_start: I64, kv_len: I64, cos: F32, sin: F32, ends: I32, /
+    ) -> None: ...  # ends (b,): the token that is the last of a sequence's prompt, -1: none of these
+    def next(self) -> I32: ...  # (b,)
 
 # ---- GPTQ: the factor and the column loop (csrc/quant/gptq.h) --------------------------------------------------------
 

@@ -19,17 +19,18 @@ def use(
 ) -> Iterator[None]:
     """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
 
-    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu" or "cuda". precise: kernels that
-    compute in bfloat16 (amx: products with weights that are not float32) split both operands into a high and a low
-    part, which costs up to three times the time and brings the relative error of an operand from 2^-8 to 2^-16; not
-    set: False. The choice holds for the whole process, so two Python threads should not make different ones at the same
-    time.
+    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N": where single ops
+    (`linear`, `dequantize`, …) run; a model has a device of its own. precise: kernels that compute in bfloat16 (amx:
+    products with weights that are not float32) split both operands into a high and a low part, which costs up to three
+    times the time and brings the relative error of an operand from 2^-8 to 2^-16; not set: False. The choice holds for
+    the whole process, so two Python threads should not make different ones at the same time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.
     """
-    _check(threads, device, precise)
-    isa_before, threads_before, precise_before = _core.isa_selected(), _core.threads(), _core.precise()
+    _check(threads, precise)
+    before = _core.isa_selected(), _core.threads(), _core.precise(), _core.device_selected()
+    number = before[3] if device is None else cuda.device_number(device)
     try:
         if isa is not None:
             _core.isa_select(isa)
@@ -37,28 +38,27 @@ def use(
             _core.set_threads(threads)
         if precise is not None:
             _core.set_precise(precise)
+        _core.device_select(number)
         yield
     finally:
-        _core.set_precise(precise_before)
-        _core.isa_select(isa_before)
-        _core.set_threads(threads_before)
+        _core.isa_select(before[0])
+        _core.set_threads(before[1])
+        _core.set_precise(before[2])
+        _core.device_select(before[3])
 
 
-def _check(threads: int | None, device: str | None, precise: bool | None) -> None:
+def _check(threads: int | None, precise: bool | None) -> None:
     if precise is not None and not isinstance(precise, bool):
         raise TypeError(f"precise: got {type(precise).__name__}, expected a bool")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise TypeError(f"threads: got {type(threads).__name__}, expected an int")
     if threads is not None and not 1 <= threads <= 4096:
         raise ValueError(f"threads: got {threads}, expected 1 to 4096")
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
-    if device == "cuda" and not cuda.usable():
-        raise _core.CudaError(f"device: 'cuda' cannot be used here: {cuda.why_not()}")
 
 
 def table() -> dict[str, dict[str, str]]:
-    """{op: {format: variant in use}}; the variant is the ISA that its kernel was written for."""
+    """{op: {format: variant in use}}; the variant is the ISA that its kernel was written for, or "cuda"; "" where a
+    device has none."""
     return _core.op_table()
 
 
@@ -79,13 +79,7 @@ def info() -> dict[str, Any]:
             "selected": _core.isa_selected(),
         },
         "threads": _core.threads(),
-        "cuda": {
-            "built": cuda.built(),
-            "usable": cuda.usable(),
-            "why_not": cuda.why_not(),
-            "device": None,
-            "libraries": {},
-        },
+        "cuda": cuda.describe(),
     }
 
 

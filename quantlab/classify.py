@@ -47,6 +47,7 @@ class LlamaForSequenceClassification(Llama):
         tokenizer: Tokenizer | None = None,
         checkpoint: Checkpoint | None = None,
         num_labels: int | None = None,
+        device: str = "cpu",
     ):
         values = (config if isinstance(config, LlamaConfig) else LlamaConfig(config)).to_dict()
         found = weights["score"].shape[0] if "score" in weights else None
@@ -67,7 +68,7 @@ class LlamaForSequenceClassification(Llama):
                 0.0, values["initializer_range"], (num_labels, values["hidden_size"])
             )
             weights["score"] = QuantWeight.from_array(draw.astype(np.float32))
-        super().__init__(values, weights, vectors, tokenizer, checkpoint)
+        super().__init__(values, weights, vectors, tokenizer, checkpoint, device)
 
     @property
     def num_labels(self) -> int:
@@ -115,7 +116,7 @@ class LlamaForSequenceClassification(Llama):
         with progress(len(rows), "features", "text", show) as bar:
             for group in self.batches(rows, batch_tokens):
                 ends = np.cumsum([len(rows[index]) for index in group]) - 1
-                out[group] = self.packed_hidden([rows[index] for index in group])[ends]
+                out[group] = self.packed_hidden([rows[index] for index in group], keep=ends)
                 bar.advance(len(group))
         return out
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantlab import _core
 from quantlab.llama import BATCH_TOKENS, Ids, KVCache, to_sequences
 
 if TYPE_CHECKING:
@@ -60,6 +61,51 @@ def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCach
     return last
 
 
+def device_steps(
+    model: LlamaForCausalLM,
+    sequences: list[np.ndarray],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """The next token of each row, int32 (rows,), `max_new_tokens` times: all of it on the model's device, where the
+    steps run ahead of what is read here. temperature 0: the likeliest token."""
+    lengths = np.array([len(row) for row in sequences], np.int64)
+    tables = model.rope(int(lengths.max()) + max_new_tokens)
+    generation = _core.Generation(
+        model._core, model.lm_head.handle, lengths, max_new_tokens, *tables, temperature, top_k, top_p, seed
+    )
+    step = max(1, BATCH_TOKENS // len(sequences))
+    for start in range(0, int(lengths.max()), step):
+        chunks = [row[start : start + step] for row in sequences]
+        held = np.minimum(lengths, start)
+        batch = model.packed(chunks, held, generation.capacity)
+        last = (lengths > start) & (lengths <= start + step)  # rows whose prompt ends in this chunk
+        generation.prefill(*batch, np.where(last, batch[2][1:] - 1, -1).astype(np.int32))
+    for _ in range(max_new_tokens):
+        yield generation.next()
+
+
+def read_steps(
+    steps: Iterable[np.ndarray], rows: int, stops: set[int], on_token: Callable[[int, int], None] | None
+) -> list[list[int]]:
+    """The tokens of each row up to its stop; ends with the last row's."""
+    new: list[list[int]] = [[] for _ in range(rows)]
+    running = list(range(rows))
+    for tokens in steps:
+        for row in running:
+            token = int(tokens[row])
+            new[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+        running = [row for row in running if new[row][-1] not in stops]
+        if not running:
+            break
+    return new
+
+
 def generate(
     model: LlamaForCausalLM,
     input_ids: Ids,
@@ -76,12 +122,17 @@ def generate(
 
     Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
     never). Greedy unless `do_sample`. Each row draws from its own generator seeded by (seed, row): its text does not
-    depend on the rows beside it. `on_token(row, token)` is called as tokens come.
+    depend on the rows beside it. `on_token(row, token)` is called as tokens come. On a device the draws are others than
+    on the CPU, and a row's greedy choice between two tokens that bfloat16 cannot tell apart may be too.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     sequences = to_sequences(input_ids)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     stops = {int(eos)} if isinstance(eos, (int, np.integer)) else {int(token) for token in eos or ()}
+    if model.device != "cpu":
+        sampling = (temperature if do_sample else 0.0, top_k, top_p, seed)
+        new = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stops, on_token)
+        return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]
     generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
     cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
     hidden = _prefill(model, sequences, cache)

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantlab import _core
 from quantlab.arrays import as_array
+from quantlab.cuda import device_number
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
 from quantlab.weight import QuantWeight
@@ -159,7 +160,10 @@ class Llama:
         vectors: Mapping[str, np.ndarray],
         tokenizer: Tokenizer | None = None,
         checkpoint: Checkpoint | None = None,
+        device: str = "cpu",
     ):
+        self._device_number = device_number(device)
+        self.device = device
         self.config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
         self.weights, self.vectors = dict(weights), dict(vectors)
         self.tokenizer, self.checkpoint = tokenizer, checkpoint
@@ -186,6 +190,7 @@ class Llama:
             self.weight("model.embed_tokens").handle,
             self.vector("model.norm"),
             tuple(layer(index) for index in range(config.num_hidden_layers)),
+            self._device_number,
         )
 
     # ---- loading and saving ----------------------------------------------------------------------------------
@@ -203,12 +208,24 @@ class Llama:
         "demo".
 
         dtype: what float matrices are held in: float32, bfloat16, float16 (rounded to nearest even), or auto (as
-        stored, without a copy where the file allows it). Arithmetic is float32. Quantized matrices stay as they are.
+        stored, without a copy where the file allows it). Quantized matrices stay as they are.
+
+        device: "cpu", where arithmetic is float32, or "cuda" ("cuda:N"), where products take bfloat16 and add in
+        float32; the weights are copied there once, straight from the file where they are stored as they are used.
+        CudaError where CUDA cannot be used, with the reason.
         """
         from quantlab.io import open_checkpoint
 
-        check_device(device)
-        return cls.from_checkpoint(open_checkpoint(source, local_files_only=local_files_only), dtype=dtype, **extra)
+        device_number(device)  # better said before the weights are read
+        checkpoint = open_checkpoint(source, local_files_only=local_files_only)
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, **extra)
+
+    def to(self: Self, device: str) -> Self:
+        """The same model on another device ("cpu", "cuda", "cuda:N"): itself where it is there already. Its memory on
+        the old device is free once this model is no longer used."""
+        if device_number(device) == self._device_number:
+            return self
+        return self._with(self.weights, device)
 
     @classmethod
     def from_checkpoint(cls: type[Self], checkpoint: Checkpoint, dtype: str = "float32", **extra: Any) -> Self:
@@ -229,12 +246,10 @@ class Llama:
         unknown = set(weights) - set(self.weights)
         if unknown:
             raise ValueError(f"weights: no module named {sorted(unknown)[0]!r} in this model")
-        return type(self)(
-            self.config, {**self.weights, **weights}, self.vectors, self.tokenizer, self.checkpoint, **self._extra()
-        )
+        return self._with({**self.weights, **weights}, self.device)
 
-    def _extra(self) -> dict[str, Any]:
-        return {}
+    def _with(self: Self, weights: Mapping[str, QuantWeight], device: str) -> Self:
+        return type(self)(self.config, weights, self.vectors, self.tokenizer, self.checkpoint, device=device)
 
     def weight(self, module: str) -> QuantWeight:
         """The matrix of a module; KeyError with its name where there is none."""
@@ -279,25 +294,38 @@ class Llama:
             self._rope = rope_tables(self.config, length if dynamic else max(256, 1 << (length - 1).bit_length()))
         return self._rope
 
-    def packed_hidden(self, sequences: Sequence[np.ndarray], cache: KVCache | None = None) -> np.ndarray:
-        """Hidden states after the final norm of int32 sequences laid end to end, float32 (tokens, hidden_size).
+    def packed(
+        self, sequences: Sequence[np.ndarray], before: np.ndarray | None = None, capacity: int | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """What `_core` takes for int32 sequences laid end to end: ids, positions, q_start, kv_start, kv_len, cos, sin.
+
+        before (B,): tokens of each that a cache holds, in rows of `capacity`.
+        """
+        counts = np.array([len(sequence) for sequence in sequences], np.int64)
+        q_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        before = np.zeros_like(counts) if before is None else before
+        positions = np.concatenate([np.arange(b, b + n, dtype=np.int32) for b, n in zip(before, counts, strict=True)])
+        kv_start = q_start[:-1].copy() if capacity is None else np.arange(len(counts), dtype=np.int64) * capacity
+        tables = self.rope(int((before + counts).max()))
+        return np.concatenate(sequences), positions, q_start, kv_start, before + counts, *tables
+
+    def packed_hidden(
+        self, sequences: Sequence[np.ndarray], cache: KVCache | None = None, keep: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Hidden states after the final norm of int32 sequences laid end to end, float32 (tokens, hidden_size), or
+        the rows `keep` of them.
 
         With a cache, sequence b continues row b of it, and the cache grows by what was given. One C call: bound the
         tokens before you call.
         """
-        counts = np.array([len(sequence) for sequence in sequences], np.int64)
-        q_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        before = np.zeros_like(counts) if cache is None else cache.lengths
-        positions = np.concatenate([np.arange(b, b + n, dtype=np.int32) for b, n in zip(before, counts, strict=True)])
-        cos, sin = self.rope(int((before + counts).max()))
-        ids = np.concatenate(sequences)
+        keep = None if keep is None else np.ascontiguousarray(keep, np.int32)
         if cache is None:
-            return self._core.forward(ids, positions, q_start, q_start[:-1].copy(), counts, cos, sin)
-        kv_start = np.arange(len(counts), dtype=np.int64) * cache.capacity
-        if (before + counts).max() > cache.capacity:
-            raise ValueError(f"cache: {(before + counts).max()} tokens, its capacity is {cache.capacity}")
-        hidden = self._core.forward(ids, positions, q_start, kv_start, before + counts, cos, sin, cache.k, cache.v)
-        cache.lengths = before + counts
+            return self._core.forward(*self.packed(sequences), None, None, keep)
+        batch = self.packed(sequences, cache.lengths, cache.capacity)
+        if batch[4].max() > cache.capacity:
+            raise ValueError(f"cache: {batch[4].max()} tokens, its capacity is {cache.capacity}")
+        hidden = self._core.forward(*batch, cache.k, cache.v, keep)
+        cache.lengths = batch[4]
         return hidden
 
     def batches(self, sequences: Sequence[np.ndarray], batch_tokens: int) -> Iterator[list[int]]:
@@ -365,7 +393,12 @@ class LlamaForCausalLM(Llama):
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """float32 (tokens, vocabulary) of hidden states (tokens, hidden_size)."""
-        return _core.linear(np.ascontiguousarray(hidden), self.lm_head.handle)
+        return self._core.linear(np.ascontiguousarray(hidden), self.lm_head.handle)
+
+    def losses(self, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """-log p(targets[i] | ids[: i + 1]) in nats of one sequence, float32 (T,); 0 where the target is -100."""
+        targets = np.ascontiguousarray(targets, np.int32)
+        return self._core.losses(*self.packed([np.ascontiguousarray(ids, np.int32)]), self.lm_head.handle, targets)
 
     def __call__(
         self, input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None, logits_to_keep: int = 0
@@ -430,15 +463,3 @@ def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
         return weight
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     return QuantWeight.from_array(weight.dequantize().astype(target))
-
-
-def check_device(device: str) -> None:
-    """Raises where a model cannot live on `device`: ValueError for a name nobody knows, CudaError where CUDA is not
-    there."""
-    if device == "cpu":
-        return
-    if device.split(":")[0] == "cuda":
-        from quantlab.cuda import why_not
-
-        raise _core.CudaError(f"device: {device} cannot be used: {why_not()}")
-    raise ValueError(f"device: got {device!r}, accepted are cpu, cuda, cuda:N")

@@ -7,26 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantlab import _core
 from quantlab.llama import Ids, to_sequences
 from quantlab.progress import progress
 
 if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM
 
-LOGIT_ROWS = 256  # rows of logits held at once
-
 
 def token_losses(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
     """Negative log-likelihood in nats of tokens 1.. of one chunk of ids (T,), float32 (T - 1,)."""
-    hidden = model.packed_hidden([ids])[:-1]
-    losses = [
-        _core.cross_entropy(
-            model.logits(hidden[i : i + LOGIT_ROWS]), np.ascontiguousarray(ids[i + 1 : i + 1 + LOGIT_ROWS])
-        )
-        for i in range(0, len(hidden), LOGIT_ROWS)
-    ]
-    return np.concatenate(losses)
+    return model.losses(ids, np.append(ids[1:], np.int32(-100)))[:-1]
 
 
 def perplexity(

@@ -39,7 +39,7 @@ def test_use_restores_and_nests() -> None:
         ({"threads": 0}, ValueError, "threads: got 0, expected 1 to 4096"),
         ({"threads": 2.0}, TypeError, "threads: got float, expected an int"),
         ({"precise": 1}, TypeError, "precise: got int, expected a bool"),
-        ({"device": "tpu"}, ValueError, "device: got 'tpu', expected 'cpu' or 'cuda'"),
+        ({"device": "tpu"}, ValueError, "device: got 'tpu', accepted are cpu, cuda, cuda:N"),
     ],
 )
 def test_use_refuses(arguments: dict, error: type, message: str) -> None:

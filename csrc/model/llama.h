@@ -18,28 +18,62 @@ typedef struct {
     const ql_llama_layer *layer;
 } ql_llama;
 
-/* t tokens of b sequences, one after the other, no padding */
+/* t tokens of b sequences, one after the other, no padding; arrays are the backend's */
 typedef struct {
     const int32_t *ids, *positions; /* (t,) */
+    const int32_t *rows;            /* (t,) row of the keys and values that each token adds */
     const int64_t *q_start;         /* (b + 1,) first token of each sequence */
     const int64_t *kv_start;        /* (b,) first row of its keys: in the cache, or, without one, its first token */
     const int64_t *kv_len;          /* (b,) keys that its last token sees, itself included */
     const float *cos, *sin;         /* (positions, d / 2) */
     int64_t t, b;
+    int64_t max_queries, max_keys; /* at least the most tokens and the most keys of a sequence */
 } ql_llama_batch;
 
-/* keys and values of every layer */
+/* keys and values of every layer, in elements of the backend's kv_bytes */
 typedef struct {
-    float *k, *v; /* (layers, rows, hkv, d) */
+    void *k, *v; /* (layers, rows, hkv, d) */
     int64_t rows;
 } ql_kv_cache;
 
-/* floats of workspace, zero at first, that a forward pass over t tokens needs */
+/* A backend with all the fused ops runs them, on keys and values in its own type. */
+int ql_llama_fused(const ql_backend *backend);
+
+/* floats of workspace that a forward pass over t tokens needs, zero at first where t <= QL_GEMV_ROWS */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t);
 
-/* hidden (t, c): the last hidden states after the final norm. cache NULL: attend within the batch only.
- * QL_EINTERRUPT where the user stopped it. */
+/* rows (t,) of a batch, from its q_start, kv_start and kv_len: the keys of a sequence end with those of this batch. All
+ * of the host. */
+void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch);
+
+/* hidden (t, c): the last hidden states after the final norm. cache NULL: attend within the batch only. Neither allocates
+ * nor waits for a device. QL_EINTERRUPT where the user stopped it. */
 ql_status ql_llama_forward(float *hidden, const ql_llama *model, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *backend);
+
+/* ---- generation: b sequences, a token each at a time; arrays are the backend's (llama_step.c) ------------------- */
+
+typedef struct {
+    const ql_llama *model;
+    const ql_weight *head; /* (vocabulary, c) */
+    ql_llama_batch batch;  /* t == b: ids, positions, rows and kv_len are those below */
+    ql_kv_cache cache;
+    int32_t *ids, *positions, *rows; /* (b,) of the next step */
+    int64_t *kv_len;                 /* (b,) */
+    const int32_t *streams;          /* (b,) number of each sequence, for its random numbers */
+    int64_t *step;                   /* (1,) steps done */
+    int32_t *tokens;                 /* (b,) chosen last */
+    int32_t *history;                /* (steps, b) all that were chosen */
+    float *hidden, *logits;          /* (b, c) (b, vocabulary) */
+    float *workspace;
+    float temperature, top_p; /* temperature 0: the likeliest token */
+    int64_t top_k;
+    uint64_t seed;
+} ql_llama_generation;
+
+/* Chooses the next tokens from g->hidden, and moves all counters on. */
+void ql_llama_choose(const ql_llama_generation *g, const ql_backend *backend);
+/* The forward pass of g->ids, and the choice after it. Depends on nothing of the host: a backend may record and replay it. */
+ql_status ql_llama_step(const ql_llama_generation *g, const ql_backend *backend);
 
 #endif

@@ -4,14 +4,15 @@
 
 #include <math.h> /* sqrtf */
 
-/* what a pass holds beside its output, cut from the workspace */
+enum { ALIGNMENT = 64 }; /* floats: each buffer begins on a cache line of any backend */
+
+/* what a pass holds beside its output, cut from the workspace; but for x and h in the backend's own type where it is fused */
 typedef struct {
     float *x;         /* (t, c) residual stream */
     float *h;         /* (t, c) normed input of a block */
     float *q, *k, *v; /* (t, hq d) (t, hkv d) (t, hkv d) */
     float *a;         /* (t, hq d) attention output */
     float *gate, *up; /* (t, f) */
-    int32_t *rows;    /* (t,) cache row of each token */
     int64_t m;        /* rows of the products, t or more */
 } buffers;
 
@@ -19,28 +20,32 @@ typedef struct {
  * depend on the rows beside it, so there a pass is never that small: rows of zeros fill it up. */
 static int64_t product_rows(int64_t t, int cached) { return cached || t > QL_GEMV_ROWS ? t : QL_GEMV_ROWS + 1; }
 
-int64_t ql_llama_workspace(const ql_llama *m, int64_t t) {
-    t = product_rows(t, 0);
-    return t * (2 * m->c + 2 * m->hq * m->d + 2 * m->hkv * m->d + 2 * m->f + 1);
+static float *take(float **rest, int64_t count) {
+    float *part = *rest;
+    *rest += (count + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return part;
 }
 
-static buffers cut(const ql_llama *m, int64_t t, float *workspace) {
+static buffers cut(const ql_llama *m, int64_t t, float **rest) {
     buffers s;
     s.m = t;
-    s.x = workspace;
-    s.h = s.x + t * m->c;
-    s.q = s.h + t * m->c;
-    s.k = s.q + t * m->hq * m->d;
-    s.v = s.k + t * m->hkv * m->d;
-    s.a = s.v + t * m->hkv * m->d;
-    s.gate = s.a + t * m->hq * m->d;
-    s.up = s.gate + t * m->f;
-    s.rows = (int32_t *)(s.up + t * m->f);
+    s.x = take(rest, t * m->c);
+    s.h = take(rest, t * m->c);
+    s.q = take(rest, t * m->hq * m->d);
+    s.k = take(rest, t * m->hkv * m->d);
+    s.v = take(rest, t * m->hkv * m->d);
+    s.a = take(rest, t * m->hq * m->d);
+    s.gate = take(rest, t * m->f);
+    s.up = take(rest, t * m->f);
     return s;
 }
 
-/* the cache row of each token: the keys of a sequence end with those of this batch */
-static void cache_rows(int32_t *rows, const ql_llama_batch *batch) {
+int64_t ql_llama_workspace(const ql_llama *m, int64_t t) {
+    t = product_rows(t, 0);
+    return t * (2 * m->c + 2 * m->hq * m->d + 2 * m->hkv * m->d + 2 * m->f) + 8 * ALIGNMENT;
+}
+
+void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch) {
     for (int64_t b = 0; b < batch->b; b++) {
         int64_t queries = batch->q_start[b + 1] - batch->q_start[b];
         int64_t first = batch->kv_start[b] + batch->kv_len[b] - queries;
@@ -48,12 +53,17 @@ static void cache_rows(int32_t *rows, const ql_llama_batch *batch) {
     }
 }
 
+int ql_llama_fused(const ql_backend *be) {
+    return be->qkv_forward != NULL && be->attention_fused_forward != NULL && be->gate_up_forward != NULL &&
+           be->linear_residual_forward != NULL;
+}
+
 static void linear(const ql_backend *be, float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     be->linear_forward[w->format](y, x, w, m, accumulate);
 }
 
 static void attention_block(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
-                            float *cache_k, float *cache_v, const ql_backend *be) {
+                            void *cache_k, void *cache_v, const ql_backend *be) {
     int64_t t = batch->t;
     be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, t, m->c, m->eps);
     linear(be, s->q, s->h, layer->q, s->m, 0);
@@ -63,8 +73,8 @@ static void attention_block(const ql_llama *m, const ql_llama_layer *layer, cons
     be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     const float *k = s->k, *v = s->v;
     if (cache_k != NULL) {
-        be->scatter_rows_forward(cache_k, s->k, s->rows, t, m->hkv * m->d);
-        be->scatter_rows_forward(cache_v, s->v, s->rows, t, m->hkv * m->d);
+        be->scatter_rows_forward(cache_k, s->k, batch->rows, t, m->hkv * m->d);
+        be->scatter_rows_forward(cache_v, s->v, batch->rows, t, m->hkv * m->d);
         k = cache_k, v = cache_v;
     }
     be->attention_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, batch->b, m->hq, m->hkv,
@@ -80,17 +90,34 @@ static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t,
     linear(be, s->x, s->gate, layer->down, s->m, 1);
 }
 
+static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
+                        void *cache_k, void *cache_v, const ql_backend *be) {
+    int64_t t = batch->t;
+    void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
+    be->qkv_forward(s->q, k, v, s->x, layer->input_norm, layer->q, layer->k, layer->v, batch->cos, batch->sin,
+                    batch->positions, batch->rows, t, m->hq, m->hkv, m->d, m->eps);
+    be->attention_fused_forward(s->a, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
+                                m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
+    be->linear_residual_forward(s->x, s->a, layer->o, t);
+    be->gate_up_forward(s->gate, s->x, layer->post_norm, layer->gate, layer->up, t, m->eps);
+    be->linear_residual_forward(s->x, s->gate, layer->down, t);
+}
+
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *be) {
-    buffers s = cut(m, product_rows(batch->t, cache != NULL), workspace);
-    int64_t layer_floats = cache != NULL ? cache->rows * m->hkv * m->d : 0;
-    if (cache != NULL) { cache_rows(s.rows, batch); }
+    int fused = ql_llama_fused(be);
+    buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &workspace);
+    int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * be->kv_bytes : 0;
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
     for (int64_t i = 0; i < m->layers; i++) {
-        float *cache_k = cache != NULL ? cache->k + i * layer_floats : NULL;
-        float *cache_v = cache != NULL ? cache->v + i * layer_floats : NULL;
-        attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
-        mlp_block(m, &m->layer[i], batch->t, &s, be);
+        void *cache_k = cache != NULL ? (char *)cache->k + i * layer_bytes : NULL;
+        void *cache_v = cache != NULL ? (char *)cache->v + i * layer_bytes : NULL;
+        if (fused) {
+            fused_layer(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
+        } else {
+            attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
+            mlp_block(m, &m->layer[i], batch->t, &s, be);
+        }
         if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }
     }
     be->rmsnorm_forward(hidden, NULL, s.x, m->norm, batch->t, m->c, m->eps);

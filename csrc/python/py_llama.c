@@ -1,16 +1,9 @@
 /* py_llama.c: _core.Llama, a model over validated weights, and its forward pass. */
-#include "python.h"
+#include "llama_object.h"
 
-#include "../model/llama.h"
 #include "../quant/pack.h"
 
-typedef struct {
-    PyObject_HEAD
-    ql_llama model;
-    ql_llama_layer *layer;
-    int64_t vocabulary;
-    PyObject *parts; /* tuple that keeps weights and gains alive */
-} LlamaObject;
+PyTypeObject *ql_llama_type;
 
 enum { LAYER_PARTS = 9 };
 static const char *const part_names[LAYER_PARTS] = {"input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj",
@@ -62,13 +55,41 @@ static int check_sizes(const ql_llama *m) {
     return 0;
 }
 
+/* where the model points to each matrix, and which object that is */
+static int list_matrices(LlamaObject *self, PyObject *embed, PyObject *layers) {
+    self->matrix = PyMem_Calloc((size_t)(7 * self->model.layers + 1), sizeof *self->matrix);
+    if (self->matrix == NULL) { return PyErr_NoMemory(), 0; }
+    self->matrix[self->matrices++] = (ql_llama_matrix){(WeightObject *)embed, &self->model.embed, NULL};
+    for (int64_t i = 0; i < self->model.layers; i++) {
+        ql_llama_layer *layer = &self->layer[i];
+        const ql_weight **slots[LAYER_PARTS] = {NULL, &layer->q, &layer->k, &layer->v, &layer->o, NULL, &layer->gate, &layer->up, &layer->down};
+        for (int part = 0; part < LAYER_PARTS; part++) {
+            if (slots[part] == NULL) { continue; }
+            PyObject *object = PyTuple_GET_ITEM(PyTuple_GET_ITEM(layers, i), part);
+            self->matrix[self->matrices++] = (ql_llama_matrix){(WeightObject *)object, slots[part], NULL};
+        }
+    }
+    return 1;
+}
+
+static int place(LlamaObject *self) {
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    status = ql_llama_place(self);
+    QL_CALL_END(stopped)
+    if (!stopped && status != QL_OK) { ql_raise(status); }
+    return !stopped && status == QL_OK;
+}
+
 static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"heads", "kv_heads", "head_dim", "intermediate", "eps", "embed", "norm", "layers", NULL};
+    static char *names[] = {"heads", "kv_heads", "head_dim", "intermediate", "eps", "embed", "norm", "layers", "device", NULL};
+    int device = -1;
     long long hq, hkv, d, f;
     float eps;
     PyObject *embed, *norm, *layers;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "LLLLfOOO!", names, &hq, &hkv, &d, &f, &eps, &embed, &norm,
-                                     &PyTuple_Type, &layers)) {
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "LLLLfOOO!|i", names, &hq, &hkv, &d, &f, &eps, &embed, &norm,
+                                     &PyTuple_Type, &layers, &device)) {
         return NULL;
     }
     const ql_weight *table = ql_table_arg(embed, "embed");
@@ -86,12 +107,19 @@ static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     self->model.layer = self->layer;
     self->vocabulary = table->n;
     self->parts = PyTuple_Pack(3, embed, norm, layers);
-    if (self->parts == NULL) { return Py_DECREF(self), NULL; }
+    if (self->parts == NULL || !list_matrices(self, embed, layers)) { return Py_DECREF(self), NULL; }
+    if (device >= 0 && ((self->be = ql_device_arg(device)) == NULL || !place(self))) { return Py_DECREF(self), NULL; }
     return (PyObject *)self;
 }
 
 static void llama_dealloc(LlamaObject *self) {
     PyTypeObject *type = Py_TYPE(self);
+    if (self->be != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        ql_llama_unplace(self);
+        Py_END_ALLOW_THREADS
+    }
+    PyMem_Free(self->matrix);
     PyMem_Free(self->layer);
     Py_XDECREF(self->parts);
     type->tp_free((PyObject *)self);
@@ -134,28 +162,51 @@ static int cache_arg(ql_kv_cache *cache, PyObject *k_object, PyObject *v_object,
     return 1;
 }
 
-static int batch_arg(ql_llama_batch *batch, PyObject **o, const ql_llama *m, int64_t *positions) {
+int ql_rope_arg(const float **cos, const float **sin, int64_t *positions, PyObject *cos_object, PyObject *sin_object, int64_t d) {
+    PyArrayObject *c = ql_array(cos_object, "cos", NPY_FLOAT32, 2);
+    PyArrayObject *s = c == NULL ? NULL : ql_array(sin_object, "sin", NPY_FLOAT32, 2);
+    if (s == NULL || !ql_check_dim(c, "cos", 1, d / 2) || !ql_check_dim(s, "sin", 1, d / 2) ||
+        !ql_check_dim(s, "sin", 0, ql_dim(c, 0))) {
+        return 0;
+    }
+    *cos = ql_data(c), *sin = ql_data(s), *positions = ql_dim(c, 0);
+    return 1;
+}
+
+static int64_t most(const int64_t *values, int64_t count) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i++) { found = values[i] > found ? values[i] : found; }
+    return found;
+}
+
+int ql_batch_arg(ql_llama_batch *batch, int32_t **rows, PyObject *const o[5], int64_t vocabulary, int64_t positions,
+                 int64_t cache_rows) {
     PyArrayObject *ids = ql_array(o[0], "input_ids", NPY_INT32, 1);
     PyArrayObject *where = ids == NULL ? NULL : ql_array(o[1], "positions", NPY_INT32, 1);
     PyArrayObject *q_start = where == NULL ? NULL : ql_array(o[2], "q_start", NPY_INT64, 1);
     PyArrayObject *kv_start = q_start == NULL ? NULL : ql_array(o[3], "kv_start", NPY_INT64, 1);
     PyArrayObject *kv_len = kv_start == NULL ? NULL : ql_array(o[4], "kv_len", NPY_INT64, 1);
-    PyArrayObject *cos = kv_len == NULL ? NULL : ql_array(o[5], "cos", NPY_FLOAT32, 2);
-    PyArrayObject *sin = cos == NULL ? NULL : ql_array(o[6], "sin", NPY_FLOAT32, 2);
-    if (sin == NULL || !ql_check_dim(where, "positions", 0, ql_dim(ids, 0)) ||
-        !ql_check_dim(q_start, "q_start", 0, ql_dim(kv_len, 0) + 1) || !ql_check_dim(kv_start, "kv_start", 0, ql_dim(kv_len, 0)) ||
-        !ql_check_dim(cos, "cos", 1, m->d / 2) || !ql_check_dim(sin, "sin", 1, m->d / 2) ||
-        !ql_check_dim(sin, "sin", 0, ql_dim(cos, 0))) {
+    if (kv_len == NULL || !ql_check_dim(where, "positions", 0, ql_dim(ids, 0)) ||
+        !ql_check_dim(q_start, "q_start", 0, ql_dim(kv_len, 0) + 1) || !ql_check_dim(kv_start, "kv_start", 0, ql_dim(kv_len, 0))) {
         return 0;
     }
-    *batch = (ql_llama_batch){ql_data(ids), ql_data(where), ql_data(q_start), ql_data(kv_start), ql_data(kv_len),
-                              ql_data(cos), ql_data(sin), ql_dim(ids, 0), ql_dim(kv_len, 0)};
-    *positions = ql_dim(cos, 0);
+    *batch = (ql_llama_batch){.ids = ql_data(ids), .positions = ql_data(where), .q_start = ql_data(q_start),
+                              .kv_start = ql_data(kv_start), .kv_len = ql_data(kv_len), .cos = batch->cos, .sin = batch->sin,
+                              .t = ql_dim(ids, 0), .b = ql_dim(kv_len, 0)};
+    if (!check_batch(batch, vocabulary, positions, cache_rows >= 0 ? cache_rows : batch->t)) { return 0; }
+    for (int64_t b = 0; b < batch->b; b++) {
+        int64_t queries = batch->q_start[b + 1] - batch->q_start[b];
+        if (queries > batch->max_queries) { batch->max_queries = queries; }
+    }
+    batch->max_keys = most(batch->kv_len, batch->b);
+    *rows = PyMem_RawMalloc((size_t)(batch->t + 1) * sizeof **rows);
+    if (*rows == NULL) { return PyErr_NoMemory(), 0; }
+    ql_llama_rows(*rows, batch);
+    batch->rows = *rows;
     return 1;
 }
 
-/* a step of generation: its products read packed weights */
-static void pack_weights(const ql_llama *m) {
+void ql_llama_pack(const ql_llama *m) {
     for (int64_t i = 0; i < m->layers; i++) {
         const ql_llama_layer *layer = &m->layer[i];
         const ql_weight *weights[] = {layer->q, layer->k, layer->v, layer->o, layer->gate, layer->up, layer->down};
@@ -163,37 +214,180 @@ static void pack_weights(const ql_llama *m) {
     }
 }
 
+/* what a call of the model computes: `out` from the hidden states */
+typedef struct {
+    ql_llama_batch batch; /* of the host */
+    int64_t positions;
+    const ql_kv_cache *cache;
+    const int32_t *keep; /* (kept,) rows of the hidden states that are wanted, or NULL: all */
+    int64_t kept;
+    WeightObject *head;     /* NULL: out (kept or t, c) is hidden states; else out (t,) is the loss of each token */
+    const int32_t *targets; /* (t,) */
+    float *out;
+} llama_call;
+
+enum { LOSS_ROWS = 256 }; /* rows of logits held at once */
+
+static ql_status losses(float *out, const float *hidden, const ql_weight *head, const int32_t *targets, int64_t t, const ql_backend *be) {
+    float *logits = NULL;
+    ql_status status = be->alloc((void **)&logits, (size_t)(LOSS_ROWS * head->n) * sizeof *logits);
+    for (int64_t i = 0; i < t && status == QL_OK && !ql_call_stopped(); i += LOSS_ROWS) {
+        int64_t count = t - i < LOSS_ROWS ? t - i : LOSS_ROWS;
+        be->linear_forward[head->format](logits, hidden + i * head->k, head, count, 0);
+        be->cross_entropy_forward(out + i, NULL, logits, targets + i, count, head->n);
+    }
+    be->release(logits);
+    return status;
+}
+
+/* the part of a call after its batch is on the backend */
+static ql_status finish_call(LlamaObject *self, const llama_call *call, const float *hidden, const ql_bundle *extra, const ql_backend *be) {
+    int64_t t = call->batch.t, c = self->model.c;
+    float *result = NULL;
+    ql_status status = QL_OK;
+    if (call->head == NULL && call->keep == NULL) { return be->download(call->out, hidden, (size_t)(t * c) * sizeof(float)); }
+    if (call->head == NULL) {
+        status = be->alloc((void **)&result, (size_t)(call->kept * c) * sizeof(float));
+        if (status == QL_OK) {
+            be->gather_rows_forward(result, hidden, ql_bundle_at(extra, 0), call->kept, c);
+            status = be->download(call->out, result, (size_t)(call->kept * c) * sizeof(float));
+        }
+    } else {
+        ql_placed *placed = self->be != NULL ? ql_place(call->head, be) : NULL;
+        const ql_weight *head = placed != NULL ? &placed->weight : &call->head->weight;
+        status = self->be != NULL && placed == NULL ? QL_ECUDA : be->alloc((void **)&result, (size_t)t * sizeof(float));
+        if (status == QL_OK) { status = losses(result, hidden, head, ql_bundle_at(extra, 0), t, be); }
+        if (status == QL_OK) { status = be->download(call->out, result, (size_t)t * sizeof(float)); }
+        if (placed != NULL) { ql_unplace(call->head, placed); }
+    }
+    be->release(result);
+    return status;
+}
+
+static ql_status run_call(LlamaObject *self, const llama_call *call) {
+    const ql_backend *be = ql_llama_backend(self);
+    ql_status status = be->begin(be->device);
+    if (status != QL_OK) { return status; }
+    ql_llama_batch batch;
+    ql_bundle arrays = {.count = 0}, extra = {.count = 0};
+    float *hidden = NULL, *workspace = NULL;
+    int64_t t = call->batch.t;
+    ql_bundle_add(&extra, call->head != NULL ? call->targets : call->keep, (size_t)(call->head != NULL ? t : call->kept) * sizeof(int32_t));
+    status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, self->model.d, be);
+    if (status == QL_OK) { status = ql_bundle_upload(&extra, be); }
+    if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * self->model.c) * sizeof(float)); }
+    if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t) * sizeof(float)); }
+    if (status == QL_OK && t <= QL_GEMV_ROWS) { /* rows that fill a small pass up are zero */
+        status = be->fill(workspace, 0, (size_t)ql_llama_workspace(&self->model, t) * sizeof(float));
+        if (self->be == NULL && call->cache != NULL) { ql_llama_pack(&self->model); }
+    }
+    if (status == QL_OK) { status = ql_llama_forward(hidden, &self->model, &batch, call->cache, workspace, be); }
+    be->release(workspace);
+    if (status == QL_OK) { status = finish_call(self, call, hidden, &extra, be); }
+    be->release(hidden);
+    be->release(arrays.memory);
+    be->release(extra.memory);
+    ql_status first = be->end();
+    return first != QL_OK ? first : status;
+}
+
+static PyObject *call_model(LlamaObject *self, llama_call *call, PyArrayObject *out, int32_t *rows) {
+    int stopped;
+    ql_status status = QL_OK;
+    if (out != NULL) {
+        call->out = ql_data(out);
+        QL_CALL_BEGIN
+        status = run_call(self, call);
+        QL_CALL_END(stopped)
+        if (stopped) { status = QL_EINTERRUPT; }
+    }
+    PyMem_RawFree(rows);
+    if (out == NULL || status != QL_OK) { return Py_XDECREF(out), out == NULL ? NULL : ql_raise(status); }
+    return (PyObject *)out;
+}
+
+static int keep_arg(llama_call *call, PyObject *object) {
+    int failed = 0;
+    PyArrayObject *keep = ql_array_or_none(object, "keep", NPY_INT32, 1, &failed);
+    call->keep = ql_data(keep);
+    call->kept = keep == NULL ? 0 : ql_dim(keep, 0);
+    for (int64_t i = 0; i < call->kept; i++) {
+        if (call->keep[i] < 0 || call->keep[i] >= call->batch.t) {
+            return PyErr_Format(PyExc_ValueError, "keep: got %d, expected 0 to %lld", call->keep[i], (long long)call->batch.t - 1), 0;
+        }
+    }
+    return !failed;
+}
+
 static PyObject *llama_forward(PyObject *object, PyObject *arguments) {
     LlamaObject *self = (LlamaObject *)object;
     const ql_llama *m = &self->model;
-    PyObject *o[7], *cache_k = Py_None, *cache_v = Py_None;
-    ql_llama_batch batch;
-    ql_kv_cache cache;
-    int64_t positions;
-    if (!PyArg_ParseTuple(arguments, "OOOOOOO|OO", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &cache_k, &cache_v) ||
-        !batch_arg(&batch, o, m, &positions)) {
+    PyObject *o[7], *cache_k = Py_None, *cache_v = Py_None, *keep = Py_None;
+    ql_kv_cache cache = {NULL, NULL, -1};
+    llama_call call = {.cache = NULL};
+    int32_t *rows = NULL;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOO|OOO", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &cache_k, &cache_v, &keep) ||
+        !ql_rope_arg(&call.batch.cos, &call.batch.sin, &call.positions, o[5], o[6], m->d)) {
         return NULL;
     }
-    int cached = cache_k != Py_None;
-    if (cached && !cache_arg(&cache, cache_k, cache_v, m)) { return NULL; }
-    if (!check_batch(&batch, self->vocabulary, positions, cached ? cache.rows : batch.t)) { return NULL; }
-    PyArrayObject *out = ql_new(2, (int64_t[]){batch.t, m->c}, NPY_FLOAT32);
-    float *workspace = PyMem_RawCalloc((size_t)ql_llama_workspace(m, batch.t) + 1, sizeof(float)); /* padding rows: 0 */
-    if (out == NULL || workspace == NULL) { return Py_XDECREF(out), PyMem_RawFree(workspace), PyErr_NoMemory(); }
-    int stopped;
-    QL_CALL_BEGIN
-    if (cached && batch.t <= QL_GEMV_ROWS) { pack_weights(m); }
-    ql_llama_forward(ql_data(out), m, &batch, cached ? &cache : NULL, workspace, ql_cpu());
-    QL_CALL_END(stopped)
-    PyMem_RawFree(workspace);
-    if (stopped) { return Py_DECREF(out), ql_raise(QL_EINTERRUPT); }
-    return (PyObject *)out;
+    if (cache_k != Py_None && self->be != NULL) {
+        return PyErr_Format(PyExc_ValueError, "cache_k: a model on a device keeps its keys there: use _core.Generation");
+    }
+    if (cache_k != Py_None && !cache_arg(&cache, cache_k, cache_v, m)) { return NULL; }
+    call.cache = cache_k != Py_None ? &cache : NULL;
+    if (!ql_batch_arg(&call.batch, &rows, o, self->vocabulary, call.positions, cache.rows)) { return NULL; }
+    if (!keep_arg(&call, keep)) { return PyMem_RawFree(rows), NULL; }
+    int64_t count = call.keep != NULL ? call.kept : call.batch.t;
+    return call_model(self, &call, ql_new(2, (int64_t[]){count, m->c}, NPY_FLOAT32), rows);
+}
+
+/* every target a class, or -100 */
+static int check_targets(PyArrayObject *targets, int64_t t, int64_t classes) {
+    if (!ql_check_dim(targets, "targets", 0, t)) { return 0; }
+    const int32_t *values = ql_data(targets);
+    for (int64_t i = 0; i < t; i++) {
+        if (values[i] != -100 && (values[i] < 0 || values[i] >= classes)) {
+            return PyErr_Format(PyExc_ValueError, "targets: got %d, expected 0 to %lld, or -100", values[i], (long long)classes - 1), 0;
+        }
+    }
+    return 1;
+}
+
+static PyObject *llama_losses(PyObject *object, PyObject *arguments) {
+    LlamaObject *self = (LlamaObject *)object;
+    PyObject *o[7], *head, *targets_object;
+    llama_call call = {.cache = NULL};
+    int32_t *rows = NULL;
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOO", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &head, &targets_object) ||
+        !ql_rope_arg(&call.batch.cos, &call.batch.sin, &call.positions, o[5], o[6], self->model.d)) {
+        return NULL;
+    }
+    const ql_weight *w = ql_weight_arg(head, "head");
+    PyArrayObject *targets = w == NULL ? NULL : ql_array(targets_object, "targets", NPY_INT32, 1);
+    if (targets == NULL || !ql_batch_arg(&call.batch, &rows, o, self->vocabulary, call.positions, -1)) { return NULL; }
+    if (w->k != self->model.c || !check_targets(targets, call.batch.t, w->n)) {
+        if (!PyErr_Occurred()) { PyErr_SetString(PyExc_ValueError, "head: its columns are not the hidden size"); }
+        return PyMem_RawFree(rows), NULL;
+    }
+    call.head = (WeightObject *)head, call.targets = ql_data(targets);
+    return call_model(self, &call, ql_new(1, (int64_t[]){call.batch.t}, NPY_FLOAT32), rows);
+}
+
+/* linear(x, weight) -> x W^T on the model's backend */
+static PyObject *llama_linear(PyObject *object, PyObject *arguments) {
+    LlamaObject *self = (LlamaObject *)object;
+    PyObject *x_object, *w_object;
+    if (!PyArg_ParseTuple(arguments, "OO", &x_object, &w_object)) { return NULL; }
+    return ql_linear_on(ql_llama_backend(self), x_object, w_object, Py_None, 0, 0);
 }
 
 static PyMethodDef llama_methods[] = {
     {"forward", llama_forward, METH_VARARGS,
      "forward(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, cache_k=None, "
-     "cache_v=None) -> hidden states after the final norm (t, c)"},
+     "cache_v=None, keep=None) -> hidden states after the final norm (t, c), or its rows keep (kept, c)"},
+    {"losses", llama_losses, METH_VARARGS,
+     "losses(input_ids, positions, q_start, kv_start, kv_len, cos, sin, head, targets (t,)) -> -log p of each target (t,)"},
+    {"linear", llama_linear, METH_VARARGS, "linear(x (m, k), weight) -> x W^T (m, n) where the model is"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -207,9 +401,6 @@ static PyType_Slot slots[] = {
 static PyType_Spec spec = {"quantlab._core.Llama", sizeof(LlamaObject), 0, Py_TPFLAGS_DEFAULT, slots};
 
 int ql_register_llama(PyObject *module) {
-    PyObject *type = PyType_FromSpec(&spec);
-    if (type == NULL) { return -1; }
-    int status = PyModule_AddObjectRef(module, "Llama", type);
-    Py_DECREF(type);
-    return status;
+    ql_llama_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return ql_llama_type == NULL ? -1 : PyModule_AddObjectRef(module, "Llama", (PyObject *)ql_llama_type);
 }

@@ -3,10 +3,18 @@
 
 #include "../quant/pack.h"
 
-static PyObject *finish(PyArrayObject *out, int stopped) {
-    if (stopped) { return Py_DECREF(out), NULL; }
+static PyObject *finish(PyArrayObject *out, int stopped, ql_status status) {
+    if (stopped || status != QL_OK) { return Py_DECREF(out), stopped ? NULL : ql_raise(status); }
     return (PyObject *)out;
 }
+
+static PyObject *finish_in_place(int stopped, ql_status status) {
+    if (stopped || status != QL_OK) { return stopped ? NULL : ql_raise(status); }
+    Py_RETURN_NONE;
+}
+
+/* calls an op of the selected backend, if it has it: arguments are those of QL_IN, QL_OUT and QL_INOUT */
+#define READY(s, op) ql_stage_ready(s, (s)->be->op != NULL, #op)
 
 /* every id in [0, limit), or `also`, a negative one (0: none) */
 static int check_ids(PyArrayObject *ids, const char *name, int64_t limit, int32_t also) {
@@ -42,10 +50,17 @@ static PyObject *embedding(PyObject *self, PyObject *arguments) {
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(ids, 0), table->k}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->embedding_forward(ql_data(out), ql_data(ids), table, ql_dim(ids, 0));
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_OUT(&s, out);
+    const int32_t *from = QL_IN(&s, ids);
+    const ql_weight *staged = ql_stage_weight(&s, table_object);
+    if (READY(&s, embedding_forward)) { s.be->embedding_forward(to, from, staged, ql_dim(ids, 0)); }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
 }
 
 static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
@@ -61,10 +76,16 @@ static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){ql_dim(x, 0), ql_dim(x, 1)}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->rmsnorm_forward(ql_data(out), ql_data(inv_rms), ql_data(x), ql_data(gain), ql_dim(x, 0), ql_dim(x, 1), eps);
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_OUT(&s, out), *also = QL_OUT(&s, inv_rms);
+    const float *from = QL_IN(&s, x), *gains = QL_IN(&s, gain);
+    if (READY(&s, rmsnorm_forward)) { s.be->rmsnorm_forward(to, also, from, gains, ql_dim(x, 0), ql_dim(x, 1), eps); }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
 }
 
 static PyObject *rope(PyObject *self, PyObject *arguments) {
@@ -88,10 +109,19 @@ static PyObject *rope(PyObject *self, PyObject *arguments) {
     if (out == NULL) { return NULL; }
     if (out != x && PyArray_CopyInto(out, x) < 0) { return Py_DECREF(out), NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->rope_forward(ql_data(out), ql_data(cos), ql_data(sin), ql_data(positions), ql_dim(x, 0), ql_dim(x, 1), ql_dim(x, 2));
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_INOUT(&s, out);
+    const float *cosines = QL_IN(&s, cos), *sines = QL_IN(&s, sin);
+    const int32_t *where = QL_IN(&s, positions);
+    if (READY(&s, rope_forward)) {
+        s.be->rope_forward(to, cosines, sines, where, ql_dim(x, 0), ql_dim(x, 1), ql_dim(x, 2));
+    }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
 }
 
 /* attention(q, k, v, q_start, kv_start, kv_len, scale) -> out (t, hq, d); ranges are checked against q, k, v */
@@ -139,11 +169,20 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
     if (out == NULL) { return NULL; }
     if (out_object == NULL || out_object == Py_None) { PyArray_FILLWBYTE(out, 0); } /* queries of no sequence */
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->attention_forward(ql_data(out), ql_data(lse), ql_data(q), ql_data(k), ql_data(v), ql_data(q_start), ql_data(kv_start),
-                                ql_data(kv_len), ql_dim(kv_len, 0), ql_dim(q, 1), ql_dim(k, 1), ql_dim(q, 2), scale);
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_INOUT(&s, out), *sums = QL_INOUT(&s, lse); /* queries of no sequence keep what is there */
+    const float *queries = QL_IN(&s, q), *keys = QL_IN(&s, k), *values = QL_IN(&s, v);
+    const int64_t *q_at = QL_IN(&s, q_start), *kv_at = QL_IN(&s, kv_start), *lengths = QL_IN(&s, kv_len);
+    if (READY(&s, attention_forward)) {
+        s.be->attention_forward(to, sums, queries, keys, values, q_at, kv_at, lengths, ql_dim(kv_len, 0), ql_dim(q, 1),
+                                ql_dim(k, 1), ql_dim(q, 2), scale);
+    }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
 }
 
 static PyObject *swiglu(PyObject *self, PyObject *arguments) {
@@ -160,10 +199,16 @@ static PyObject *swiglu(PyObject *self, PyObject *arguments) {
     PyArrayObject *out = ql_out(out_object, PyArray_NDIM(gate), dims, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->swiglu_forward(ql_data(out), ql_data(gate), ql_data(up), PyArray_SIZE(gate));
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_OUT(&s, out);
+    const float *gates = QL_IN(&s, gate), *ups = QL_IN(&s, up);
+    if (READY(&s, swiglu_forward)) { s.be->swiglu_forward(to, gates, ups, PyArray_SIZE(gate)); }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
 }
 
 /* add_into(y, x): y += x in place */
@@ -178,17 +223,19 @@ static PyObject *add_into(PyObject *self, PyObject *arguments) {
         return PyErr_Format(PyExc_ValueError, "y: not writeable, or its shape is not that of x");
     }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->add_forward(ql_data(y), ql_data(x), PyArray_SIZE(y));
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_INOUT(&s, y);
+    const float *from = QL_IN(&s, x);
+    if (READY(&s, add_forward)) { s.be->add_forward(to, from, PyArray_SIZE(y)); }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    if (stopped) { return NULL; }
-    Py_RETURN_NONE;
+    return finish_in_place(stopped, status);
 }
 
-static PyObject *linear_like(PyObject *arguments, int backward) {
-    PyObject *x_object, *w_object, *out_object = NULL;
-    int accumulate = 0;
-    if (!PyArg_ParseTuple(arguments, "OO|Op", &x_object, &w_object, &out_object, &accumulate)) { return NULL; }
+PyObject *ql_linear_on(const ql_backend *be, PyObject *x_object, PyObject *w_object, PyObject *out_object, int accumulate, int backward) {
     const char *name = backward ? "dy" : "x";
     PyArrayObject *x = ql_array(x_object, name, NPY_FLOAT32, 2);
     const ql_weight *w = x == NULL ? NULL : ql_weight_arg(w_object, "weight");
@@ -200,15 +247,29 @@ static PyObject *linear_like(PyObject *arguments, int backward) {
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){m, backward ? w->k : w->n}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    if (!backward && m <= QL_GEMV_ROWS) { ql_weight_pack(&((WeightObject *)w_object)->weight); }
-    if (backward) {
-        ql_cpu()->linear_backward_input[w->format](ql_data(out), ql_data(x), w, m, accumulate);
-    } else {
-        ql_cpu()->linear_forward[w->format](ql_data(out), ql_data(x), w, m, accumulate);
+    ql_stage s;
+    ql_stage_begin_on(&s, be);
+    if (!s.staged && !backward && m <= QL_GEMV_ROWS) { ql_weight_pack(&((WeightObject *)w_object)->weight); }
+    float *to = ql_stage_out(&s, ql_data(out), ql_nbytes(out), accumulate);
+    const float *from = QL_IN(&s, x);
+    const ql_weight *staged = ql_stage_weight(&s, w_object);
+    if (backward && READY(&s, linear_backward_input[w->format])) {
+        s.be->linear_backward_input[w->format](to, from, staged, m, accumulate);
+    } else if (!backward && READY(&s, linear_forward[w->format])) {
+        s.be->linear_forward[w->format](to, from, staged, m, accumulate);
     }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    return finish(out, stopped);
+    return finish(out, stopped, status);
+}
+
+static PyObject *linear_like(PyObject *arguments, int backward) {
+    PyObject *x, *weight, *out = NULL;
+    int accumulate = 0;
+    if (!PyArg_ParseTuple(arguments, "OO|Op", &x, &weight, &out, &accumulate)) { return NULL; }
+    return ql_linear_on(ql_selected(), x, weight, out, accumulate, backward);
 }
 
 static PyObject *linear(PyObject *self, PyObject *arguments) { return (void)self, linear_like(arguments, 0); }
@@ -218,6 +279,7 @@ static PyObject *cross_entropy(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *logits_object, *targets_object;
     int gradient = 0, stopped;
+    ql_status status;
     if (!PyArg_ParseTuple(arguments, "OO|p", &logits_object, &targets_object, &gradient)) { return NULL; }
     PyArrayObject *logits = ql_array(logits_object, "logits", NPY_FLOAT32, 2);
     PyArrayObject *targets = logits == NULL ? NULL : ql_array(targets_object, "targets", NPY_INT32, 1);
@@ -230,9 +292,17 @@ static PyObject *cross_entropy(PyObject *self, PyObject *arguments) {
     PyArrayObject *dlogits = gradient ? ql_new(2, (int64_t[]){ql_dim(logits, 0), ql_dim(logits, 1)}, NPY_FLOAT32) : NULL;
     if (loss == NULL || (gradient && dlogits == NULL)) { return Py_XDECREF(loss), Py_XDECREF(dlogits), NULL; }
     QL_CALL_BEGIN
-    ql_cpu()->cross_entropy_forward(ql_data(loss), ql_data(dlogits), ql_data(logits), ql_data(targets), ql_dim(logits, 0), ql_dim(logits, 1));
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_OUT(&s, loss), *slopes = QL_OUT(&s, dlogits);
+    const float *from = QL_IN(&s, logits);
+    const int32_t *wanted = QL_IN(&s, targets);
+    if (READY(&s, cross_entropy_forward)) {
+        s.be->cross_entropy_forward(to, slopes, from, wanted, ql_dim(logits, 0), ql_dim(logits, 1));
+    }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    if (stopped) { return Py_DECREF(loss), Py_XDECREF(dlogits), NULL; }
+    if (stopped || status != QL_OK) { return Py_DECREF(loss), Py_XDECREF(dlogits), stopped ? NULL : ql_raise(status); }
     return gradient ? Py_BuildValue("(NN)", loss, dlogits) : (PyObject *)loss;
 }
 
@@ -241,6 +311,7 @@ static PyObject *gram_into(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *h_object, *a_object, *b_object;
     int lower, stopped;
+    ql_status status;
     if (!PyArg_ParseTuple(arguments, "OOOp", &h_object, &a_object, &b_object, &lower)) { return NULL; }
     PyArrayObject *h = ql_array(h_object, "h", NPY_FLOAT32, 2);
     PyArrayObject *a = h == NULL ? NULL : ql_array(a_object, "a", NPY_FLOAT32, 2);
@@ -251,13 +322,81 @@ static PyObject *gram_into(PyObject *self, PyObject *arguments) {
     }
     if (!PyArray_ISWRITEABLE(h)) { return PyErr_Format(PyExc_ValueError, "h: not writeable"); }
     QL_CALL_BEGIN
-    ql_cpu()->gram_forward(ql_data(h), ql_data(a), ql_data(b), ql_dim(a, 0), ql_dim(a, 1), ql_dim(b, 1), lower);
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_INOUT(&s, h);
+    const float *left = QL_IN(&s, a), *right = QL_IN(&s, b);
+    if (READY(&s, gram_forward)) { s.be->gram_forward(to, left, right, ql_dim(a, 0), ql_dim(a, 1), ql_dim(b, 1), lower); }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    if (stopped) { return NULL; }
-    Py_RETURN_NONE;
+    return finish_in_place(stopped, status);
+}
+
+static PyObject *move_rows(PyObject *arguments, int gather) {
+    PyObject *out_object, *x_object, *rows_object;
+    if (!PyArg_ParseTuple(arguments, "OOO", &out_object, &x_object, &rows_object)) { return NULL; }
+    PyArrayObject *out = ql_array(out_object, "out", NPY_FLOAT32, 2);
+    PyArrayObject *x = out == NULL ? NULL : ql_array(x_object, "x", NPY_FLOAT32, 2);
+    PyArrayObject *rows = x == NULL ? NULL : ql_array(rows_object, "rows", NPY_INT32, 1);
+    if (rows == NULL || !ql_check_dim(x, "x", 1, ql_dim(out, 1)) ||
+        !ql_check_dim(rows, "rows", 0, ql_dim(gather ? out : x, 0)) || !check_ids(rows, "rows", ql_dim(gather ? x : out, 0), 0)) {
+        return NULL;
+    }
+    if (!PyArray_ISWRITEABLE(out)) { return PyErr_Format(PyExc_ValueError, "out: not writeable"); }
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    ql_stage s;
+    ql_stage_begin(&s);
+    float *to = QL_INOUT(&s, out);
+    const float *from = QL_IN(&s, x);
+    const int32_t *where = QL_IN(&s, rows);
+    if (gather && READY(&s, gather_rows_forward)) { s.be->gather_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
+    if (!gather && READY(&s, scatter_rows_forward)) { s.be->scatter_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
+    status = ql_stage_end(&s);
+    QL_CALL_END(stopped)
+    return finish_in_place(stopped, status);
+}
+
+static PyObject *scatter_rows_into(PyObject *self, PyObject *arguments) { return (void)self, move_rows(arguments, 0); }
+static PyObject *gather_rows_into(PyObject *self, PyObject *arguments) { return (void)self, move_rows(arguments, 1); }
+
+/* sample(logits, streams, step, temperature, top_k, top_p, seed) -> tokens */
+static PyObject *sample(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *logits_object, *streams_object;
+    long long step, top_k;
+    float temperature, top_p;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(arguments, "OOLfLfK", &logits_object, &streams_object, &step, &temperature, &top_k, &top_p, &seed)) { return NULL; }
+    PyArrayObject *logits = ql_array(logits_object, "logits", NPY_FLOAT32, 2);
+    PyArrayObject *streams = logits == NULL ? NULL : ql_array(streams_object, "streams", NPY_INT32, 1);
+    if (streams == NULL || !ql_check_dim(streams, "streams", 0, ql_dim(logits, 0))) { return NULL; }
+    if (ql_dim(logits, 1) < 1) { return PyErr_Format(PyExc_ValueError, "logits: got no classes, expected at least 1"); }
+    PyArrayObject *out = ql_new(1, (int64_t[]){ql_dim(logits, 0)}, NPY_INT32);
+    if (out == NULL) { return NULL; }
+    int64_t now = step;
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    ql_stage s;
+    ql_stage_begin(&s);
+    int32_t *to = QL_OUT(&s, out);
+    const float *from = QL_IN(&s, logits);
+    const int32_t *stream = QL_IN(&s, streams);
+    const int64_t *at = ql_stage_in(&s, &now, sizeof now);
+    if (READY(&s, sample_forward)) {
+        s.be->sample_forward(to, from, stream, at, ql_dim(logits, 0), ql_dim(logits, 1), temperature, top_k, top_p, seed);
+    }
+    status = ql_stage_end(&s);
+    QL_CALL_END(stopped)
+    return finish(out, stopped, status);
 }
 
 static PyMethodDef methods[] = {
+    {"scatter_rows_into", scatter_rows_into, METH_VARARGS, "scatter_rows_into(out (rows, c), x (t, c), rows int32 (t,)): out[rows[i]] = x[i]"},
+    {"gather_rows_into", gather_rows_into, METH_VARARGS, "gather_rows_into(out (t, c), x, rows int32 (t,)): out[i] = x[rows[i]]"},
+    {"sample", sample, METH_VARARGS, "sample(logits (b, v), streams int32 (b,), step, temperature, top_k, top_p, seed) -> int32 (b,)"},
     {"embedding", embedding, METH_VARARGS, "embedding(ids int32 (t,), table, out=None) -> (t, c)"},
     {"rmsnorm", rmsnorm, METH_VARARGS, "rmsnorm(x (t, c), gain (c,), eps, out=None, inv_rms=None) -> (t, c)"},
     {"rope", rope, METH_VARARGS, "rope(x (t, heads, d), cos, sin (positions, d/2), positions int32 (t,), out=None) -> (t, heads, d)"},

@@ -140,6 +140,11 @@ static PyObject *weight_new(PyTypeObject *type, PyObject *arguments, PyObject *k
 
 static void weight_dealloc(WeightObject *self) {
     PyTypeObject *type = Py_TYPE(self);
+    if (self->placed != NULL) {
+        Py_BEGIN_ALLOW_THREADS
+        ql_unplace_all(self);
+        Py_END_ALLOW_THREADS
+    }
     Py_XDECREF(self->arrays);
     ql_weight_unpack(&self->weight);
     type->tp_free((PyObject *)self);
@@ -167,6 +172,19 @@ static PyType_Slot slots[] = {
 };
 static PyType_Spec spec = {"quantlab._core.Weight", sizeof(WeightObject), 0, Py_TPFLAGS_DEFAULT, slots};
 
+/* rows of stored columns -> columns in the order of W */
+static ql_status reorder_rows(float *out, const ql_weight *w, int64_t rows) {
+    if (w->perm == NULL) { return QL_OK; }
+    float *stored = PyMem_RawMalloc((size_t)w->k * sizeof *stored);
+    if (stored == NULL) { return ql_fail(QL_ENOMEM, "out of memory"); }
+    for (int64_t i = 0; i < rows; i++, out += w->k) {
+        memcpy(stored, out, (size_t)w->k * sizeof *stored);
+        for (int64_t j = 0; j < w->k; j++) { out[w->perm[j]] = stored[j]; }
+    }
+    PyMem_RawFree(stored);
+    return QL_OK;
+}
+
 /* decode(weight, i0, i1, out=None) -> float32 (i1 - i0, k), columns in the order of W */
 static PyObject *decode(PyObject *self, PyObject *arguments) {
     (void)self;
@@ -181,10 +199,21 @@ static PyObject *decode(PyObject *self, PyObject *arguments) {
     PyArrayObject *out = ql_out(out_object, 2, (int64_t[]){i1 - i0, w->k}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_decode_rows(ql_data(out), w, i0, i1);
+    ql_stage s;
+    ql_stage_begin(&s);
+    const ql_weight *staged = ql_stage_weight(&s, object);
+    float *to = QL_OUT(&s, out);
+    if (!s.staged) {
+        ql_decode_rows(to, w, i0, i1);
+    } else if (ql_stage_ready(&s, s.be->decode_forward[w->format] != NULL, "decode_forward")) {
+        s.be->decode_forward[w->format](to, w->k, staged, i0, i1, 0, w->k);
+    }
+    status = ql_stage_end(&s);
+    if (s.staged && status == QL_OK) { status = reorder_rows(ql_data(out), w, i1 - i0); }
     QL_CALL_END(stopped)
-    if (stopped) { return Py_DECREF(out), NULL; }
+    if (stopped || status != QL_OK) { return Py_DECREF(out), stopped ? NULL : ql_raise(status); }
     return (PyObject *)out;
 }
 
@@ -209,10 +238,18 @@ static PyObject *quantize(PyObject *self, PyObject *arguments) {
     PyArrayObject *scales = ql_new(1, (int64_t[]){(count + group - 1) / group}, NPY_FLOAT32);
     if (codes == NULL || scales == NULL) { return Py_XDECREF(codes), Py_XDECREF(scales), NULL; }
     int stopped;
+    ql_status status;
     QL_CALL_BEGIN
-    ql_cpu()->quantize_forward[format](ql_data(codes), ql_data(scales), ql_data(x), format, count, group);
+    ql_stage s;
+    ql_stage_begin(&s);
+    void *to = QL_OUT(&s, codes), *to_scales = QL_OUT(&s, scales);
+    const float *from = QL_IN(&s, x);
+    if (ql_stage_ready(&s, s.be->quantize_forward[format] != NULL, "quantize_forward")) {
+        s.be->quantize_forward[format](to, to_scales, from, format, count, group);
+    }
+    status = ql_stage_end(&s);
     QL_CALL_END(stopped)
-    if (stopped) { return Py_DECREF(codes), Py_DECREF(scales), NULL; }
+    if (stopped || status != QL_OK) { return Py_DECREF(codes), Py_DECREF(scales), stopped ? NULL : ql_raise(status); }
     return Py_BuildValue("(NN)", codes, scales);
 }
 

@@ -51,12 +51,23 @@ ql_poll ql_signal_poll(void); /* the poll for this thread: only the main thread 
         Py_END_ALLOW_THREADS     \
     }
 
+/* ---- placed.c: a weight's copies on devices ------------------------------------------------------------------ */
+
+typedef struct ql_placed {
+    ql_weight weight; /* pointers of the device */
+    const ql_backend *be;
+    int64_t users;
+    int kept; /* one of the users is the weight itself, since an op has used it */
+    struct ql_placed *next;
+} ql_placed;
+
 /* ---- py_weight.c -------------------------------------------------------------------------------------------- */
 
 typedef struct {
     PyObject_HEAD
     ql_weight weight;
     PyObject *arrays; /* tuple that keeps the buffers of `weight` alive */
+    ql_placed *placed;
 } WeightObject;
 
 extern PyTypeObject *ql_weight_type;
@@ -64,14 +75,59 @@ const ql_weight *ql_weight_arg(PyObject *object, const char *name); /* NULL with
 const ql_weight *ql_table_arg(PyObject *object, const char *name);  /* for rows by id: NULL with an error, also for act-order */
 int ql_format_arg(const char *text, ql_format *format);             /* 0 with a ValueError */
 
+/* Both between begin and end of `be`, whose lock guards the list. NULL with a detail where the upload failed. A copy without
+ * users is released. */
+ql_placed *ql_place(WeightObject *weight, const ql_backend *be);
+void ql_unplace(WeightObject *weight, ql_placed *placed);
+void ql_unplace_all(WeightObject *weight); /* takes the locks itself; without the GIL */
+
+/* ---- py_cuda.c ------------------------------------------------------------------------------------------------- */
+
+const ql_backend *ql_device_arg(int device); /* -1: the CPU; NULL with an error where the device cannot be used */
+
+/* ---- stage.c: arrays of the host for one op on the selected backend; all of it without the GIL ------------------- */
+
+enum { QL_STAGED_ARRAYS = 10 };
+
+typedef struct {
+    void *memory, *host;
+    size_t bytes;
+    int output;
+} ql_staged;
+
+typedef struct {
+    const ql_backend *be;
+    ql_status status, begun;
+    int staged, count;
+    ql_staged part[QL_STAGED_ARRAYS];
+} ql_stage;
+
+void ql_stage_begin(ql_stage *s); /* on the selected backend */
+void ql_stage_begin_on(ql_stage *s, const ql_backend *be);
+const void *ql_stage_in(ql_stage *s, const void *host, size_t bytes);
+void *ql_stage_out(ql_stage *s, void *host, size_t bytes, int keep); /* keep: its contents are an input too */
+const ql_weight *ql_stage_weight(ql_stage *s, PyObject *weight);     /* of a checked _core.Weight */
+int ql_stage_ready(ql_stage *s, int present, const char *op);        /* 0: the op must not be called */
+ql_status ql_stage_end(ql_stage *s);                                 /* outputs are back */
+
+static inline size_t ql_nbytes(PyArrayObject *array) { return array == NULL ? 0 : (size_t)PyArray_NBYTES(array); }
+#define QL_IN(s, array) ql_stage_in(s, ql_data(array), ql_nbytes(array))
+#define QL_OUT(s, array) ql_stage_out(s, ql_data(array), ql_nbytes(array), 0)
+#define QL_INOUT(s, array) ql_stage_out(s, ql_data(array), ql_nbytes(array), 1)
+
+/* x W^T or, backward, x W on a backend (py_ops.c) */
+PyObject *ql_linear_on(const ql_backend *be, PyObject *x, PyObject *weight, PyObject *out, int accumulate, int backward);
+
 /* ---- domains: each adds its functions and types to the module ------------------------------------------------ */
 
 int ql_register_backend(PyObject *module);
+int ql_register_cuda(PyObject *module);
 int ql_register_weight(PyObject *module);
 int ql_register_quantize(PyObject *module);
 int ql_register_ops(PyObject *module);
 int ql_register_roof(PyObject *module);
 int ql_register_gptq(PyObject *module);
 int ql_register_llama(PyObject *module);
+int ql_register_generation(PyObject *module); /* after llama */
 
 #endif
