@@ -191,7 +191,7 @@ static void fill_table(ql_backend *table, int index) {
         QL_CUDA_FORMAT_OPS(X)
 #undef X
     }
-    table->kv_bytes = table->attention_fused_forward != NULL ? sizeof(__nv_bfloat16) : sizeof(float);
+    table->kv_bytes = table->qkv_forward != NULL ? sizeof(__nv_bfloat16) : sizeof(float);
     ql_cuda_fill_memory(table);
     table->begin = call_begin, table->end = call_end;
     table->record = step_record, table->record_end = step_record_end, table->replay = step_replay;
