@@ -34,11 +34,18 @@
     X(feedback_forward)
 
 /* ops of QL_FUSED_OPS */
-#define QL_CUDA_FUSED_OPS(X) \
-    X(attention_fused_forward)
+#define QL_CUDA_FUSED_OPS(X)   \
+    X(qkv_forward)             \
+    X(attention_fused_forward) \
+    X(gate_up_forward)         \
+    X(linear_residual_forward)
 
 /* ops of QL_FORMAT_OPS, one function for all formats */
-#define QL_CUDA_FORMAT_OPS(X)
+#define QL_CUDA_FORMAT_OPS(X) \
+    X(decode_forward)         \
+    X(linear_forward)         \
+    X(linear_backward_input)  \
+    X(quantize_forward)
 
 #define X(op, params) extern "C" void ql_##op##_cuda params;
 QL_OPS(X)

@@ -20,7 +20,7 @@
 #include "units.cuh"
 
 /* what becomes of a sum v0 (upper unit's row) and v1 (lower unit's row) of a token */
-enum small_output { SMALL_FLOAT, SMALL_FLOAT_ADD, SMALL_BF16, SMALL_ROPE, SMALL_SWIGLU };
+enum small_output { SMALL_FLOAT, SMALL_FLOAT_ADD, SMALL_BF16, SMALL_ROPE, SMALL_SWIGLU } /* in the order of ql_output */;
 
 struct small_part {
     const uint8_t *upper, *lower;       /* records of the units of tile 0 */

@@ -297,6 +297,68 @@ static std::string describe(const setting &c) {
     return text;
 }
 
+static std::vector<shape> make_shapes(std::vector<double> &roof) {
+    std::vector<shape> shapes = {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}};
+    uint32_t *sink;
+    CHECK(cudaMalloc(&sink, 4));
+    for (size_t i = 0; i < shapes.size(); i++) {
+        shape &s = shapes[i];
+        s.bytes = (size_t)s.n / 8 * (s.k / 128) * RECORD;
+        s.copies = std::max(8, (int)(220000000 / s.bytes));
+        CHECK(cudaMalloc(&s.weights, s.bytes * s.copies));
+        size_t count = s.bytes * s.copies / RECORD, threads = count * (RECORD / 4);
+        fill_weights<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(s.weights, count, RECORD, (uint32_t)(77 * i));
+        CHECK(cudaStreamSynchronize(stream));
+        roof.push_back(roof_us(s, sink));
+        printf("%5d x %5d: %5.1f MB, read roof %6.2f us, %.2f TB/s\n", s.n, s.k, s.bytes * 1e-6, roof[i], s.bytes / roof[i] * 1e-6);
+    }
+    return shapes;
+}
+
+/* one setting, run and timed: false where it does not fit or is wrong */
+static bool measure(setting &c, const problem &p, double roof, FILE *csv, int &bad) {
+    int launches = std::max(p.s->copies, 24);
+    if (!configure(c, p)) { return false; }
+    CHECK(cudaMemset(p.y, 0xff, (size_t)p.m * p.s->n * 4));
+    launch(c, p, 0);
+    cudaError_t error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess) {
+        printf("M %d %d x %d %s: %s\n", p.m, p.s->n, p.s->k, describe(c).c_str(), cudaGetErrorString(error));
+        exit(1);
+    }
+    c.error = error_of(p);
+    c.us = time_graph(3, [&] {
+               for (int l = 0; l < launches; l++) { launch(c, p, l % p.s->copies); }
+           }) / launches * 1e6;
+    if (csv) { fprintf(csv, "%d,%d,%d,%.2f,%.3f,%.1e,%s\n", p.m, p.s->n, p.s->k, c.us, roof / c.us, c.error, describe(c).c_str()); }
+    if (c.error <= 1e-4) { return true; }
+    if (bad++ < 3) { printf("WRONG (error %.1e): %s\n", c.error, describe(c).c_str()); }
+    return false;
+}
+
+/* every setting of every variant, best first */
+static std::vector<setting> sweep(const problem &p, double roof, FILE *csv) {
+    std::vector<setting> done;
+    int bad = 0, rings = 0, registers = 0;
+    for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
+        for (int budget : {1, 2, 3}) {
+            for (int cluster : {1, 2, 4, 8}) {
+                setting c = {index, budget, cluster, 0, 0, 0, 0.0, 0.0};
+                if (measure(c, p, roof, csv, bad)) { done.push_back(c); }
+            }
+        }
+    }
+    std::sort(done.begin(), done.end(), [](const setting &a, const setting &b) { return a.us < b.us; });
+    printf("M %2d  %5d x %5d, roof %.2f us, %d variants, %d wrong\n", p.m, p.s->n, p.s->k, roof, (int)done.size() + bad, bad);
+    for (const setting &c : done) {
+        bool ring = variants[c.index].layout != NULL;
+        if ((ring ? rings++ : registers++) < (ring ? 5 : 2)) {
+            printf("  %6.2f us %5.1f %%  error %.0e  %s\n", c.us, 100 * roof / c.us, c.error, describe(c).c_str());
+        }
+    }
+    return done;
+}
+
 int main(int argc, char **argv) {
     cudaDeviceProp properties;
     CHECK(cudaGetDeviceProperties(&properties, 0));
@@ -306,74 +368,22 @@ int main(int argc, char **argv) {
     for (const variant &v : variants) {
         CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 - 1024));
     }
-    uint32_t *sink;
-    CHECK(cudaMalloc(&sink, 4));
-    shape shapes[] = {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}};
-    double roof[4];
-    for (int i = 0; i < 4; i++) {
-        shape &s = shapes[i];
-        s.bytes = (size_t)s.n / 8 * (s.k / 128) * RECORD;
-        s.copies = std::max(8, (int)(220000000 / s.bytes));
-        CHECK(cudaMalloc(&s.weights, s.bytes * s.copies));
-        size_t count = s.bytes * s.copies / RECORD, threads = count * (RECORD / 4);
-        fill_weights<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(s.weights, count, RECORD, 77 * i);
-        CHECK(cudaStreamSynchronize(stream));
-        roof[i] = roof_us(s, sink);
-        printf("%5d x %5d: %5.1f MB, read roof %6.2f us, %.2f TB/s\n", s.n, s.k, s.bytes * 1e-6, roof[i], s.bytes / roof[i] * 1e-6);
-    }
+    std::vector<double> roof;
+    std::vector<shape> shapes = make_shapes(roof);
     FILE *csv = argc > 1 ? fopen(argv[1], "w") : NULL;
     for (int m : {1, 4, 8, 16}) {
         std::vector<problem> problems;
         std::vector<setting> winners;
-        for (int i = 0; i < 4; i++) {
-            problem p = make_problem(&shapes[i], m);
-            std::vector<setting> done;
-            int launches = std::max(shapes[i].copies, 24), bad = 0;
-            for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
-                for (int budget : {1, 2, 3}) {
-                    for (int cluster : {1, 2, 4}) {
-                        setting c = {index, budget, cluster, 0, 0, 0, 0.0, 0.0};
-                        if (!configure(c, p)) { continue; }
-                        CHECK(cudaMemset(p.y, 0xff, (size_t)m * p.s->n * 4));
-                        launch(c, p, 0);
-                        cudaError_t error = cudaStreamSynchronize(stream);
-                        if (error != cudaSuccess) {
-                            printf("M %d %d x %d %s: %s\n", m, p.s->n, p.s->k, describe(c).c_str(), cudaGetErrorString(error));
-                            return 1;
-                        }
-                        c.error = error_of(p);
-                        c.us = time_graph(3, [&] {
-                                   for (int l = 0; l < launches; l++) { launch(c, p, l % p.s->copies); }
-                               }) / launches * 1e6;
-                        if (csv) { fprintf(csv, "%d,%d,%d,%.2f,%.3f,%.1e,%s\n", m, p.s->n, p.s->k, c.us, roof[i] / c.us, c.error, describe(c).c_str()); }
-                        if (c.error > 1e-4) {
-                            if (bad++ < 3) { printf("WRONG (error %.1e): %s\n", c.error, describe(c).c_str()); }
-                            continue;
-                        }
-                        done.push_back(c);
-                    }
-                }
-            }
-            std::sort(done.begin(), done.end(), [](const setting &a, const setting &b) { return a.us < b.us; });
-            printf("M %2d  %5d x %5d, roof %.2f us, %d variants, %d wrong\n", m, p.s->n, p.s->k, roof[i], (int)done.size() + bad, bad);
-            int rings = 0, registers = 0;
-            for (const setting &c : done) {
-                bool ring = variants[c.index].layout != NULL;
-                if ((ring ? rings++ : registers++) < (ring ? 5 : 2)) {
-                    printf("  %6.2f us %5.1f %%  error %.0e  %s\n", c.us, 100 * roof[i] / c.us, c.error, describe(c).c_str());
-                }
-            }
+        for (size_t i = 0; i < shapes.size(); i++) {
+            problems.push_back(make_problem(&shapes[i], m));
+            std::vector<setting> done = sweep(problems[i], roof[i], csv);
             if (done.empty()) { return 1; }
-            problems.push_back(p);
             winners.push_back(done[0]);
         }
         double chain = time_graph(5, [&] {
-            for (int layer = 0; layer < 32; layer++) {
-                for (int i = 0; i < 4; i++) { launch(winners[i], problems[i], layer % 8); }
-            }
+            for (int i = 0; i < 32 * 4; i++) { launch(winners[i % 4], problems[i % 4], i / 4 % 8); }
         });
-        double sum = 0;
-        for (int i = 0; i < 4; i++) { sum += 32e-3 * roof[i]; }
+        double sum = 32e-3 * (roof[0] + roof[1] + roof[2] + roof[3]);
         printf("M %2d  chain of 128 kernels with the best of each: %.3f ms; sum of the roofs %.3f ms\n", m, chain * 1e3, sum);
         fflush(stdout);
     }

@@ -1,0 +1,59 @@
+/* linear.cuh: what the matmul files share. Activations inside are bfloat16, sums float32. */
+#ifndef QL_CUDA_LINEAR_CUH
+#define QL_CUDA_LINEAR_CUH
+
+#include "cuda.h"
+#include "device.cuh"
+#include "packed.h"
+
+/* out (i1 - i0, k): rows i0 .. i1 of W in stored order of columns (decode.cu) */
+void ql_cuda_dequantize(bf16 *out, const ql_weight *w, int64_t i0, int64_t i1);
+
+/* ---- activations (activations.cu) -------------------------------------------------------------------------------- */
+
+/* x (m, k): float32 (`floats`; normed over k first where gain is not NULL), or bf16 (`halves`) */
+typedef struct {
+    const float *floats;
+    const bf16 *halves;
+    const float *gain; /* (k,) */
+    float eps;
+} ql_activations;
+
+/* out (m, k) bf16, column j from column perm[j] (perm may be NULL) */
+void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k);
+/* the blocks of units.cuh of `rows` tokens, 1 or a multiple of 8: (rows / 8, x_units) blocks; zeros beyond m and k */
+void ql_cuda_activations_blocks(uint8_t *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t rows, int64_t k,
+                                int64_t x_units);
+
+/* ---- products of a few tokens (linear_small.cu) -------------------------------------------------------------------- */
+
+/* what becomes of a product: float32 set or added, bf16, bf16 after rotary embedding, swiglu of this and the next weight */
+typedef enum { QL_OUT_FLOAT, QL_OUT_FLOAT_ADD, QL_OUT_BF16, QL_OUT_ROPE, QL_OUT_SWIGLU } ql_output;
+
+typedef struct {
+    const ql_weight *w;
+    void *out;           /* (m, n), or where `rows` is not NULL, row rows[i] of it for token i */
+    const int32_t *rows;
+    ql_output output;
+} ql_product;
+
+typedef struct { /* QL_OUT_ROPE */
+    const float *cos, *sin; /* (positions, d / 2) */
+    const int32_t *positions;
+    int64_t d;
+} ql_rotation;
+
+enum { QL_SMALL_TOKENS = 64 };
+
+/* Up to three products of the same activations, in one launch where the weights are alike. False where a weight is not packed,
+ * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). */
+bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);
+
+/* ---- products of many tokens (linear_large.cu) ----------------------------------------------------------------------- */
+
+/* y (m, n) float32 or bf16 = or += x W^T; x is bf16 in the stored order of columns of w */
+void ql_cuda_linear_large(void *y, cudaDataType type, const bf16 *x, const ql_weight *w, int64_t m, int accumulate);
+/* dx (m, k), in the stored order of columns, = or += dy W */
+void ql_cuda_linear_large_backward(float *dx, const bf16 *dy, const ql_weight *w, int64_t m, int accumulate);
+
+#endif

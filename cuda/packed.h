@@ -1,0 +1,22 @@
+/* packed.h: the packed copy of a weight on the device (layout: units.cuh), as the host sees it. */
+#ifndef QL_CUDA_PACKED_H
+#define QL_CUDA_PACKED_H
+
+#include "../csrc/quantlab.h"
+
+/* which decoding of units.cuh */
+typedef enum { QL_UNITS_2BIT, QL_UNITS_3BIT, QL_UNITS_4BIT, QL_UNITS_8BIT, QL_UNITS_TABLE } ql_units_kind;
+
+typedef struct {
+    ql_units_kind kind;
+    const uint8_t *records; /* unit (r, b) at (r * units + b) * record; rows8 * units of them */
+    const float *factor;    /* what sums are multiplied by */
+    const uint8_t *values;  /* QL_UNITS_TABLE: 16 bfloat16 */
+    int rows8, units;       /* units of 8 rows, an even number; units along k */
+    int columns, record, parts, zeros;
+} ql_packed;
+
+/* NULL where the weight has none: dense formats, groups that are not whole steps of 16 columns */
+static inline const ql_packed *ql_packed_of(const ql_weight *w) { return (const ql_packed *)w->packed; }
+
+#endif
