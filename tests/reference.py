@@ -225,6 +225,13 @@ GUARD = np.uint32(0xDEADBEEF)
 GUARD_WORDS = 16
 
 
+def select(kernels: str) -> None:
+    """Single ops run on the kernels of this ISA, or, "cuda", on the GPU."""
+    _core.device_select(0 if kernels == "cuda" else -1)
+    if kernels != "cuda":
+        _core.isa_select(kernels)
+
+
 def guarded(array) -> tuple[np.ndarray, np.ndarray]:
     """A float32 copy of `array` between guard words: (the view to pass, the whole buffer for `guards_intact`)."""
     array = np.asarray(array, np.float32)

@@ -16,12 +16,12 @@ BOUND = 5 * ref.EPS
 
 
 def scalar_decode(weight: _core.Weight, first: int, last: int) -> np.ndarray:
-    before = _core.isa_selected()
-    _core.isa_select("scalar")
+    before = "cuda" if _core.device_selected() >= 0 else _core.isa_selected()
+    ref.select("scalar")
     try:
         return _core.decode(weight, first, last)
     finally:
-        _core.isa_select(before)
+        ref.select(before)
 
 
 def check(stored: ref.StoredWeight) -> None:

@@ -1,0 +1,152 @@
+"""A model on the GPU against the same model on the CPU.
+
+Products there take bfloat16: both operands of each are rounded by up to 2^-9 of themselves, 2^-9 / sqrt(3) in root
+mean square, and the errors of the terms are independent, so a product errs by sqrt(2 / 3) 2^-9 of its size. A layer
+adds seven products and the attention's two to the residual stream, whose errors add like a random walk too. NOISE is
+twice what comes out of that for the two layers of the test's model."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+from models import tiny_model
+
+import quantlab as ql
+from quantlab.llama import LlamaForCausalLM
+
+LAYERS = 2
+NOISE = 2 * np.sqrt(2 / 3) * 2.0**-9 * np.sqrt(9 * LAYERS)
+
+SHAPES = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 1},
+    "larger": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+def pair(**changes) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    model = tiny_model(num_hidden_layers=LAYERS, **changes)
+    return model, model.to("cuda")
+
+
+def rows_of(model: LlamaForCausalLM, lengths, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, model.config.vocab_size, length).astype(np.int32) for length in lengths]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 17, 3), (33, 64), (200, 7)])
+def test_hidden_states(shape: str, lengths: tuple[int, ...]) -> None:
+    cpu, gpu = pair(**SHAPES[shape])
+    assert gpu.device == "cuda"
+    rows = rows_of(cpu, lengths)
+    expected, found = cpu.hidden_states(rows), gpu.hidden_states(rows)
+    assert relative(found, expected) <= NOISE
+    assert found.tobytes() == gpu.hidden_states(rows).tobytes()
+
+
+CONFIGS = [ql.RTNConfig(4, 32), ql.RTNConfig(3, 32), ql.RTNConfig(8, 32, sym=False), ql.NF4Config(32), ql.Int8Config()]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_quantized(config) -> None:
+    """Against the CPU with the same codes: what is compared is the arithmetic."""
+    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS), config, progress=False)
+    gpu = cpu.to("cuda")
+    for lengths in ((1,), (9, 40, 2)):
+        rows = rows_of(cpu, lengths)
+        assert relative(gpu.hidden_states(rows), cpu.hidden_states(rows)) <= NOISE
+
+
+def test_logits_losses_and_features() -> None:
+    cpu, gpu = pair()
+    rows = rows_of(cpu, (40, 7))
+    assert relative(gpu(rows), cpu(rows)) <= NOISE
+    ids = np.concatenate(rows_of(cpu, (300,), seed=1))
+    losses, expected = gpu.losses(ids[:-1], ids[1:]), cpu.losses(ids[:-1], ids[1:])
+    spread = np.abs(cpu([ids])).max()  # a loss moves by as much as a logit does, and by what their sum does
+    assert np.abs(losses - expected).max() <= 4 * NOISE * spread
+    found = gpu.perplexity(ids, context=100)
+    assert abs(found["ppl"] / cpu.perplexity(ids, context=100)["ppl"] - 1) <= NOISE * spread
+
+
+def check_greedy(cpu: LlamaForCausalLM, prompt: np.ndarray, tokens: list[int]) -> None:
+    """Each token is the CPU's likeliest one, or as likely but for what bfloat16 does to a logit."""
+    ids = np.concatenate([prompt, np.array(tokens, np.int32)])
+    logits = cpu([ids])[0, len(prompt) - 1 : -1]
+    best, chosen = logits.max(1), logits[np.arange(len(tokens)), tokens]
+    assert (best - chosen <= 4 * NOISE * np.abs(logits).max(1)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_generation(shape: str) -> None:
+    """Ragged prompts, beyond the first bound of keys: so the step is recorded twice."""
+    cpu, gpu = pair(**SHAPES[shape], max_position_embeddings=1024)
+    prompts = rows_of(cpu, (5, 1, 230, 3))
+    found = gpu.generate(prompts, max_new_tokens=60, eos_token_id=[])
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row[: len(prompt)].tobytes() == prompt.tobytes()
+        check_greedy(cpu, prompt, row[len(prompt) :].tolist())
+    again = gpu.generate(prompts, max_new_tokens=60, eos_token_id=[])
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found, again, strict=True))
+
+
+def test_rows_end_early_and_tokens_come_in_order() -> None:
+    _, gpu = pair()
+    prompts = rows_of(gpu, (4, 9))
+    free = gpu.generate(prompts, max_new_tokens=20, eos_token_id=[])
+    stop = int(free[0][4 + 7])
+    seen: list[tuple[int, int]] = []
+    found = gpu.generate(prompts, max_new_tokens=20, eos_token_id=stop, on_token=lambda *pair: seen.append(pair))
+    for row, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
+        new = free[row][len(prompt) :].tolist()
+        expected = new[: new.index(stop) + 1] if stop in new else new
+        assert tokens[len(prompt) :].tolist() == expected
+        assert [token for at, token in seen if at == row] == expected
+
+
+def test_sampling_follows_its_seed() -> None:
+    _, gpu = pair()
+    prompts = rows_of(gpu, (4, 9, 2))
+    options = {"max_new_tokens": 24, "do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95}
+    options["eos_token_id"] = []
+    first, again, other = (gpu.generate(prompts, seed=seed, **options) for seed in (1, 1, 2))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, again, strict=True))
+    assert any(a.tobytes() != b.tobytes() for a, b in zip(first, other, strict=True))
+
+
+def test_memory_goes_with_the_model() -> None:
+    gc.collect()
+    before = ql.cuda.memory()["current"]
+    cpu, gpu = pair(**SHAPES["larger"])
+    gpu.generate(rows_of(gpu, (4,)), max_new_tokens=8)
+    assert ql.cuda.memory()["current"] > before
+    del gpu
+    gc.collect()
+    scratch = 256 << 20  # what ops keep for the next call
+    assert ql.cuda.memory()["current"] - before <= scratch
+    second = cpu.to("cuda")
+    assert second.to("cuda") is second and second.to("cpu").device == "cpu"
+
+
+def test_classifier() -> None:
+    from models import tiny_parts
+
+    cpu = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    gpu = cpu.to("cuda")
+    rows = rows_of(cpu, (12, 3, 40, 1, 7))
+    assert relative(gpu.features(rows, show=False), cpu.features(rows, show=False)) <= NOISE
+    assert gpu.num_labels == 3 and gpu.predict(rows, show=False).shape == (5, 3)

@@ -1,0 +1,125 @@
+"""The ops of a generation, and `_core.Generation`, which a model on a device generates with, on the CPU's table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models import tiny_model
+
+import quantlab as ql
+from quantlab import _core
+from quantlab.generate import device_steps, read_steps
+
+I32 = np.int32
+
+
+def sample(logits, step=0, temperature=1.0, top_k=0, top_p=1.0, seed=0) -> np.ndarray:
+    return _core.sample(logits, np.arange(len(logits), dtype=I32), step, temperature, top_k, top_p, seed)
+
+
+def test_temperature_zero_takes_the_largest(rng: np.random.Generator) -> None:
+    logits = np.round(rng.standard_normal((50, 33), dtype=np.float32) * 3)  # with ties: the first one counts
+    np.testing.assert_array_equal(sample(logits, temperature=0.0), logits.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution(rng: np.random.Generator, temperature: float) -> None:
+    row, draws = rng.standard_normal(40).astype(np.float32) * 2, 40_000
+    share = np.exp(row.astype(np.float64) / temperature)
+    share /= share.sum()
+    found = np.bincount(sample(np.tile(row, (draws, 1)), temperature=temperature), minlength=40) / draws
+    assert (np.abs(found - share) <= 5 * np.sqrt(share * (1 - share) / draws) + 1e-9).all()  # five standard deviations
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (5, 1.0), (0, 0.6), (7, 0.6), (0, 1e-6), (100, 1.0)])
+def test_draws_stay_in_their_set(rng: np.random.Generator, top_k: int, top_p: float) -> None:
+    row = rng.standard_normal(40).astype(np.float32) * 2
+    order = np.argsort(-row, kind="stable")[: top_k or None]
+    share = np.exp(row[order].astype(np.float64))
+    kept = order[: np.searchsorted(np.cumsum(share / share.sum()), top_p) + 1] if top_p < 1 else order
+    found = sample(np.tile(row, (20_000, 1)), top_k=top_k, top_p=top_p)
+    assert set(found) <= set(kept) and len(set(found)) >= min(len(kept), 5)
+
+
+def test_equals_of_the_last_one_belong_to_the_set() -> None:
+    logits = np.tile(np.array([2, 1, 1, 1, 0], np.float32), (5000, 1))
+    assert set(sample(logits, top_k=2)) == {0, 1, 2, 3}
+
+
+def test_a_draw_depends_on_seed_stream_and_step_alone(rng: np.random.Generator) -> None:
+    logits = rng.standard_normal((9, 500), dtype=np.float32)
+    tokens = sample(logits, 4, seed=7)
+    assert sample(logits[:3], 4, seed=7).tobytes() == tokens[:3].tobytes()
+    alone = _core.sample(logits[8:], np.array([8], I32), 4, 1.0, 0, 1.0, 7)
+    assert alone[0] == tokens[8]
+    assert (sample(logits, 5, seed=7) != tokens).any() and (sample(logits, 4, seed=8) != tokens).any()
+
+
+def test_rows_move(rng: np.random.Generator) -> None:
+    x, rows = rng.standard_normal((7, 33), dtype=np.float32), rng.permutation(20)[:7].astype(I32)
+    out, back = np.zeros((20, 33), np.float32), np.zeros((7, 33), np.float32)
+    _core.scatter_rows_into(out, x, rows)
+    _core.gather_rows_into(back, out, rows)
+    assert back.tobytes() == x.tobytes() and np.count_nonzero(out.any(1)) == 7
+    with pytest.raises(ValueError, match="rows: got 20 at position 0, expected 0 to 19"):
+        _core.gather_rows_into(back, out, np.full(7, 20, I32))
+
+
+def prompts_of(model: ql.LlamaForCausalLM, lengths: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, model.config.vocab_size, length).astype(I32) for length in lengths]
+
+
+def test_steps_are_those_of_generate() -> None:
+    model = tiny_model()
+    prompts = prompts_of(model, (5, 1, 17))
+    steps = read_steps(device_steps(model, prompts, 12), 3, set(), None)
+    expected = model.generate(prompts, max_new_tokens=12, eos_token_id=[])
+    assert [row[len(prompt) :].tolist() for row, prompt in zip(expected, prompts, strict=True)] == steps
+
+
+def test_steps_of_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    prompts = prompts_of(model, (40, 3, 21, 9))
+    whole = read_steps(device_steps(model, prompts, 5), 4, set(), None)
+    monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 40)  # ten tokens of each prompt at a time
+    assert read_steps(device_steps(model, prompts, 5), 4, set(), None) == whole
+
+
+def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
+    model = tiny_model()
+    prompts = prompts_of(model, (5, 4, 17))
+    options = (12, 0.9, 10, 0.9, 3)
+    together = read_steps(device_steps(model, prompts, *options), 3, set(), None)
+    assert read_steps(device_steps(model, prompts[:2], *options), 2, set(), None) == together[:2]
+    assert read_steps(device_steps(model, prompts, *options), 3, set(), None) == together
+
+
+def test_generation_refuses() -> None:
+    model = tiny_model()
+    tables = model.rope(16)
+    lengths = np.array([3], np.int64)
+    head = model.lm_head.handle
+    with pytest.raises(ValueError, match=r"lengths: 1 sequences of up to \d+ tokens are not accepted"):
+        _core.Generation(model._core, head, lengths, len(tables[0]), *tables)
+    with pytest.raises(ValueError, match="lengths: got 0"):
+        _core.Generation(model._core, head, np.zeros(1, np.int64), 4, *tables)
+    generation = _core.Generation(model._core, head, lengths, 1, *tables)
+    batch = model.packed(prompts_of(model, (3,)), np.zeros(1, np.int64), generation.capacity)
+    with pytest.raises(ValueError, match="ends: out of range"):
+        generation.prefill(*batch, np.array([3], I32))
+    generation.prefill(*batch, np.array([2], I32))
+    assert generation.next().shape == (1,)
+    with pytest.raises(ValueError, match="next: all 1 steps are done"):
+        generation.next()
+
+
+def test_losses() -> None:
+    model = tiny_model()
+    ids = prompts_of(model, (300,))[0]  # more rows of logits than are held at once
+    logits = model([ids])[0].astype(np.float64)
+    expected = np.log(np.exp(logits).sum(1))[:-1] - logits[np.arange(299), ids[1:]]
+    np.testing.assert_allclose(model.losses(ids[:-1], ids[1:]), expected, rtol=1e-5)
+    assert model.losses(ids, np.full(300, -100, I32)).tolist() == [0.0] * 300
+    with pytest.raises(ValueError, match="targets: got 100000"):
+        model.losses(ids, np.full(300, 100_000, I32))
