@@ -94,6 +94,17 @@ typedef struct {
     void *packed;               /* backend-private prepacked copy, rebuildable, never saved */
 } ql_weight;
 
+/* some steps of GPTQ's column loop on a tile; scale, zero and w are (count, QL_GPTQ_ROWS) */
+enum { QL_GPTQ_ROWS = 48 };
+typedef struct {
+    const float *w;
+    const double *a;        /* (count, count) with row stride lda: feedback of step j to step i > j at a[j lda + i] */
+    const double *diagonal; /* (count,) */
+    const double *scale, *zero;
+    double maxq;
+    int64_t lda, count;
+} ql_gptq_steps;
+
 /* ---- ops --------------------------------------------------------------------------------------------------- */
 
 /* One line an op: name, parameters. Each is void: arguments are validated above (model, python). */
@@ -138,7 +149,16 @@ typedef struct {
     X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))           \
     /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: GPTQ's error feedback */          \
     X(feedback_forward, (double *z, const double *e, const double *a, int64_t rows, int64_t depth, int64_t width,       \
-                         int64_t ldz, int64_t lde, int64_t lda))
+                         int64_t ldz, int64_t lde, int64_t lda))                                                        \
+    /* The next three work on a tile of QL_GPTQ_ROWS rows of W, float64: an array (m, rows) has a column of W in each of \
+     * its m rows. z (width, rows) += a^T e; a (depth, width) with row stride lda, e (depth, rows) */                   \
+    X(gptq_panel_forward, (double *z, const double *e, const double *a, int64_t depth, int64_t width, int64_t lda))     \
+    /* step j of s->count: q = the value that z[j] is stored as, by codes[j]; e[j] = w[j] - q; loss (rows,) += (z[j] -  \
+     * q)^2 diagonal[j]^2 / 2; z[i] += a[j, i] e[j] for i > j. codes NULL: q = z[j], nothing is stored or lost */       \
+    X(gptq_steps_forward, (uint8_t *codes, double *e, double *z, double *loss, const ql_gptq_steps *s))                 \
+    /* error (rows,) = sum over j < count of importance[j] (q - x[j])^2, q = what x[j] is stored as; x (count, rows) */ \
+    X(gptq_error_forward, (double *error, const double *x, const double *importance, const double *scale,               \
+                           const double *zero, double maxq, int64_t count))
 
 /* The same, one slot a format. */
 #define QL_FORMAT_OPS(X)                                                                                                \

@@ -215,10 +215,24 @@ def _quantize(s: Sizes) -> Iterator[Case]:
         yield Case("quantize", name, s.model, f"n{n} k{k}", run, 4 * n * k + written, 0)
 
 
+def _gptq_panel(s: Sizes) -> Iterator[Case]:
+    """GPTQ's whole column loop, whose panel products are in float64: at most half of the roof can be reached."""
+    n, k = _projection(s)
+    rng = np.random.default_rng(0)
+    feedback = np.triu(rng.standard_normal((k, k)), 1) / k
+    ones, order, dead = np.ones(k), np.arange(k, dtype=np.int32), np.zeros(k, np.uint8)
+
+    def run() -> tuple[np.ndarray, ...]:
+        options = (min(64, k), 4, False, 2, False, False, False, True, False)
+        return _core.gptq_quantize(_matrix(n, k), feedback, ones, order, ones, dead, *options)[1:]
+
+    yield Case("gptq_panel", "f64", s.model, f"n{n} k{k} g64", run, 4 * n * k + 8 * k * k, n * k * k)
+
+
 OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "embedding": _embedding, "rmsnorm": _rmsnorm, "rope": _rope, "attention": _attention, "swiglu": _swiglu,
     "add": _add, "cross_entropy": _cross_entropy, "gram": _gram, "decode": _decode, "linear": _linear,
-    "linear_backward_input": _linear_backward_input, "quantize": _quantize,
+    "linear_backward_input": _linear_backward_input, "quantize": _quantize, "gptq_panel": _gptq_panel,
 }  # fmt: skip
 
 

@@ -98,6 +98,14 @@ def test_options_give_the_codes_of_the_reference(options: dict) -> None:
         assert_equal(w, hessian, GPTQConfig(group_size=group_size, **options))
 
 
+@pytest.mark.parametrize("options", OPTIONS[::4], ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()))
+def test_every_isa_gives_the_codes_of_the_reference(isa: str, options: dict) -> None:
+    """Rows that fill no tile, one tile and several; groups that fill no vector of columns."""
+    for seed, n, group_size in [(5, 1, 33), (6, 48, 64), (7, 97, 7)]:
+        w, hessian = layer(seed, n=n)
+        assert_equal(w, hessian, GPTQConfig(group_size=group_size, **options))
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_random_layers_give_the_codes_of_the_reference(seed: int) -> None:
     rng = np.random.default_rng(1000 + seed)

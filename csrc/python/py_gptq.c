@@ -131,7 +131,8 @@ static PyObject *gptq_quantize(PyObject *self, PyObject *arguments) {
     PyArrayObject *scales = ql_new(2, (int64_t[]){n, groups}, NPY_FLOAT32);
     PyArrayObject *zeros = ql_new(2, (int64_t[]){n, groups}, NPY_UINT8);
     PyArrayObject *loss = (PyArrayObject *)PyArray_ZEROS(1, code_shape, NPY_FLOAT64, 0);
-    PyArrayObject *work = ql_new(1, (int64_t[]){ql_gptq_work_bytes(problem.k) + 63}, NPY_UINT8);
+    int64_t work_bytes = ql_gptq_work_bytes(problem.k);
+    PyArrayObject *work = ql_new(1, (int64_t[]){work_bytes + 63}, NPY_UINT8);
     if (codes == NULL || scales == NULL || zeros == NULL || loss == NULL || work == NULL) {
         return Py_XDECREF(codes), Py_XDECREF(scales), Py_XDECREF(zeros), Py_XDECREF(loss), Py_XDECREF(work), NULL;
     }
@@ -139,7 +140,7 @@ static PyObject *gptq_quantize(PyObject *self, PyObject *arguments) {
     char *aligned = (char *)(((uintptr_t)ql_data(work) + 63) & ~(uintptr_t)63);
     int stopped;
     QL_CALL_BEGIN
-    ql_gptq_quantize(&result, &problem, &x, aligned);
+    ql_gptq_quantize(&result, &problem, &x, aligned, work_bytes);
     QL_CALL_END(stopped)
     Py_DECREF(work);
     if (stopped) { return Py_DECREF(codes), Py_DECREF(scales), Py_DECREF(zeros), Py_DECREF(loss), NULL; }

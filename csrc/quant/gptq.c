@@ -1,21 +1,22 @@
-/* gptq.c: the column loop of GPTQ, left-looking (gptq.h). One task is a tile of rows of W: rows are independent.
+/* gptq.c: the column loop of GPTQ, left-looking (gptq.h), on tiles of rows of W: rows are independent.
  *
- * Inside a tile, a block of at most 128 columns is brought up to date with all finished columns by one panel product
- * (ops: feedback), then its columns are quantized one by one. Where a group begins, its scales need the weights that
- * the finished columns leave it with: `forecast` continues the recurrence with columns that are not rounded. */
+ * A tile is kept as (columns, ROWS): the rows of a column are contiguous, and lie in the lanes of the ops. A block of at
+ * most 128 columns is brought up to date with all finished columns by one panel product, then its columns are quantized
+ * one by one. Where a group begins, its scales need the weights that the finished columns leave it with: `forecast`
+ * continues the recurrence with columns that are not rounded. */
 #include "gptq.h"
 
 #include "../core/bits.h"
 #include "scale.h"
 
 #include <math.h>   /* isfinite */
+#include <stdatomic.h>
 #include <string.h> /* memcpy */
 
 enum {
+    ROWS = QL_GPTQ_ROWS,
     BLOCK = 128, /* the reference's: stale scales depend on it */
-    STEPS = 16,  /* columns updated one by one; the rest of the block gets them together */
-    TILE_ROWS = 32,
-    TILES_PER_WAVE = 16
+    STEPS = 16   /* columns updated one by one; the rest of the block gets them together */
 };
 
 /* ---- the factor ------------------------------------------------------------------------------------------------ */
@@ -82,37 +83,61 @@ typedef struct {
     const ql_gptq_result *result;
     const ql_gptq_problem *p;
     const ql_gptq_options *options;
-    const double *importance; /* (k,): by step */
-    char *work;
-    int64_t first_tile;
+    const double *importance; /* (k,): H_jj + damping, by step */
+    char *work;               /* a part for each task */
+    atomic_int_fast64_t next; /* the first tile that no task has taken */
+    atomic_int stopped;
 } quantize_context;
 
+/* Arrays are (columns, ROWS), in the order of quantization. Rows beyond the last of W are zeros and are not stored. */
 typedef struct {
     const ql_gptq_result *result;
     const ql_gptq_problem *p;
     const ql_gptq_options *options;
-    int64_t row, rows;        /* rows row .. row + rows of W */
-    const double *importance; /* (k,): H_jj + damping, by step */
-    double *error;      /* (rows, k): w - q of finished steps */
-    double *forecast;   /* (rows, k): weights that a group begins with */
-    double *z;          /* (rows, BLOCK): the block, with the updates of every finished column */
-    double *z_begin;    /* (rows, BLOCK): the same as it was when the block began */
-    uint8_t *codes;     /* (rows, k) */
+    const double *importance;
+    int64_t row, rows;   /* rows row .. row + rows of W */
+    double *error;       /* (k): w - q of finished steps */
+    double *forecast;    /* (k): weights that a group begins with */
+    double *z;           /* (BLOCK): the block, with the updates of every finished column */
+    double *z_begin;     /* (BLOCK): the same as it was when the block began */
+    double *scale, *zero; /* (STEPS) */
+    double *loss;        /* (1) */
+    float *w;            /* (k) */
+    uint8_t *codes;      /* (k) */
 } tile;
 
 static int64_t tile_bytes(int64_t k) {
-    int64_t bytes = TILE_ROWS * (2 * k + 2 * BLOCK) * (int64_t)sizeof(double) + TILE_ROWS * k;
-    return (bytes + 63) / 64 * 64;
+    int64_t doubles = 2 * k + 2 * BLOCK + 2 * STEPS + 1;
+    return ROWS * (doubles * (int64_t)sizeof(double) + k * (int64_t)(sizeof(float) + 1));
 }
 
-int64_t ql_gptq_work_bytes(int64_t k) {
-    return TILES_PER_WAVE * tile_bytes(k) + (k * (int64_t)sizeof(double) + 63) / 64 * 64;
+int64_t ql_gptq_work_bytes(int64_t k) { return ql_threads() * tile_bytes(k) + (k + 7) / 8 * 8 * (int64_t)sizeof(double); }
+
+static tile tile_in(const quantize_context *c, char *work, int64_t row) {
+    int64_t k = c->p->k, left = c->p->n - row;
+    tile t = {.result = c->result, .p = c->p, .options = c->options, .importance = c->importance, .row = row,
+              .rows = left < ROWS ? left : ROWS};
+    t.error = (double *)(void *)work;
+    t.forecast = t.error + k * ROWS;
+    t.z = t.forecast + k * ROWS;
+    t.z_begin = t.z + BLOCK * ROWS;
+    t.scale = t.z_begin + BLOCK * ROWS;
+    t.zero = t.scale + STEPS * ROWS;
+    t.loss = t.zero + STEPS * ROWS;
+    t.w = (float *)(void *)(t.loss + ROWS);
+    t.codes = (uint8_t *)(t.w + k * ROWS);
+    return t;
 }
 
-/* weight of row r at step j */
-static inline double weight_at(const tile *t, int64_t r, int64_t j) {
-    int64_t column = t->p->order[j];
-    return t->p->dead[column] ? 0.0 : t->p->w[(t->row + r) * t->p->k + column];
+/* t->w: zero where a column has no input */
+static void load_weights(const tile *t) {
+    const ql_gptq_problem *p = t->p;
+    for (int64_t j = 0; j < p->k; j++) {
+        int64_t column = p->order[j];
+        float *w = t->w + j * ROWS;
+        for (int64_t r = 0; r < ROWS; r++) { w[r] = r < t->rows && !p->dead[column] ? p->w[(t->row + r) * p->k + column] : 0.0f; }
+    }
+    memset(t->loss, 0, ROWS * sizeof *t->loss);
 }
 
 /* group of step j, which has its scale at that place of the row */
@@ -125,101 +150,99 @@ static inline int64_t scale_index(const tile *t, int64_t r, int64_t group) {
     return (t->row + r) * groups + group;
 }
 
-static void store_grid(const tile *t, int64_t r, int64_t group, ql_steps grid) {
-    t->result->scales[scale_index(t, r, group)] = (float)grid.scale;
-    t->result->zeros[scale_index(t, r, group)] = (uint8_t)grid.zero;
+/* t->scale, t->zero of steps first .. end; rows that W has not take those of its row above */
+static void load_grids(const tile *t, int64_t first, int64_t end) {
+    for (int64_t j = first; j < end; j++) {
+        double *scale = t->scale + (j - first) * ROWS, *zero = t->zero + (j - first) * ROWS;
+        if (j > first && group_at(t, j) == group_at(t, j - 1)) {
+            memcpy(scale, scale - ROWS, ROWS * sizeof *scale);
+            memcpy(zero, zero - ROWS, ROWS * sizeof *zero);
+            continue;
+        }
+        for (int64_t r = 0; r < ROWS; r++) {
+            int64_t place = scale_index(t, r < t->rows ? r : 0, group_at(t, j));
+            scale[r] = t->result->scales[place];
+            zero[r] = t->result->zeros[place];
+        }
+    }
+}
+
+/* scales of one group from x (count, ROWS) */
+static void fit_group(const tile *t, int64_t group, const double *x, const double *importance, int64_t count) {
+    ql_steps grids[ROWS];
+    ql_fit_grids(grids, x, importance, count, t->options);
+    for (int64_t r = 0; r < t->rows; r++) {
+        t->result->scales[scale_index(t, r, group)] = (float)grids[r].scale;
+        t->result->zeros[scale_index(t, r, group)] = (uint8_t)grids[r].zero;
+    }
 }
 
 /* scales of all groups from W itself, before the first column */
 static void fit_fixed_grids(const tile *t) {
     const ql_gptq_problem *p = t->p;
     double *x = t->forecast;
-    for (int64_t r = 0; r < t->rows; r++) {
-        const float *w = p->w + (t->row + r) * p->k;
-        for (int64_t j = 0; j < p->k; j++) { x[j] = p->dead[j] && !t->options->keep_dead ? 0.0 : w[j]; }
-        for (int64_t first = 0; first < p->k; first += p->group) {
-            int64_t count = first + p->group < p->k ? p->group : p->k - first;
-            store_grid(t, r, first / p->group, ql_fit_grid(x + first, p->importance + first, count, t->options));
-        }
+    for (int64_t j = 0; j < p->k; j++) {
+        int keep = !p->dead[j] || t->options->keep_dead;
+        for (int64_t r = 0; r < ROWS; r++) { x[j * ROWS + r] = r < t->rows && keep ? p->w[(t->row + r) * p->k + j] : 0.0; }
+    }
+    for (int64_t first = 0; first < p->k; first += p->group) {
+        int64_t count = first + p->group < p->k ? p->group : p->k - first;
+        fit_group(t, first / p->group, x + first * ROWS, p->importance + first, count);
     }
 }
 
-/* z (rows, end - first), row stride ld = the weights of steps first .. end with the updates of the steps before `first` */
-static void update_panel(const tile *t, double *z, int64_t ld, int64_t first, int64_t end) {
-    int64_t k = t->p->k;
-    for (int64_t r = 0; r < t->rows; r++) {
-        for (int64_t j = first; j < end; j++) { z[r * ld + j - first] = weight_at(t, r, j); }
-    }
-    ql_cpu()->feedback_forward(z, t->error, t->p->feedback + first, t->rows, first, end - first, ld, k, k);
+/* z (end - first, ROWS) = the weights of steps first .. end with the updates of the steps before `before` */
+static void update_panel(const tile *t, double *z, int64_t first, int64_t end, int64_t before) {
+    for (int64_t i = 0; i < (end - first) * ROWS; i++) { z[i] = t->w[first * ROWS + i]; }
+    ql_cpu()->gptq_panel_forward(z, t->error, t->p->feedback + first, before, end - first, t->p->k);
 }
 
-/* z[i] += error * feedback[i], count values: one finished step updates the steps after it */
-static inline void update_row(double *z, const double *feedback, double error, int64_t count) {
-    for (int64_t i = 0; i < count; i++) { z[i] += error * feedback[i]; }
+/* Steps first .. end, at most STEPS of them, one after another; z holds their columns. Then what they leave to the columns
+ * after them, up to `last`. Without codes nothing is rounded: the error of a column is how far it has moved. */
+static void run_steps(const tile *t, double *z, int64_t first, int64_t end, int64_t last, int rounded) {
+    const ql_gptq_problem *p = t->p;
+    double moved[STEPS * ROWS], *error = rounded ? t->error + first * ROWS : moved;
+    ql_gptq_steps s = {.w = t->w + first * ROWS, .a = p->feedback + first * p->k + first, .diagonal = p->diagonal + first,
+                       .scale = t->scale, .zero = t->zero, .maxq = (double)((1 << t->options->bits) - 1), .lda = p->k,
+                       .count = end - first};
+    if (rounded) { load_grids(t, first, end); }
+    ql_cpu()->gptq_steps_forward(rounded ? t->codes + first * ROWS : NULL, error, z, t->loss, &s);
+    ql_cpu()->gptq_panel_forward(z + s.count * ROWS, error, s.a + s.count, s.count, last - end, p->k);
 }
 
-/* forecast (rows, end - from), row stride k: the weights of steps from .. end once every step before `from` is finished.
- * Steps that move without being rounded have the error w - z, and pass it on like any other. */
+/* t->forecast (end - from): the weights of steps from .. end once every step before `from` is finished, moved on among
+ * themselves without rounding. */
 static void forecast(const tile *t, int64_t block, int64_t block_end, int64_t from, int64_t end) {
-    int64_t k = t->p->k;
-    double *z = t->forecast;
     if (end <= block_end) { /* the block holds these columns */
-        const double *known = (from == block ? t->z_begin : t->z) + (from - block);
-        for (int64_t r = 0; r < t->rows; r++) { memcpy(z + r * k, known + r * BLOCK, (size_t)(end - from) * sizeof *z); }
+        const double *known = (from == block ? t->z_begin : t->z) + (from - block) * ROWS;
+        memcpy(t->forecast, known, (size_t)((end - from) * ROWS) * sizeof *known);
     } else {
-        update_panel(t, z, k, from, end);
+        update_panel(t, t->forecast, from, end, from);
     }
     if (from == 0) { return; } /* nothing is finished: W itself */
     for (int64_t step = from, step_end; step < end; step = step_end) {
-        double moved[TILE_ROWS * STEPS];
         step_end = step + STEPS < end ? step + STEPS : end;
-        for (int64_t j = step; j < step_end; j++) {
-            const double *feedback = t->p->feedback + j * k + j + 1;
-            for (int64_t r = 0; r < t->rows; r++) {
-                double *row = z + r * k + (j - from);
-                moved[r * STEPS + (j - step)] = weight_at(t, r, j) - row[0];
-                update_row(row + 1, feedback, moved[r * STEPS + (j - step)], step_end - j - 1);
-            }
-        }
-        ql_cpu()->feedback_forward(z + (step_end - from), moved, t->p->feedback + step * k + step_end, t->rows, step_end - step,
-                                   end - step_end, k, STEPS, k);
+        run_steps(t, t->forecast + (step - from) * ROWS, step, step_end, end, 0);
     }
 }
 
 /* scales of the group that begins at step j */
-static void fit_group(const tile *t, int64_t block, int64_t block_end, int64_t j) {
-    int64_t k = t->p->k, end = j + 1, group = group_at(t, j);
-    while (end < k && group_at(t, end) == group) { end++; }
-    int64_t from = t->options->stale_scales ? block : j;
+static void begin_group(const tile *t, int64_t block, int64_t block_end, int64_t j) {
+    int64_t end = j + 1, group = group_at(t, j), from = t->options->stale_scales ? block : j;
+    while (end < t->p->k && group_at(t, end) == group) { end++; }
     forecast(t, block, block_end, from, end);
-    for (int64_t r = 0; r < t->rows; r++) {
-        const double *x = t->forecast + r * k + (j - from);
-        store_grid(t, r, group, ql_fit_grid(x, t->importance + j, end - j, t->options));
-    }
+    fit_group(t, group, t->forecast + (j - from) * ROWS, t->importance + j, end - j);
 }
 
-/* rounds step j of every row and hands its error to the steps before `end` */
-static void quantize_step(const tile *t, int64_t block, int64_t end, int64_t j) {
-    const ql_gptq_problem *p = t->p;
-    int64_t k = p->k, group = group_at(t, j), place = t->options->store_ordered ? j : p->order[j];
-    double maxq = (double)((1 << t->options->bits) - 1), half_d2 = 0.5 * p->diagonal[j] * p->diagonal[j];
-    for (int64_t r = 0; r < t->rows; r++) {
-        double *z = t->z + r * BLOCK + (j - block);
-        ql_steps grid = {t->result->scales[scale_index(t, r, group)], t->result->zeros[scale_index(t, r, group)]};
-        double code = ql_steps_code(grid, z[0], maxq), q = grid.scale * (code - grid.zero);
-        double error = weight_at(t, r, j) - q;
-        t->codes[r * k + place] = (uint8_t)code;
-        t->error[r * k + j] = error;
-        t->result->loss[t->row + r] += (z[0] - q) * (z[0] - q) * half_d2;
-        update_row(z + 1, p->feedback + j * k + j + 1, error, end - j - 1);
-    }
-}
-
-static void pack_codes(const tile *t) {
+/* Codes and loss of the tile into the result. */
+static void store(const tile *t) {
     int64_t k = t->p->k, words = ql_words_per_row(k, t->options->bits);
     for (int64_t r = 0; r < t->rows; r++) {
         uint32_t *row = t->result->codes + (t->row + r) * words;
-        for (int64_t j = 0; j < k; j++) { ql_code_put(row, j, t->options->bits, t->codes[r * k + j]); }
+        for (int64_t j = 0; j < k; j++) {
+            ql_code_put(row, t->options->store_ordered ? j : t->p->order[j], t->options->bits, t->codes[j * ROWS + r]);
+        }
+        t->result->loss[t->row + r] = t->loss[r];
     }
 }
 
@@ -236,38 +259,42 @@ static int begins_group(const tile *t, int64_t j) {
     return !t->options->fixed_scales && (j == 0 || group_at(t, j) != group_at(t, j - 1));
 }
 
-static void quantize_tile(void *context, int64_t i) {
-    const quantize_context *c = context;
-    int64_t k = c->p->k, row = (c->first_tile + i) * TILE_ROWS;
-    double *work = (double *)(void *)(c->work + i * tile_bytes(k));
-    tile t = {c->result, c->p, c->options, row, c->p->n - row < TILE_ROWS ? c->p->n - row : TILE_ROWS, c->importance,
-              work, work + TILE_ROWS * k, work + TILE_ROWS * 2 * k, work + TILE_ROWS * (2 * k + BLOCK),
-              (uint8_t *)(work + TILE_ROWS * (2 * k + 2 * BLOCK))};
-    if (t.options->fixed_scales) { fit_fixed_grids(&t); }
+static void quantize_tile(const tile *t) {
+    int64_t k = t->p->k;
+    load_weights(t);
+    if (t->options->fixed_scales) { fit_fixed_grids(t); }
     for (int64_t block = 0, end; block < k; block = end) {
-        end = end_of_block(&t, block);
-        update_panel(&t, t.z, BLOCK, block, end);
-        memcpy(t.z_begin, t.z, (size_t)(t.rows * BLOCK) * sizeof *t.z);
+        end = end_of_block(t, block);
+        update_panel(t, t->z, block, end, block);
+        memcpy(t->z_begin, t->z, (size_t)((end - block) * ROWS) * sizeof *t->z);
         for (int64_t step = block, step_end; step < end; step = step_end) {
-            if (begins_group(&t, step)) { fit_group(&t, block, end, step); }
+            if (begins_group(t, step)) { begin_group(t, block, end, step); }
             step_end = step + 1;
-            while (step_end < end && step_end < step + STEPS && !begins_group(&t, step_end)) { step_end++; }
-            for (int64_t j = step; j < step_end; j++) { quantize_step(&t, block, step_end, j); }
-            ql_cpu()->feedback_forward(t.z + (step_end - block), t.error + step, t.p->feedback + step * k + step_end, t.rows,
-                                       step_end - step, end - step_end, BLOCK, k, k);
+            while (step_end < end && step_end < step + STEPS && !begins_group(t, step_end)) { step_end++; }
+            run_steps(t, t->z + (step - block) * ROWS, step, step_end, end, 1);
         }
     }
-    pack_codes(&t);
+    store(t);
 }
 
-void ql_gptq_quantize(const ql_gptq_result *result, const ql_gptq_problem *problem, const ql_gptq_options *options, void *work) {
-    int64_t k = problem->k, tiles = (problem->n + TILE_ROWS - 1) / TILE_ROWS;
+/* Each task takes tiles until none is left: so memory grows with the threads, not with the tiles. */
+static void quantize_tiles(void *context, int64_t i) {
+    quantize_context *c = context;
+    char *work = c->work + i * tile_bytes(c->p->k);
+    for (int64_t row; !atomic_load(&c->stopped) && (row = ROWS * atomic_fetch_add(&c->next, 1)) < c->p->n;) {
+        tile t = tile_in(c, work, row);
+        quantize_tile(&t);
+        if (ql_call_stopped()) { atomic_store(&c->stopped, 1); } /* hears of it in the caller's own task */
+    }
+}
+
+void ql_gptq_quantize(const ql_gptq_result *result, const ql_gptq_problem *problem, const ql_gptq_options *options, void *work,
+                      int64_t work_bytes) {
+    int64_t k = problem->k;
     double *importance = work; /* (k,), by step */
     for (int64_t j = 0; j < k; j++) { importance[j] = problem->importance[problem->order[j]]; }
-    char *tiles_work = (char *)work + (k * (int64_t)sizeof(double) + 63) / 64 * 64;
-    quantize_context context = {result, problem, options, importance, tiles_work, 0};
-    for (; context.first_tile < tiles && !ql_call_stopped(); context.first_tile += TILES_PER_WAVE) {
-        int64_t left = tiles - context.first_tile;
-        ql_parallel_for(left < TILES_PER_WAVE ? left : TILES_PER_WAVE, quantize_tile, &context);
-    }
+    char *tiles_work = (char *)work + (k + 7) / 8 * 8 * (int64_t)sizeof(double);
+    quantize_context context = {.result = result, .p = problem, .options = options, .importance = importance, .work = tiles_work};
+    int64_t tasks = (work_bytes - (tiles_work - (char *)work)) / tile_bytes(k);
+    ql_parallel_for(tasks, quantize_tiles, &context);
 }

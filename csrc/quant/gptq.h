@@ -36,7 +36,7 @@ typedef struct {
     uint32_t *codes; /* (n, words per row) zeroed */
     float *scales;   /* (n, groups) */
     uint8_t *zeros;  /* (n, groups) */
-    double *loss;    /* (n,): sum over columns of (z - q)^2 R_jj^2 / 2 */
+    double *loss;    /* (n,): set to the sum over columns of (z - q)^2 R_jj^2 / 2 */
 } ql_gptq_result;
 
 /* out (k, k) = the lower triangle of the reversed, permuted Hessian: factor * H + damp on the diagonal; h (k, k) lower.
@@ -46,8 +46,9 @@ ql_status ql_gptq_matrix(double *out, const float *h, const int32_t *order, int6
 /* in place: Cholesky factor L of that matrix (lower, row-major) -> feedback; diagonal (k,) is set */
 void ql_gptq_feedback(double *l, double *diagonal, int64_t k);
 
-/* work: ql_gptq_work_bytes(k) bytes, aligned to 64 */
+/* work: work_bytes = ql_gptq_work_bytes(k) bytes, aligned to 64: a part for each thread */
 int64_t ql_gptq_work_bytes(int64_t k);
-void ql_gptq_quantize(const ql_gptq_result *result, const ql_gptq_problem *problem, const ql_gptq_options *options, void *work);
+void ql_gptq_quantize(const ql_gptq_result *result, const ql_gptq_problem *problem, const ql_gptq_options *options, void *work,
+                      int64_t work_bytes);
 
 #endif

@@ -1,4 +1,5 @@
-/* scale.h: scale and zero point of one group of weights, as GPTQ's reference quantizer and its searches choose them. */
+/* scale.h: scale and zero point of one group of weights in each row of a tile, as GPTQ's reference quantizer and its
+ * searches choose them. */
 #ifndef QL_SCALE_H
 #define QL_SCALE_H
 
@@ -35,28 +36,6 @@ static inline double ql_stored_scale(double scale, int half) {
     return stored == 0.0 ? smallest : stored;
 }
 
-/* sum of |q - x|^2.4, or of importance (q - x)^2; stops early once it cannot be less than `best` */
-static inline double ql_steps_error(ql_steps grid, const double *x, const double *importance, int64_t count, double maxq,
-                                   double best) {
-    double sum = 0.0;
-    enum { STEP = 16 };
-    for (int64_t first = 0; first < count && sum < best; first += STEP) {
-        int64_t end = first + STEP < count ? first + STEP : count;
-        double error[STEP];
-        for (int64_t i = first; i < end; i++) {
-            error[i - first] = grid.scale * (ql_steps_code(grid, x[i], maxq) - grid.zero) - x[i];
-        }
-        if (importance == NULL) {
-            for (int64_t i = first; i < end; i++) { sum += pow(fabs(error[i - first]), 2.4); }
-        } else {
-            double part[4] = {0.0, 0.0, 0.0, 0.0};
-            for (int64_t i = first; i < end; i++) { part[i & 3] += importance[i] * error[i - first] * error[i - first]; }
-            sum += (part[0] + part[1]) + (part[2] + part[3]);
-        }
-    }
-    return sum;
-}
-
 /* scale and zero of the range [low, high] shrunk by p; the search by Hessian keeps one zero for every p */
 static inline ql_steps ql_steps_of_range(double low, double high, double p, double maxq, const ql_gptq_options *options) {
     ql_steps grid;
@@ -72,30 +51,62 @@ static inline ql_steps ql_steps_of_range(double low, double high, double p, doub
     return grid;
 }
 
-/* x (count,): the weights of the group; importance (count,): H_jj + damping of their columns */
-static inline ql_steps ql_fit_grid(const double *x, const double *importance, int64_t count, const ql_gptq_options *options) {
-    double maxq = (double)((1 << options->bits) - 1), low = 0.0, high = 0.0;
-    int by_hessian = options->search == QL_SEARCH_HESSIAN;
-    for (int64_t i = 0; i < count; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-    }
+/* the range [low, high] that the grids of a group cover, from its least and largest weight (or 0) */
+static inline void ql_widen_range(double *low, double *high, const ql_gptq_options *options) {
     if (options->symmetric) { /* the reference keeps low = 0 where no weight is negative; the search by Hessian does not */
-        high = -low > high ? -low : high;
-        if (low < 0.0 || by_hessian) { low = -high; }
+        *high = -*low > *high ? -*low : *high;
+        if (*low < 0.0 || options->search == QL_SEARCH_HESSIAN) { *low = -*high; }
     }
-    if (low == 0.0 && high == 0.0) { low = -1.0, high = 1.0; }
-    ql_steps best = ql_steps_of_range(low, high, 1.0, maxq, options);
-    if (options->search == QL_SEARCH_NONE) { return best; }
-    double least = INFINITY;
-    int trials = by_hessian ? 11 : 80; /* p = 1, 0.95 ... 0.5; or 1, 0.99 ... 0.21 */
+    if (*low == 0.0 && *high == 0.0) { *low = -1.0, *high = 1.0; }
+}
+
+/* error (QL_GPTQ_ROWS,) = sum over x (count, QL_GPTQ_ROWS) of |q - x|^2.4; a sum that has reached its `enough` goes no further */
+static inline void ql_power_error(double *error, const double *enough, const double *x, const double *scale, const double *zero,
+                                  double maxq, int64_t count) {
+    for (int64_t r = 0; r < QL_GPTQ_ROWS; r++) {
+        ql_steps grid = {scale[r], zero[r]};
+        error[r] = 0.0;
+        for (int64_t j = 0; j < count && error[r] < enough[r]; j++) {
+            double value = x[j * QL_GPTQ_ROWS + r];
+            error[r] += pow(fabs(grid.scale * (ql_steps_code(grid, value, maxq) - grid.zero) - value), 2.4);
+        }
+    }
+}
+
+/* grids (QL_GPTQ_ROWS,) of the rows of x (count, QL_GPTQ_ROWS); importance (count,): H_jj + damping of their columns */
+static inline void ql_fit_grids(ql_steps *grids, const double *x, const double *importance, int64_t count,
+                                const ql_gptq_options *options) {
+    enum { ROWS = QL_GPTQ_ROWS };
+    double maxq = (double)((1 << options->bits) - 1), low[ROWS] = {0.0}, high[ROWS] = {0.0}, least[ROWS];
+    for (int64_t j = 0; j < count; j++) {
+        for (int64_t r = 0; r < ROWS; r++) {
+            double value = x[j * ROWS + r];
+            low[r] = value < low[r] ? value : low[r];
+            high[r] = value > high[r] ? value : high[r];
+        }
+    }
+    for (int64_t r = 0; r < ROWS; r++) {
+        ql_widen_range(&low[r], &high[r], options);
+        grids[r] = ql_steps_of_range(low[r], high[r], 1.0, maxq, options);
+        least[r] = INFINITY;
+    }
+    int by_hessian = options->search == QL_SEARCH_HESSIAN;
+    int trials = options->search == QL_SEARCH_NONE ? 0 : by_hessian ? 11 : 80; /* p = 1, 0.95 ... 0.5; or 1, 0.99 ... 0.21 */
     for (int trial = 0; trial < trials; trial++) {
-        double p = by_hessian ? (20 - trial) / 20.0 : 1.0 - trial / 100.0;
-        ql_steps grid = ql_steps_of_range(low, high, p, maxq, options);
-        double error = ql_steps_error(grid, x, by_hessian ? importance : NULL, count, maxq, least);
-        if (error < least) { least = error, best = grid; }
+        double p = by_hessian ? (20 - trial) / 20.0 : 1.0 - trial / 100.0, scale[ROWS], zero[ROWS], error[ROWS];
+        for (int64_t r = 0; r < ROWS; r++) {
+            ql_steps grid = ql_steps_of_range(low[r], high[r], p, maxq, options);
+            scale[r] = grid.scale, zero[r] = grid.zero;
+        }
+        if (by_hessian) {
+            ql_cpu()->gptq_error_forward(error, x, importance, scale, zero, maxq, count);
+        } else {
+            ql_power_error(error, least, x, scale, zero, maxq, count);
+        }
+        for (int64_t r = 0; r < ROWS; r++) {
+            if (error[r] < least[r]) { least[r] = error[r], grids[r] = (ql_steps){scale[r], zero[r]}; }
+        }
     }
-    return best;
 }
 
 #endif

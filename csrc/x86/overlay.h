@@ -19,7 +19,10 @@ void ql_overlay_amx(ql_backend *table);
     X(add_forward)           \
     X(cross_entropy_forward) \
     X(gram_forward)          \
-    X(feedback_forward)
+    X(feedback_forward)      \
+    X(gptq_panel_forward)    \
+    X(gptq_steps_forward)    \
+    X(gptq_error_forward)
 
 #define QL_X86_FORMAT_OPS(X) \
     X(decode_forward)        \
