@@ -14,6 +14,8 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,6 +26,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--damp", type=float, default=0.01)
     parser.add_argument("--group-aware", action="store_true", help="GPTQModel's default order of columns")
+    parser.add_argument("--head", action="store_true", help="calibrate on the first rows of the text")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=512)
     arguments = parser.parse_args()
@@ -31,8 +34,10 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    ids = tokenizer(arguments.calibration.read_text())["input_ids"][: arguments.rows * arguments.context]
-    rows = [ids[i : i + arguments.context] for i in range(0, len(ids), arguments.context)]
+    ids = tokenizer(arguments.calibration.read_text())["input_ids"]
+    rows = [ids[i : i + arguments.context] for i in range(0, len(ids) - arguments.context + 1, arguments.context)]
+    chosen = range(arguments.rows) if arguments.head else np.linspace(0, len(rows) - 1, arguments.rows).astype(int)
+    rows = [rows[i] for i in chosen]  # as quantlab.calibration.spread_rows has it
     config = gptqmodel.QuantizeConfig(
         bits=arguments.bits, group_size=arguments.group_size, sym=True, desc_act=False,
         act_group_aware=arguments.group_aware, damp_percent=arguments.damp,

@@ -75,12 +75,12 @@ def wrong_call() -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
+    """A UTF-8 text file that the call names."""
+    from quantlab.io.datasets import load_text
+
     if not path.is_file():
         raise typer.BadParameter(f"{path}: there is no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    return load_text(path)
 
 
 def spread(words: Sequence[str]) -> list[str]:
