@@ -58,16 +58,28 @@ static __device__ __forceinline__ void score_key(float (&score)[PER_WARP], const
     }
 }
 
-/* of the warp's 4 rows and the lane's columns */
+/* Of the warp's 4 rows and the lane's columns: the first row sees `seen` keys of the tile, each row after it one more. What a
+ * row does not see is left out, not multiplied by zero: it need not be a number. */
 static __device__ __forceinline__ void add_values(float (&out)[PER_WARP][COLUMNS / WARP], const float *weights, const float *v,
-                                                  int count) {
-    for (int i = 0; i < count; i++) {
+                                                  int seen, int count) {
+    int all = min(max(seen, 0), count);
+    for (int i = 0; i < all; i++) {
         float4 w = *(const float4 *)(weights + i * PER_WARP);
 #pragma unroll
         for (int n = 0; n < COLUMNS / WARP; n++) {
             float value = v[i * COLUMNS + n * WARP + threadIdx.x % WARP];
             out[0][n] = fmaf(w.x, value, out[0][n]), out[1][n] = fmaf(w.y, value, out[1][n]);
             out[2][n] = fmaf(w.z, value, out[2][n]), out[3][n] = fmaf(w.w, value, out[3][n]);
+        }
+    }
+    for (int i = all; i < min(count, seen + PER_WARP - 1); i++) {
+#pragma unroll
+        for (int r = 1; r < PER_WARP; r++) {
+            if (i >= seen + r) { continue; }
+#pragma unroll
+            for (int n = 0; n < COLUMNS / WARP; n++) {
+                out[r][n] = fmaf(weights[i * PER_WARP + r], v[i * COLUMNS + n * WARP + threadIdx.x % WARP], out[r][n]);
+            }
         }
     }
 }
@@ -97,7 +109,7 @@ template <typename T> static __device__ void attend(const attention_args<T> &arg
             for (int n = 0; n < COLUMNS / WARP; n++) { out[r][n] *= keep; }
         }
         __syncwarp();
-        add_values(out, weights, v, count);
+        add_values(out, weights, v, (int)min((int64_t)KEYS, w.seen + warp * PER_WARP - first), count);
     }
 #pragma unroll
     for (int r = 0; r < PER_WARP; r++) {
