@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from quantlab import _core
 from quantlab.rope import rope_tables
 
-CHUNK_TOKENS = 4096  # tokens that one op works on: bounds the memory of what is not kept
+CHUNK_TOKENS = 1024  # tokens that one op works on: bounds the memory of what is not kept
 HOLD_BYTES = 2 << 30  # inputs of a stage up to this size are kept; larger ones are computed again when needed
 
 # the matrices of one layer that share their inputs, in the order of the forward pass
@@ -23,7 +24,8 @@ STAGES = (
 )
 ADDED_TO_RESIDUAL = (1, 3)  # the stages whose output is added to the residual stream
 
-Inputs = Callable[[int], np.ndarray]  # chunk -> inputs of a stage, float32 (tokens, k)
+Inputs = Callable[[int], np.ndarray]  # chunk -> inputs of a stage, float32 (tokens, k), good until the next call
+Filled = Callable[[int, np.ndarray], np.ndarray]  # the same, in the array that is given
 Handles = Mapping[str, _core.Weight]  # "self_attn.q_proj" -> weight
 Steps = Generator[Inputs, Handles, None]
 
@@ -66,6 +68,20 @@ def _chunk(rows: list[np.ndarray]) -> Chunk:
     return Chunk(np.concatenate(rows), positions, np.concatenate([[0], np.cumsum(lengths)]), lengths)
 
 
+class _Buffers:
+    """Arrays that are filled again for every chunk: fresh memory costs more than a small op."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[Any, np.ndarray] = {}
+
+    def __call__(self, name: Any, *shape: int) -> np.ndarray:
+        """The float32 array of this name; its contents are what was last written to it, in any shape."""
+        count = math.prod(shape)
+        if name not in self._arrays or self._arrays[name].size < count:
+            self._arrays[name] = np.empty(count, np.float32)
+        return self._arrays[name][:count].reshape(shape)
+
+
 class Activations:
     """The residual stream of all chunks, moved through the model one decoder layer at a time."""
 
@@ -74,21 +90,24 @@ class Activations:
         self.tokens = sum(len(chunk.ids) for chunk in chunks)
         self.residual = [_core.embedding(chunk.ids, embedding) for chunk in chunks]
         self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._held = _Buffers()
+        self._width = config.num_attention_heads * config.head_dim
 
     def copy(self) -> Activations:
         other = object.__new__(Activations)
         other.__dict__.update(self.__dict__)
         other.residual = [chunk.copy() for chunk in self.residual]
+        other._held = _Buffers()
         return other
 
     def layer(self, norms: tuple[np.ndarray, np.ndarray]) -> Steps:
         """Runs one decoder layer: yields the inputs of each stage of STAGES, and is sent that stage's weights."""
         weights = yield self._norm(norms[0])
-        attended = self._hold(self._attention(self._norm(norms[0]), weights), self.config.num_attention_heads)
+        attended = self._hold(self._attention(self._norm(norms[0]), weights), self._width)
         weights = yield attended
         self._add(attended, weights["self_attn.o_proj"])
         weights = yield self._norm(norms[1])
-        activated = self._hold(self._swiglu(self._norm(norms[1]), weights), 0)
+        activated = self._hold(self._swiglu(self._norm(norms[1]), weights), self.config.intermediate_size)
         weights = yield activated
         self._add(activated, weights["mlp.down_proj"])
 
@@ -100,35 +119,45 @@ class Activations:
             advance(steps, weights)
 
     def _norm(self, gain: np.ndarray) -> Inputs:
-        return lambda i: _core.rmsnorm(self.residual[i], gain, self.config.rms_norm_eps)
+        buffer = _Buffers()
+
+        def normed(i: int) -> np.ndarray:
+            x = self.residual[i]
+            return _core.rmsnorm(x, gain, self.config.rms_norm_eps, buffer("x", *x.shape))
+
+        return normed
 
     def _add(self, inputs: Inputs, weight: _core.Weight) -> None:
         for i, residual in enumerate(self.residual):
-            _core.add_into(residual, _core.linear(inputs(i), weight))
+            _core.linear(inputs(i), weight, residual, True)
 
-    def _attention(self, inputs: Inputs, weights: Handles) -> Inputs:
-        config = self.config
+    def _attention(self, inputs: Inputs, weights: Handles) -> Filled:
+        config, buffer = self.config, _Buffers()
+        heads_of = dict(zip(STAGES[0], (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True))
 
-        def attend(i: int) -> np.ndarray:
+        def attend(i: int, out: np.ndarray) -> np.ndarray:
             chunk, x = self.chunks[i], inputs(i)
             q, k, v = (
-                _core.linear(x, weights[module]).reshape(len(x), heads, config.head_dim)
-                for module, heads in zip(
-                    STAGES[0], (config.num_attention_heads, *[config.num_key_value_heads] * 2), strict=True
-                )
+                _core.linear(x, weights[module], buffer(module, len(x), heads * config.head_dim))
+                for module, heads in heads_of.items()
             )
+            q, k, v = (part.reshape(len(x), -1, config.head_dim) for part in (q, k, v))
             tables = self._rope(int(chunk.lengths.max()))
-            q, k = _core.rope(q, *tables, chunk.positions), _core.rope(k, *tables, chunk.positions)
+            q = _core.rope(q, *tables, chunk.positions, buffer("q", *q.shape))
+            k = _core.rope(k, *tables, chunk.positions, buffer("k", *k.shape))
             scale = config.head_dim**-0.5
-            out = _core.attention(q, k, v, chunk.starts, chunk.starts[:-1].copy(), chunk.lengths, scale)
-            return out.reshape(len(x), -1)
+            _core.attention(q, k, v, chunk.starts, chunk.starts[:-1].copy(), chunk.lengths, scale, out.reshape(q.shape))
+            return out
 
         return attend
 
-    def _swiglu(self, inputs: Inputs, weights: Handles) -> Inputs:
-        def activate(i: int) -> np.ndarray:
+    def _swiglu(self, inputs: Inputs, weights: Handles) -> Filled:
+        buffer = _Buffers()
+
+        def activate(i: int, out: np.ndarray) -> np.ndarray:
             x = inputs(i)
-            return _core.swiglu(*(_core.linear(x, weights[module]) for module in STAGES[2]))
+            gate, up = (_core.linear(x, weights[module], buffer(module, *out.shape)) for module in STAGES[2])
+            return _core.swiglu(gate, up, out)
 
         return activate
 
@@ -137,12 +166,12 @@ class Activations:
             self._tables[length] = rope_tables(self.config, length)
         return self._tables[length]
 
-    def _hold(self, compute: Inputs, heads: int) -> Inputs:
-        """Keeps what `compute` gives where it is not too large."""
-        width = heads * self.config.head_dim if heads else self.config.intermediate_size
+    def _hold(self, compute: Filled, width: int) -> Inputs:
+        """Keeps what `compute` gives, (tokens, width), where it is not too large."""
         if 4 * self.tokens * width > HOLD_BYTES:
-            return compute
-        return [compute(i) for i in range(len(self.chunks))].__getitem__
+            buffer = _Buffers()
+            return lambda i: compute(i, buffer("out", len(self.residual[i]), width))
+        return [compute(i, self._held(i, len(x), width)) for i, x in enumerate(self.residual)].__getitem__
 
 
 def advance(steps: Steps, weights: Handles) -> Inputs | None:
