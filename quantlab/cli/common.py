@@ -37,6 +37,19 @@ def known_dtype(name: str) -> str:
 
 
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", callback=known_dtype)]
+
+
+def known_device(name: str) -> str:
+    from quantlab.cuda import device_number
+
+    try:
+        device_number(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from error
+    return name
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=known_device)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantlab.cli.common import (
+    Device,
     Dtype,
     Json,
     Local,
@@ -209,6 +210,7 @@ def perplexity(
     context: Annotated[int, typer.Option(help="Tokens a chunk.", min=2)] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than this.", min=2)] = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -216,7 +218,7 @@ def perplexity(
     import quantlab as ql
 
     content = read_text(text)
-    model = ql.LlamaForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local_files_only)
+    model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
     result = model.perplexity(content, context=context, max_tokens=max_tokens)
     if as_json:
         print_json(result)
@@ -235,6 +237,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="With --do-sample (1.0).")] = None,
     seed: Annotated[int | None, typer.Option(help="With --do-sample (0).")] = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -245,7 +248,7 @@ def generate(
     options = {name: value for name, value in options.items() if value is not None}
     if options and not do_sample:
         raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')}: it needs --do-sample beside it")
-    model = ql.LlamaForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local_files_only)
+    model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
     ids = model.encode(prompt)
     tokens: list[int] = []
     shown = ""

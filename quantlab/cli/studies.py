@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantlab.cli.common import Json, Local, print_json, print_table, wrong_call
+from quantlab.cli.common import Device, Json, Local, print_json, print_table, wrong_call
 
 if TYPE_CHECKING:
     from quantlab.experiments.tweeteval import TweetEvalConfig
@@ -23,13 +23,14 @@ def demo(
     ),
     variants: Variants = None,
     limit: Limit = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """The TweetEval study on a small model and real tweets that pip can reach: table, plots, report."""
     from quantlab.experiments.tweeteval import demo_config, limited
 
     with wrong_call():
-        config = demo_config(**({"variants": tuple(variants)} if variants else {}))
+        config = demo_config(device=device, **({"variants": tuple(variants)} if variants else {}))
         config = config if limit is None else limited(config, limit)
     run_study(config, out, as_json)
 
@@ -45,6 +46,7 @@ def tweeteval(
     data_root: Annotated[Path | None, typer.Option(help="The folder that holds the task's data.")] = None,
     perplexity_text: Annotated[str | None, typer.Option(help='A text file, or "task": the test tweets.')] = None,
     country: Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = None,
     wandb: Annotated[str | None, typer.Option(help="off, offline or online.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and do nothing.")] = False,
     local_files_only: Local = False,
@@ -56,7 +58,7 @@ def tweeteval(
     given: dict[str, Any] = {
         "preset": preset, "variants": tuple(variants) if variants else None, "model": model, "task": task,
         "country": country, "data_root": str(data_root) if data_root else None, "perplexity_text": perplexity_text,
-        "wandb": wandb, "local_files_only": local_files_only or None,
+        "device": device, "wandb": wandb, "local_files_only": local_files_only or None,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with wrong_call():

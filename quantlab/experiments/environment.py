@@ -22,12 +22,12 @@ def environment() -> dict[str, Any]:
 
     git, dirty = revision(Path(quantlab.__file__).parent)
     info = quantlab.info()
-    cuda = info.get("cuda") or {}
+    gpu = (info.get("cuda") or {}).get("device") or {}
     return {
         "cpu": cpu_model(), "cores": os.cpu_count(), "threads": info.get("threads"),
         "isa": (info.get("isa") or {}).get("selected"),
         "ram": {"value": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "unit": "B"},
-        "gpu": cuda.get("device"), "driver": cuda.get("driver"), "cuda": cuda.get("version"),
+        "gpu": gpu.get("name"), "driver": gpu.get("driver"), "cuda": gpu.get("runtime"),
         "os": platform.platform(), "python": platform.python_version(), "compiler": info.get("compiler"),
         "quantlab": info.get("version"), "git": git, "dirty": dirty, "libraries": libraries(),
         "load_average": list(os.getloadavg()),

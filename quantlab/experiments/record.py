@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from quantlab import cuda
 from quantlab.io import files
 
 from . import energy
@@ -172,10 +173,12 @@ class Cell:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[energy.Reading]:
-        """Measures what runs inside: seconds (timings), energy (energy, emissions/*.csv) and peak resident memory
-        (memory).
+        """Measures what runs inside: seconds (timings), energy (energy, emissions/*.csv) and peak memory (memory), of
+        the host and, where CUDA can be used, of its device.
         """
         exact = reset_peak_host_bytes()
+        if cuda.usable():
+            cuda.reset_peak()
         settings = self.run.energy
         table = self.run.path / "emissions" / f"{self.name}_{name}.csv"
         before = time.process_time()
@@ -186,6 +189,9 @@ class Cell:
         self.record["energy"][name] = reading.to_dict()
         peak = {"value": peak_host_bytes(), "unit": "B", "scope": "phase" if exact else "process so far"}
         self.record["memory"].setdefault("peak_host", {})[name] = peak
+        if cuda.usable():
+            peak = {"value": cuda.memory()["peak"], "unit": "B", "scope": "phase"}
+            self.record["memory"].setdefault("peak_device", {})[name] = peak
 
 
 class Run:

@@ -93,6 +93,7 @@ class Stages:
             self.config.model,
             num_labels=len(self.plan.examples.names),
             dtype=dtype,
+            device=self.config.device,
             local_files_only=self.config.local_files_only,
         )
         cell.timing("load", [time.perf_counter() - started])
@@ -301,7 +302,7 @@ def causal(model: Any) -> Any:
     checkpoint = model.checkpoint
     if not model.config.tie_word_embeddings and checkpoint is not None and checkpoint.has("lm_head"):
         weights["lm_head"] = cast_weight(checkpoint.weight("lm_head"), REST_DTYPE)
-    return LlamaForCausalLM(model.config, weights, model.vectors, model.tokenizer, checkpoint)
+    return LlamaForCausalLM(model.config, weights, model.vectors, model.tokenizer, checkpoint, model.device)
 
 
 def sample_by_length(texts: list[str], count: int) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from quantlab.cuda import device_number
 from quantlab.io.datasets import TASKS
 
 from .data import Examples, fingerprint, load_examples
@@ -83,6 +84,7 @@ class TweetEvalConfig:
     # the rest
     seed: int = 0
     keep_models: bool = False  # save each quantized model under models/
+    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N; quantization is on the CPU
     local_files_only: bool = False
     wandb: str = "off"  # off, offline, online: needs the extra `wandb`
 
@@ -137,6 +139,7 @@ def check_config(config: TweetEvalConfig) -> None:
         raise ValueError(f"lr: got {config.lr!r}, expected a positive number")
     if config.wandb not in ("off", "offline", "online"):
         raise ValueError(f"wandb: got {config.wandb!r}, accepted are off, offline, online")
+    device_number(config.device)
     if not config.variants:
         raise ValueError("variants: got none, expected at least one")
     for name in config.variants:
@@ -232,6 +235,9 @@ def resolve(config: TweetEvalConfig) -> Plan:
         "perplexity": perplexity,
     }
     shared["energy"] = {"on": config.energy, "country": config.country, "intensity_g_kwh": config.intensity_g_kwh}
+    if config.device != "cpu":  # cells of the CPU have no such field: their ids stay those of records made before it
+        shared["device"] = head["device"] = config.device
+        shared["head"] = key_of(head)
     cells = {}
     for name in config.variants:
         variant = variant_of(config, name)

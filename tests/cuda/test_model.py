@@ -1,9 +1,9 @@
 """A model on the GPU against the same model on the CPU.
 
-Products there take bfloat16: both operands of each are rounded by up to 2^-9 of themselves, 2^-9 / sqrt(3) in root
-mean square, and the errors of the terms are independent, so a product errs by sqrt(2 / 3) 2^-9 of its size. A layer
-adds seven products and the attention's two to the residual stream, whose errors add like a random walk too. NOISE is
-twice what comes out of that for the two layers of the test's model."""
+Weights and activations there are rounded to bfloat16, by 2^-9 / sqrt(3) of themselves in root mean square: on the way
+through a layer seven weights, the inputs of seven products, queries, keys, values and weights of the attention, 18
+times in all, independently, so that the errors add like a random walk. NOISE is three times what comes out of that for
+the two layers of the test's model: softmax and SwiGLU may pass on more of an error than they got."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import quantlab as ql
 from quantlab.llama import LlamaForCausalLM
 
 LAYERS = 2
-NOISE = 2 * np.sqrt(2 / 3) * 2.0**-9 * np.sqrt(9 * LAYERS)
+NOISE = 3 * 2.0**-9 / np.sqrt(3) * np.sqrt(18 * LAYERS)
 
 SHAPES = {
     "plain": {},
