@@ -33,6 +33,8 @@ enum {
     STACK_BYTES = 4 << 20 /* of a worker; a gemm task keeps half a MiB there */
 };
 
+#define NO_TASK UINT32_MAX /* more than any count */
+
 typedef void task_function(void *context, int64_t i);
 
 /* ---- the call that a thread is in ------------------------------------------------------------------------------ */
@@ -114,8 +116,8 @@ void ql_set_threads(int threads) { atomic_store(&chosen_threads, threads < 1 ? 0
 
 static struct {
     alignas(64) _Atomic uint64_t claim; /* region << 32 | next task */
-    /* The region. Written when all its predecessor's tasks are finished; a worker that reads a mixture of two regions finds
-     * its claim refused, since `claim` has moved on. */
+    /* The region. Written when all its predecessor's tasks are finished and `claim` has moved on to NO_TASK: a worker that
+     * reads a mixture of two regions finds its claim refused. */
     alignas(64) _Atomic(task_function *) task;
     _Atomic(void *) context;
     _Atomic(atomic_int *) stopped; /* of the caller's call */
@@ -156,12 +158,12 @@ static void help(int worker) {
     unsigned done = 0;
     uint64_t claim = atomic_load(&pool.claim);
     for (;;) {
-        task_function *task = atomic_load_explicit(&pool.task, memory_order_relaxed);
-        void *context = atomic_load_explicit(&pool.context, memory_order_relaxed);
-        atomic_int *stopped = atomic_load_explicit(&pool.stopped, memory_order_relaxed);
+        task_function *task = atomic_load_explicit(&pool.task, memory_order_acquire);
+        void *context = atomic_load_explicit(&pool.context, memory_order_acquire);
+        atomic_int *stopped = atomic_load_explicit(&pool.stopped, memory_order_acquire);
         uint32_t next = (uint32_t)claim;
-        if (worker >= atomic_load_explicit(&pool.helpers, memory_order_relaxed) ||
-            next >= atomic_load_explicit(&pool.count, memory_order_relaxed)) {
+        if (worker >= atomic_load_explicit(&pool.helpers, memory_order_acquire) ||
+            next >= atomic_load_explicit(&pool.count, memory_order_acquire)) {
             break;
         }
         if (!atomic_compare_exchange_weak(&pool.claim, &claim, claim + 1)) { continue; }
@@ -215,13 +217,14 @@ static int begin_worker(int number) {
 
 static void open_region(uint32_t count, task_function *task, void *context, int helpers) {
     while (pool.workers < helpers && begin_worker(pool.workers)) { pool.workers++; }
-    atomic_store_explicit(&pool.task, task, memory_order_relaxed);
-    atomic_store_explicit(&pool.context, context, memory_order_relaxed);
-    atomic_store_explicit(&pool.stopped, &call.stopped, memory_order_relaxed);
-    atomic_store_explicit(&pool.count, count, memory_order_relaxed);
-    atomic_store_explicit(&pool.helpers, helpers, memory_order_relaxed);
-    atomic_store_explicit(&pool.finished, 0, memory_order_relaxed);
     unsigned region = atomic_load(&pool.region) + 1;
+    atomic_store(&pool.claim, (uint64_t)region << 32 | NO_TASK); /* first: an old claim must not meet the new count */
+    atomic_store_explicit(&pool.task, task, memory_order_release);
+    atomic_store_explicit(&pool.context, context, memory_order_release);
+    atomic_store_explicit(&pool.stopped, &call.stopped, memory_order_release);
+    atomic_store_explicit(&pool.count, count, memory_order_release);
+    atomic_store_explicit(&pool.helpers, helpers, memory_order_release);
+    atomic_store_explicit(&pool.finished, 0, memory_order_release);
     atomic_store(&pool.claim, (uint64_t)region << 32);
     atomic_store(&pool.region, region);
     if (atomic_load(&pool.sleeping_workers) > 0) { futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers); }
