@@ -285,6 +285,29 @@ ql_status ql_cuda_get_info(ql_cuda_info *info, int device);
 ql_status ql_cuda_reset_peak(int device);
 /* Where CUDA's libraries lie (folders, separated by ':'), tried before the loader's own places. */
 void ql_cuda_set_folders(const char *folders);
+/* What cuda/bench.cu times. Sizes as in the ops; roofs: n bytes are read, or half read and half written, by m blocks a
+ * multiprocessor. */
+#define QL_BENCH_OPS(X)                                                                                          \
+    X(READ, read) X(COPY, copy) X(MATMUL, matmul) X(MATMUL_BACKWARD, matmul_backward) X(DEQUANTIZE, dequantize)  \
+    X(QUANTIZE, quantize) X(LINEAR, linear) X(LINEAR_BACKWARD, linear_backward_input) X(RESIDUAL, residual)      \
+    X(GATE_UP, gate_up) X(QKV, qkv) X(ATTENTION, attention)
+typedef enum {
+#define X(NAME, name) QL_BENCH_##NAME,
+    QL_BENCH_OPS(X)
+#undef X
+        QL_BENCH_COUNT
+} ql_bench_op;
+typedef struct {
+    int op; /* ql_bench_op */
+    const ql_weight *weight[3]; /* of the host */
+    int weights;
+    ql_format format; /* quantize */
+    int64_t m, n, k, group;
+    int64_t b, keys, hq, hkv, d; /* attention: b sequences of m queries and `keys` keys; qkv: hq, hkv, d */
+    int64_t rotate;              /* bytes that the copies of the arrays have together, at least */
+} ql_bench;
+/* seconds (samples,) of one launch */
+ql_status ql_cuda_bench(double *seconds, const ql_bench *bench, int samples, int device);
 /* "cublas", "cusolver": its file, or NULL where it is not there: ql_status_detail() says why. Opens it. */
 const char *ql_cuda_library(const char *name);
 

@@ -42,6 +42,23 @@ def cuda_info(device: int, /) -> dict[str, Any]: ...  # CudaError with the reaso
 def cuda_reset_peak(device: int, /) -> None: ...
 def cuda_set_folders(folders: str, /) -> None: ...  # of the libraries, separated by ':'
 def cuda_library(name: str, /) -> str: ...  # path of cublas or cusolver; CudaError where it is not there
+def cuda_bench(
+    op: str,
+    weights: tuple[Weight, ...] = ...,
+    samples: int = 5,
+    device: int = 0,
+    format: str = "f32",
+    m: int = 1,
+    n: int = 1,
+    k: int = 1,
+    group: int = 64,
+    b: int = 1,
+    keys: int = 1,
+    hq: int = 1,
+    hkv: int = 1,
+    d: int = 2,
+    rotate: int = ...,
+) -> NDArray[np.float64]: ...  # seconds of one launch (samples,); see csrc/quantlab.h, ql_bench
 def device_select(device: int, /) -> None: ...  # single ops run there; -1: on the CPU
 def device_selected() -> int: ...
 

@@ -400,18 +400,19 @@ def errors(op: str) -> dict[str, float]:
     return worst
 
 
-def run(ops: Sequence[str] = (), models: Iterable[Sizes] = MODELS, rounds: int = 7, device: str = "cpu",
-        show_progress: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+def run(
+    ops: Sequence[str] = (), models: Iterable[Sizes] = MODELS, rounds: int = 7, show_progress: bool = True
+) -> list[dict[str, Any]]:
     """Times every case of the ops (all without names) and returns its records, in the order of OPS.
 
     A round of an op goes over all its cases, so that a slow moment of the machine does not fall on one of them.
-    ValueError: no such op. CudaError: device="cuda" where it cannot be used.
+    ValueError: no such op.
     """
     unknown = [op for op in ops if op not in OPS]
     if unknown:
         raise ValueError(f"op: got {unknown[0]!r}, expected one of {', '.join(OPS)}")
     models, chosen, records = tuple(models), list(ops or OPS), []
-    with backend.use(device=device), progress(len(chosen) * rounds, "benchmarks", "round", show_progress) as bar:
+    with progress(len(chosen) * rounds, "benchmarks", "round", show_progress) as bar:
         for op in chosen:
             todo, error = cases(op, models), errors(op)
             times = [repeats(case) for case in todo]

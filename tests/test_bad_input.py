@@ -159,7 +159,7 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "a context of 1": (lambda m: m.perplexity("some text", context=1), "context"),
     "another dtype": (lambda m: type(m).from_pretrained(m.checkpoint.path, dtype="int3"), "int3"),
     "another device": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="tpu"), "tpu"),
-    "a device that is not there": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="cuda"), "cuda"),
+    "a device that is not there": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="cuda:99"), "cuda"),
     "no calibration": (lambda m: ql.quantize(m, ql.GPTQConfig()), "calibration"),
     "empty calibration": (lambda m: ql.quantize(m, ql.GPTQConfig(), calibration=[]), "calibration"),
     "calibration with an empty text": (lambda m: ql.quantize(m, ql.GPTQConfig(), calibration=[""]), "calibration"),

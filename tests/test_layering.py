@@ -53,7 +53,7 @@ PYTHON_LAYERS = [
     {"io", "gptq"},
     {"calibration", "resume"},
     {"llama", "quantize", "generate", "perplexity", "classify", "size", "lora"},
-    {"bench"},
+    {"bench", "bench_cuda"},
     {"experiments"},
     {"report"},
     {"cli", "__main__"},

@@ -79,7 +79,56 @@ static PyObject *device_selected(PyObject *self, PyObject *unused) {
     return PyLong_FromLong(ql_selected() == ql_cpu() ? -1 : ql_selected()->device);
 }
 
+static const char *const bench_names[QL_BENCH_COUNT] = {
+#define X(NAME, name) #name,
+    QL_BENCH_OPS(X)
+#undef X
+};
+
+static int bench_op(ql_bench *bench, const char *name) {
+    for (int op = 0; op < QL_BENCH_COUNT; op++) {
+        if (strcmp(name, bench_names[op]) == 0) { return bench->op = op, 1; }
+    }
+    return PyErr_Format(PyExc_ValueError, "op: got '%s', which cannot be timed", name), 0;
+}
+
+/* cuda_bench(op, weights, samples, device, format, m, n, k, group, b, keys, hq, hkv, d, rotate) -> float64 (samples,) */
+static PyObject *cuda_bench(PyObject *self, PyObject *arguments, PyObject *keywords) {
+    (void)self;
+    static char *names[] = {"op", "weights", "samples", "device", "format", "m", "n", "k", "group", "b", "keys", "hq", "hkv", "d", "rotate", NULL};
+    const char *op, *format = "f32";
+    PyObject *weights = NULL;
+    int samples = 5, device = 0;
+    long long m = 1, n = 1, k = 1, group = 64, b = 1, keys = 1, hq = 1, hkv = 1, d = 2, rotate = 256 << 20;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "s|O!iisLLLLLLLLLL", names, &op, &PyTuple_Type, &weights, &samples, &device,
+                                     &format, &m, &n, &k, &group, &b, &keys, &hq, &hkv, &d, &rotate)) {
+        return NULL;
+    }
+    ql_bench bench = {.m = m, .n = n, .k = k, .group = group, .b = b, .keys = keys, .hq = hq, .hkv = hkv, .d = d, .rotate = rotate};
+    if (!bench_op(&bench, op) || !ql_format_arg(format, &bench.format)) { return NULL; }
+    for (Py_ssize_t i = 0; weights != NULL && i < PyTuple_GET_SIZE(weights); i++) {
+        const ql_weight *w = ql_weight_arg(PyTuple_GET_ITEM(weights, i), "weights");
+        if (w == NULL || i > 2) { return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "weights: at most 3"); }
+        bench.weight[bench.weights++] = w;
+    }
+    if (samples < 1 || m < 1 || n < 1 || k < 1 || group < 1 || b < 1 || keys < 1 || hq < 1 || hkv < 1 || d < 2) {
+        return PyErr_Format(PyExc_ValueError, "sizes: expected at least 1 each");
+    }
+    PyArrayObject *out = ql_new(1, (int64_t[]){samples}, NPY_FLOAT64);
+    if (out == NULL) { return NULL; }
+    double *seconds = ql_data(out);
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    status = ql_cuda_bench(seconds, &bench, samples, device);
+    QL_CALL_END(stopped)
+    if (stopped || status != QL_OK) { return Py_DECREF(out), stopped ? NULL : ql_raise(status); }
+    return (PyObject *)out;
+}
+
 static PyMethodDef methods[] = {
+    {"cuda_bench", __extension__(PyCFunction)(void (*)(void))cuda_bench, METH_VARARGS | METH_KEYWORDS,
+     "cuda_bench(op, weights=(), samples=5, device=0, **sizes) -> seconds (samples,) of one launch"},
     {"cuda_built", cuda_built, METH_NOARGS, "cuda_built() -> bool"},
     {"cuda_info", cuda_info, METH_O, "cuda_info(device) -> {name, capability, total, free, current, peak, …}"},
     {"cuda_reset_peak", cuda_reset_peak, METH_O, "cuda_reset_peak(device): the peak of its memory starts anew"},
