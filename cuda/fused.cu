@@ -5,7 +5,7 @@
 /* the normed activations in the stored order of w's columns, for cuBLAS; made anew where the order is another than `last` */
 static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, const ql_weight *last, int64_t t) {
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_NORM, (size_t)(t * w->k) * sizeof(bf16));
-    if (rows != NULL && (last == NULL || last->perm != w->perm)) { ql_cuda_activations_rows(rows, x, w->perm, t, w->k); }
+    if (rows != NULL && (last == NULL || last->perm != w->perm)) { ql_cuda_activations_rows(rows, x, w->perm, t, w->k, w->k); }
     return rows;
 }
 
@@ -88,8 +88,11 @@ extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const float *ga
     ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU}, {up, NULL, NULL, QL_OUT_SWIGLU}};
     if (t == 0 || ql_cuda_linear_small(products, 2, &source, NULL, t)) { return; }
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
+    if (ups == NULL) { return; }
+    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16}, {up, ups, NULL, QL_OUT_BF16}}; /* weights that are not alike */
+    if (ql_cuda_linear_small(apart, 2, &source, NULL, t)) { return swiglu_in_place((bf16 *)a, ups, t * gate->n); }
     const bf16 *h = normed_rows(&source, gate, NULL, t);
-    if (ups == NULL || h == NULL) { return; }
+    if (h == NULL) { return; }
     ql_cuda_linear_large(a, CUDA_R_16BF, h, gate, t, 0);
     if ((h = normed_rows(&source, up, gate, t)) == NULL) { return; }
     ql_cuda_linear_large(ups, CUDA_R_16BF, h, up, t, 0);
@@ -106,7 +109,7 @@ extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const q
     if (w->perm != NULL) {
         bf16 *stored = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(t * w->k) * sizeof(bf16));
         if (stored == NULL) { return; }
-        ql_cuda_activations_rows(stored, &source, w->perm, t, w->k);
+        ql_cuda_activations_rows(stored, &source, w->perm, t, w->k, w->k);
         rows = stored;
     }
     ql_cuda_linear_large(x, CUDA_R_32F, rows, w, t, 1);

@@ -19,11 +19,8 @@ typedef struct {
     float eps;
 } ql_activations;
 
-/* out (m, k) bf16, column j from column perm[j] (perm may be NULL) */
-void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k);
-/* the blocks of units.cuh of `rows` tokens, 1 or a multiple of 8: (rows / 8, x_units) blocks; zeros beyond m and k */
-void ql_cuda_activations_blocks(uint8_t *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t rows, int64_t k,
-                                int64_t x_units);
+/* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on */
+void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line);
 
 /* ---- products of a few tokens (linear_small.cu) -------------------------------------------------------------------- */
 

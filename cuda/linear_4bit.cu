@@ -1,5 +1,5 @@
 /* linear_4bit.cu: linear_small.cuh for affine codes of 4 bits. */
 #include "linear_family.cuh"
 
-const small_family ql_small_4bit = {1, SMALL_RINGS(codes_4bit, 1), SMALL_RINGS(codes_4bit, 0), SMALL_REGISTERS(codes_4bit, 1, 2, 16, 2),
-                                    SMALL_REGISTERS(codes_4bit, 1, 4, 32, 1)};
+const small_family ql_small_4bit = {1, SMALL_RINGS_OF(codes_4bit, 1), SMALL_RINGS_OF(codes_4bit, 0),
+                                     SMALL_REGISTERS_OF(codes_4bit, 1, 2, 16, 2, 4)};

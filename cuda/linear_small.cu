@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 3 };
+enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -48,26 +48,45 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
     return true;
 }
 
-static int batch_of(int64_t m) { return m == 1 ? 0 : m <= 8 ? 1 : m <= 16 ? 2 : m <= 32 ? 3 : 4; }
-static int tokens8_of(int batch) { return batch <= 1 ? 1 : 1 << (batch - 1); }
+/* ---- launches ----------------------------------------------------------------------------------------------------- */
 
-/* The smallest cluster with which the activations leave room for a few stages: true where there is one. */
-static bool launch_ring(const small_kernel *k, small_args *a, int columns) {
-    int groups = (a->tiles + k->tiles - 1) / k->tiles, multiprocessors = ql_cuda_multiprocessors();
-    size_t room = SHARED_MEMORY / k->blocks - RESERVED, stage = (size_t)k->tiles * 2 * k->warps * k->units * a->record;
-    for (int cluster = 1; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-        int most = (a->units + cluster - 1) / cluster, wanted = multiprocessors * k->blocks / cluster;
-        int clusters = wanted < groups ? wanted : groups;
-        int owned = cluster > 1 ? ((groups + clusters - 1) / clusters + cluster - 1) / cluster : 0;
-        if (owned > SMALL_MAX_OWNED) { continue; }
-        size_t without = k->layout(0, a->record, most * (columns / 32), cluster, owned).bytes;
-        if (without + LEAST_STAGES * stage > room) { continue; }
-        int stages = (int)((room - without) / stage);
-        a->stages = stages < SMALL_MAX_STAGES ? stages : SMALL_MAX_STAGES;
-        void *arguments[] = {a};
-        ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)), dim3((unsigned)(k->warps + 2) * WARP),
-                                without + (size_t)a->stages * stage, true, (unsigned)cluster, arguments);
-        return true;
+/* Blocks of this kernel an SM, and how many of this size an SM should hold, the next kernel's among them: its weights are on their
+ * way before this one ends. */
+static void choose_residence(const small_kernel *k, int tiles, int *per_sm, int *resident) {
+    int multiprocessors = ql_cuda_multiprocessors();
+    *per_sm = tiles > 2 * multiprocessors && k->blocks > 1 ? 2 : 1;
+    *resident = k->held || k->tokens > 8 ? *per_sm : k->tokens == 1 ? *per_sm + 1 : 2;
+}
+
+/* Shared memory and stages of kernel k with blocks of `room` bytes: false where they do not fit. Held activations: K is one stage */
+static bool fit_ring(const small_kernel *k, small_args *a, int cluster, int clusters, int room, size_t *shared) {
+    int most = (a->units + cluster - 1) / cluster, stage = 2 * k->warps * k->units * a->record;
+    int owned = cluster > 1 ? ((a->tiles + clusters - 1) / clusters + cluster - 1) / cluster : 0;
+    if (owned > SMALL_MAX_OWNED || (k->held && most > k->warps * k->units)) { return false; }
+    int without = (int)k->layout(0, a->record, most, cluster, owned).bytes;
+    if (without + LEAST_STAGES * stage > room) { return false; }
+    a->stages = (room - without) / stage;
+    a->stages = a->stages < SMALL_MAX_STAGES ? a->stages : SMALL_MAX_STAGES;
+    *shared = (size_t)without + (size_t)a->stages * stage;
+    return true;
+}
+
+/* the smallest cluster that fits, with as many blocks an SM as wanted, else with one */
+static bool launch_ring(const small_kernel *k, small_args *a) {
+    int per_sm, resident;
+    choose_residence(k, a->tiles, &per_sm, &resident);
+    for (; resident >= 1; resident = resident > per_sm ? per_sm : resident - 1) {
+        per_sm = per_sm < resident ? per_sm : resident;
+        for (int cluster = 1; cluster <= 8 && cluster <= a->units; cluster *= 2) {
+            int wanted = ql_cuda_multiprocessors() * per_sm / cluster, clusters = wanted < a->tiles ? wanted : a->tiles;
+            size_t shared = 0;
+            if (!fit_ring(k, a, cluster, clusters, SHARED_MEMORY / resident - RESERVED, &shared)) { continue; }
+            void *arguments[] = {a};
+            ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)),
+                                    dim3((unsigned)(k->warps + 1 + k->finishers) * WARP), shared, true, (unsigned)cluster, arguments);
+            return true;
+        }
+        if (resident == 1) { break; }
     }
     return false;
 }
@@ -75,48 +94,86 @@ static bool launch_ring(const small_kernel *k, small_args *a, int columns) {
 /* one block a tile where a warp can hold its share of K */
 static bool launch_registers(const small_kernel *k, small_args *a, bool table) {
     int warps = (a->units + k->units - 1) / k->units;
-    if (k->function == NULL || warps > k->warps) { return false; }
+    if (warps > k->warps || a->x == NULL) { return false; }
     void *arguments[] = {a};
     size_t shared = 2 * (size_t)warps * CHUNK + (table ? TABLE_BYTES : 0);
     ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)a->tiles), dim3((unsigned)warps * WARP), shared, true, 1, arguments);
     return true;
 }
 
-static bool launch(small_args *a, const ql_packed *p, int batch) {
+static bool launch(small_args *a, const ql_packed *p) {
     const small_family *family = family_of(p);
-    bool exact = p->parts == family->parts, table = p->kind == QL_UNITS_TABLE;
-    if (exact && batch <= 1 && a->tiles <= 2 * ql_cuda_multiprocessors() && launch_registers(&family->registers[batch], a, table)) { return true; }
-    if (ql_cuda_capability() >= 90) { return launch_ring(exact ? &family->ring[batch] : &family->ring_any[batch], a, p->columns); }
-    if (!exact || batch > 1) { return false; }
-    return launch_registers(&family->registers[batch], a, table) || launch_registers(&family->registers_wide[batch], a, table);
+    bool exact = p->parts == family->parts, bulk = ql_cuda_capability() >= 90;
+    const small_kernel *kernels = !bulk ? family->registers : exact ? family->ring : family->any;
+    for (int i = 0, count = bulk ? SMALL_RINGS : SMALL_REGISTERS; i < count; i++) {
+        const small_kernel *k = &kernels[i];
+        if (a->m > k->tokens || (a->m > 1) != (k->tokens > 1)) { continue; }
+        if (bulk ? launch_ring(k, a) : exact && launch_registers(k, a, p->kind == QL_UNITS_TABLE)) { return true; }
+    }
+    return false;
 }
 
-/* products [0, count) in one launch */
+/* the activations of `a`: as they are, or converted; a single token in float32 is left to the kernel. False: memory is out */
+static bool set_activations(small_args *a, const ql_activations *x, const ql_weight *w, int64_t m) {
+    int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
+    a->k = (int)w->k, a->x_line = (int)line;
+    if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0) { return a->x = x->halves, true; }
+    if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90) {
+        a->floats = x->floats, a->gain = x->gain, a->eps = x->eps, a->perm = w->perm;
+        return true;
+    }
+    bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(m * line) * sizeof(bf16));
+    if (rows == NULL) { return false; }
+    ql_cuda_activations_rows(rows, x, w->perm, m, w->k, line);
+    return a->x = rows, true;
+}
+
+/* tokens first .. of all parts */
+static void move_to_token(small_args *a, const small_args *all, int64_t first, int64_t m) {
+    *a = *all;
+    a->m = (int)m;
+    if (first == 0) { return; }
+    a->x += first * a->x_line;
+    if (a->positions != NULL) { a->positions += first; }
+    for (small_part &part : a->part) {
+        int64_t size = part.output == QL_OUT_FLOAT || part.output == QL_OUT_FLOAT_ADD ? 4 : 2;
+        if (part.rows != NULL) {
+            part.rows += first;
+        } else {
+            part.out = (char *)part.out + first * part.n * size;
+        }
+    }
+}
+
+/* products [0, count) side by side, some tokens at a time */
 static bool launch_products(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     const ql_weight *w = products[0].w;
     const ql_packed *p = ql_packed_of(w);
-    int batch = batch_of(m), parts = 0;
-    small_args a;
-    memset(&a, 0, sizeof a);
+    int parts = 0;
+    small_args all;
+    memset(&all, 0, sizeof all);
     for (int i = 0; i < count; i++) {
-        if (!make_part(&a.part[parts], &products[i], rotation)) { return false; }
-        a.tiles += a.part[parts++].tiles;
+        if (!make_part(&all.part[parts], &products[i], rotation)) { return false; }
+        all.tiles += all.part[parts++].tiles;
         i += products[i].output == QL_OUT_SWIGLU;
     }
-    a.units = p->units, a.x_units = p->units * (p->columns / 32), a.record = p->record, a.parts = p->parts, a.zeros = p->zeros;
-    a.zeros_table = p->values, a.m = (int)m;
-    if (rotation != NULL) { a.cos = rotation->cos, a.sin = rotation->sin, a.positions = rotation->positions, a.d = (int)rotation->d; }
-    size_t bytes = (size_t)a.x_units * 64 * (m == 1 ? 1 : 8 * (size_t)tokens8_of(batch));
-    uint8_t *blocks = (uint8_t *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, bytes);
-    if (blocks == NULL) { return true; }
-    a.x = blocks;
-    ql_cuda_activations_blocks(blocks, x, w->perm, m, m == 1 ? 1 : 8 * tokens8_of(batch), w->k, a.x_units);
-    return launch(&a, p, batch);
+    all.units = p->units, all.record = p->record, all.parts = p->parts, all.zeros = p->zeros, all.values = p->values;
+    if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
+    if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
+    int64_t step = ql_cuda_capability() < 90 ? 8 : m <= 16 ? 16 : 32;
+    for (int64_t first = 0; first < m; first += step) {
+        small_args a;
+        move_to_token(&a, &all, first, m - first < step ? m - first : step);
+        if (launch(&a, p)) { continue; }
+        if (step == 8 || first > 0) { return false; }
+        first = -(step /= 2); /* fewer tokens at a time may fit */
+    }
+    return true;
 }
 
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
-    if (m < 1 || m > QL_SMALL_TOKENS) { return false; }
+    if (m < 1 || m > QL_SMALL_TOKENS || (ql_cuda_capability() < 90 && m > 16)) { return false; }
     for (int i = 0; i < count; i++) {
         if (products[i].w->packed == NULL) { return false; }
         together = together && alike(products[0].w, products[i].w);

@@ -6,10 +6,13 @@
  * head, for SwiGLU the same rows of gate and up, so that what the epilogue combines lies in one lane. Up to three weights stand
  * side by side in one launch (`part`).
  *
- * ring      One persistent block an SM or more. A producer warp copies stages (`tiles` tiles x warps * `units` units of each
- *           half) into a ring in shared memory by bulk copies; `warps` consumer warps each take a unit of K, so they split K;
- *           their partial sums go through shared memory to an epilogue warp, which adds them in order while the next tile runs.
- *           In a cluster each block takes a part of K, and a block adds the sums of its tiles from all blocks of the cluster.
+ * ring      Persistent blocks. A producer warp copies stages (`warps` * `units` units of each half of a tile) into a ring in
+ *           shared memory by bulk copies; `warps` consumer warps each take `units` units of K, so they split K; their partial
+ *           sums go through shared memory to the finishing warps, which add them in order while the next tile runs. In a
+ *           cluster each block takes a part of K, and a block adds the sums of its tiles from all blocks of the cluster.
+ *           Activations lie in shared memory; they arrive in chunks of K, so that the first tile starts with the first chunk.
+ *           Or (`Held`, where a stage is all of a block's K) each warp holds those of its units in registers. Those of a single
+ *           token may come as float32 and be normed on the way.
  * register  A block a tile (or several, one after the other); each warp loads all its units of a tile at once into
  *           registers. For small matrices, and for devices without bulk copies.
  * Both load weights before they wait for the kernel ahead of them, and let the next kernel start as soon as they run. */
@@ -35,13 +38,16 @@ struct small_part {
 
 struct small_args {
     small_part part[3];
-    const uint8_t *x;           /* blocks of activations (units.cuh), (tokens8, k32) */
+    const bf16 *x;              /* (m, x_line) activations, zeros beyond k; or NULL and: */
+    const float *floats, *gain; /* (k,) of a single token, normed where gain is not NULL */
+    const int32_t *perm;        /* (k,) or NULL: stored column j is column perm[j] of floats */
+    float eps;
     const float *cos, *sin;     /* SMALL_ROPE: (positions, d / 2) */
     const int32_t *positions;   /* (m,) */
-    const uint8_t *zeros_table; /* not used without tables: 16 bf16 values of the format's codes */
+    const uint8_t *values;      /* codes of a table: 16 bfloat16 */
     int tiles;                  /* of all parts */
     int units;                  /* along k */
-    int x_units;                /* blocks of activations along k: units * columns / 32 */
+    int k, x_line;
     int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
     int m, d, stages;
 };
@@ -56,7 +62,7 @@ __device__ __forceinline__ small_tile locate_tile(const small_args &a, int t) {
     tile.part = 0;
     while (tile.part < 2 && t >= a.part[tile.part].tiles) { t -= a.part[tile.part++].tiles; }
     const small_part &p = a.part[tile.part];
-    tile.unit = t / p.divisor * p.multiplier + t % p.divisor;
+    tile.unit = p.divisor == 1 ? t * p.multiplier : t / p.divisor * p.multiplier + t % p.divisor;
     int64_t offset = (int64_t)tile.unit * a.units * a.record;
     tile.upper = p.upper + offset, tile.lower = p.lower + offset;
     return tile;
@@ -64,85 +70,138 @@ __device__ __forceinline__ small_tile locate_tile(const small_args &a, int t) {
 
 /* ---- one unit pair: 16 rows x columns ------------------------------------------------------------------------- */
 
-/* sums += unit pair * x. Parts: scales a row and unit (0: known only at run time); x_at(j, nt) gives 16 bytes of activations of
- * steps j and j + 1; scale_at(part, half) the scale, offset_at(part, half) the zero point */
+/* sums += unit pair * x. Parts: scales a row and unit (0: known only at run time); x_at(j, nt) gives the lane's activations of
+ * step j; scale_at(part, half) the scale, offset_at(part, half) the zero point */
 template <typename Codes, int Tokens8, int Parts, typename X, typename Scale, typename Offset>
 __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint32_t (&wu)[Codes::words], const uint32_t (&wl)[Codes::words],
                                           int parts, uint32_t table, X x_at, Scale scale_at, Offset offset_at) {
     constexpr int steps = Codes::columns / STEP;
+    constexpr int chains = Codes::scaled && Tokens8 == 1 ? 2 : 1; /* sums that do not wait for one another */
     int steps_a_part = Parts > 0 ? steps / Parts : steps / (parts > 0 ? parts : 1);
-    float part_sums[Tokens8][4];
+    float part_sums[chains][Tokens8][4];
     uint32_t offset_u = Codes::symmetric, offset_l = Codes::symmetric;
     int part = 0;
 #pragma unroll
-    for (int j = 0; j < steps; j += 2) {
-        uint4 x[Tokens8];
+    for (int j = 0; j < steps; j++) {
+        if (Codes::scaled && j % steps_a_part == 0) {
+            offset_u = offset_at(part, 0), offset_l = offset_at(part, 1);
 #pragma unroll
-        for (int nt = 0; nt < Tokens8; nt++) { x[nt] = x_at(j / 2, nt); }
+            for (int e = 0; e < chains * Tokens8 * 4; e++) { (&part_sums[0][0][0])[e] = 0.0f; }
+        }
+        uint32_t a[4] = {Codes::pair(wu, j, 0, offset_u, table), Codes::pair(wl, j, 0, offset_l, table),
+                         Codes::pair(wu, j, 1, offset_u, table), Codes::pair(wl, j, 1, offset_l, table)};
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (Codes::scaled && (j + i) % steps_a_part == 0) {
-                offset_u = offset_at(part, 0), offset_l = offset_at(part, 1);
+        for (int nt = 0; nt < Tokens8; nt++) { mma_units(Codes::scaled ? part_sums[j % chains][nt] : sums[nt], a, x_at(j, nt)); }
+        if (Codes::scaled && (j + 1) % steps_a_part == 0) {
+            float su = scale_at(part, 0), sl = scale_at(part, 1);
 #pragma unroll
-                for (int nt = 0; nt < Tokens8; nt++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) { part_sums[nt][e] = 0.0f; }
-                }
+            for (int e = 0; e < Tokens8 * 4; e++) {
+                float sum = part_sums[0][e / 4][e % 4] + (chains == 2 ? part_sums[chains - 1][e / 4][e % 4] : 0.0f);
+                sums[e / 4][e % 4] += (e % 4 < 2 ? su : sl) * sum;
             }
-            uint32_t a[4] = {Codes::pair(wu, j + i, 0, offset_u, table), Codes::pair(wl, j + i, 0, offset_l, table),
-                             Codes::pair(wu, j + i, 1, offset_u, table), Codes::pair(wl, j + i, 1, offset_l, table)};
-#pragma unroll
-            for (int nt = 0; nt < Tokens8; nt++) {
-                mma_bf16(Codes::scaled ? part_sums[nt] : sums[nt], a, i == 0 ? x[nt].x : x[nt].z, i == 0 ? x[nt].y : x[nt].w);
-            }
-            if (Codes::scaled && (j + i + 1) % steps_a_part == 0) {
-                float su = scale_at(part, 0), sl = scale_at(part, 1);
-#pragma unroll
-                for (int nt = 0; nt < Tokens8; nt++) {
-                    sums[nt][0] += su * part_sums[nt][0], sums[nt][1] += su * part_sums[nt][1];
-                    sums[nt][2] += sl * part_sums[nt][2], sums[nt][3] += sl * part_sums[nt][3];
-                }
-                part++;
-            }
+            part++;
         }
     }
 }
 
 /* ---- epilogue -------------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ void small_store(const small_args &a, const small_tile &tile, int g, int token, float v0, float v1) {
+/* what a lane needs for the outputs of rows g and lower g of a tile and tokens `token`, `token` + 1; fetched ahead of the sums */
+struct small_target {
+    void *at[2]; /* the line of each token; NULL: no such token */
+    int row, row_lower;
+    float factor, factor_lower;
+    float old[4]; /* what is added: (token, row), (token, row_lower), (token + 1, ...) */
+    float2 angle[2];
+};
+
+/* norm: one more factor */
+__device__ __forceinline__ small_target small_aim(const small_args &a, const small_tile &tile, int g, int token, float norm) {
     const small_part &p = a.part[tile.part];
-    if (token >= a.m) { return; }
-    int row = tile.unit * UNIT_ROWS + g, row_lower = row + p.lower_rows;
-    v0 *= *p.factor, v1 *= *p.factor_lower;
-    int64_t line = (int64_t)(p.rows != NULL ? p.rows[token] : token) * p.n;
+    small_target to = {};
+    to.row = tile.unit * UNIT_ROWS + g, to.row_lower = to.row + p.lower_rows;
+    to.factor = __ldg(p.factor) * norm, to.factor_lower = __ldg(p.factor_lower) * norm;
+    bool floats = p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (token + i >= a.m) { continue; }
+        int64_t line = (int64_t)(p.rows != NULL ? p.rows[token + i] : token + i) * p.n;
+        to.at[i] = (char *)p.out + line * (floats ? 4 : 2);
+        if (p.output == SMALL_FLOAT_ADD) {
+            const float *old = (const float *)to.at[i];
+            to.old[2 * i] = to.row < p.n ? old[to.row] : 0.0f, to.old[2 * i + 1] = to.row_lower < p.n ? old[to.row_lower] : 0.0f;
+        }
+        if (p.output == SMALL_ROPE && p.rotate) {
+            int64_t at = (int64_t)a.positions[token + i] * (a.d / 2) + to.row % a.d;
+            to.angle[i] = make_float2(a.cos[at], a.sin[at]);
+        }
+    }
+    return to;
+}
+
+/* v0 and v1: sums of row and row_lower, token i of the target */
+__device__ __forceinline__ void small_store(const small_part &p, const small_target &to, int i, float v0, float v1) {
+    if (to.at[i] == NULL) { return; }
+    v0 *= to.factor, v1 *= to.factor_lower;
     if (p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD) {
-        float *out = (float *)p.out + line;
-        bool add = p.output == SMALL_FLOAT_ADD;
-        if (row < p.n) { out[row] = add ? out[row] + v0 : v0; }
-        if (row_lower < p.n) { out[row_lower] = add ? out[row_lower] + v1 : v1; }
+        float *out = (float *)to.at[i];
+        if (to.row < p.n) { out[to.row] = to.old[2 * i] + v0; }
+        if (to.row_lower < p.n) { out[to.row_lower] = to.old[2 * i + 1] + v1; }
         return;
     }
-    bf16 *out = (bf16 *)p.out + line;
+    bf16 *out = (bf16 *)to.at[i];
     if (p.output == SMALL_SWIGLU) {
-        if (row < p.n) { out[row] = __float2bfloat16_rn(silu(v0) * v1); }
+        if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(silu(v0) * v1); }
         return;
     }
     if (p.output == SMALL_ROPE && p.rotate) {
-        int half = a.d / 2, i = row % a.d;
-        int64_t at = (int64_t)a.positions[token] * half + i;
-        float2 turned = rope_pair(v0, v1, a.cos[at], a.sin[at]);
+        float2 turned = rope_pair(v0, v1, to.angle[i].x, to.angle[i].y);
         v0 = turned.x, v1 = turned.y;
     }
-    if (row < p.n) { out[row] = __float2bfloat16_rn(v0); }
-    if (row_lower < p.n) { out[row_lower] = __float2bfloat16_rn(v1); }
+    if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(v0); }
+    if (to.row_lower < p.n) { out[to.row_lower] = __float2bfloat16_rn(v1); }
 }
 
-/* c: a C fragment of tokens 8 nt.. */
-__device__ __forceinline__ void small_store_fragment(const small_args &a, const small_tile &tile, int lane, int nt, float4 c) {
-    int token = 8 * nt + 2 * (lane % 4);
-    small_store(a, tile, lane / 4, token, c.x, c.z);
-    small_store(a, tile, lane / 4, token + 1, c.y, c.w);
+/* A fragment is what the warps of a block hand over of 16 rows and 8 tokens: 16 bytes a lane as the mma leaves it; of a single
+ * token 16 floats, rows 0 .. 15. */
+template <bool Single> __host__ __device__ constexpr int fragment_bytes() { return Single ? 64 : CHUNK; }
+
+template <bool Single> __device__ __forceinline__ void put_fragment(uint32_t to, int lane, const float (&c)[4]) {
+    if (!Single) {
+        store_shared(to + lane * 16, make_float4(c[0], c[1], c[2], c[3]));
+    } else if (lane % 4 == 0) {
+        store_shared(to + lane, c[0]);
+        store_shared(to + 32 + lane, c[2]);
+    }
+}
+/* adds `count` fragments that stand `stride` bytes apart, in order; a single token: of row lane % 16, in x */
+template <bool Single> __device__ __forceinline__ float4 add_fragments(uint32_t from, int lane, int count, uint32_t stride) {
+    if constexpr (Single) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int i = lane / 16; i < count; i += 2) { sum += load_shared<float>(from + i * stride + lane % 16 * 4); }
+        return make_float4(sum + __shfl_xor_sync(QL_FULL_WARP, sum, 16), 0.0f, 0.0f, 0.0f);
+    } else {
+        float4 c = load_shared<float4>(from + lane * 16);
+#pragma unroll 8
+        for (int i = 1; i < count; i++) {
+            float4 more = load_shared<float4>(from + i * stride + lane * 16);
+            c.x += more.x, c.y += more.y, c.z += more.z, c.w += more.w;
+        }
+        return c;
+    }
+}
+template <bool Single> __device__ __forceinline__ small_target aim_fragment(const small_args &a, const small_tile &tile, int lane, int nt, float norm) {
+    return Single ? small_aim(a, tile, lane % 8, lane < 8 ? 0 : a.m, norm) : small_aim(a, tile, lane / 4, 8 * nt + 2 * (lane % 4), norm);
+}
+template <bool Single> __device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_target &to, float4 c) {
+    const small_part &p = a.part[tile.part];
+    if (Single) {
+        small_store(p, to, 0, c.x, __shfl_down_sync(QL_FULL_WARP, c.x, 8));
+    } else {
+        small_store(p, to, 0, c.x, c.z);
+        small_store(p, to, 1, c.y, c.w);
+    }
 }
 
 /* a table for byte -> pair of bf16, a copy a lane; values: 16 bf16 */
@@ -193,20 +252,20 @@ template <typename Codes, int Tokens8, bool Single, int Parts, int Units>
 __device__ __forceinline__ void small_register_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     int warps = blockDim.x / WARP, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    uint32_t base = shared_address(shared), table = base + lane * 4;
+    uint32_t base = shared_address(shared), table = base;
     uint32_t partial = base + (Codes::table ? TABLE_BYTES : 0);
     small_tile tile = locate_tile(a, blockIdx.x);
     small_unit<Codes, Parts> u[Units];
 #pragma unroll
     for (int i = 0; i < Units; i++) { load_unit<Codes, Parts>(u[i], a, tile, warp + i * warps, lane); }
     if (Codes::table) {
-        fill_table((uint32_t *)shared, a.zeros_table);
+        fill_table((uint32_t *)shared, a.values);
         __syncthreads();
     }
     ql_cuda_start_next();
     ql_cuda_wait_previous();
-    constexpr int rows = Single ? 1 : 8;
-    const uint8_t *x = a.x + (Single ? 0 : g) * 64 + t * 16;
+    const bf16 *x = a.x + (Single ? 0 : (int64_t)g * a.x_line) + 4 * t;
+    bool known_row = Single || g < a.m; /* Tokens8 is 1 */
     int parity = 0;
     for (int index = blockIdx.x; index < a.tiles; index += gridDim.x) {
         float sums[Tokens8][4] = {};
@@ -214,9 +273,8 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
 #pragma unroll
         for (int i = 0; i < Units; i++) {
             int unit = warp + i * warps, known = unit < a.units ? unit : 0;
-            auto x_at = [&](int block, int nt) {
-                int64_t at = (int64_t)nt * a.x_units + known * (Codes::columns / 32) + block;
-                return *(const uint4 *)(x + at * (rows * 64));
+            auto x_at = [&](int j, int) {
+                return known_row ? *(const uint2 *)(x + known * Codes::columns + j * STEP) : make_uint2(0, 0);
             };
             auto scale_at = [&](int part, int half) { return half_bits_to_float(half ? u[i].scale[part] >> 16 : u[i].scale[part] & 0xffffu); };
             auto offset_at = [&](int part, int half) {
@@ -225,19 +283,16 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
             unit_pair<Codes, Tokens8, Parts>(sums, u[i].upper, u[i].lower, Parts, table, x_at, scale_at, offset_at);
             if (index + (int)gridDim.x < a.tiles) { load_unit<Codes, Parts>(u[i], a, next, unit, lane); }
         }
-        uint32_t buffer = partial + parity * warps * Tokens8 * CHUNK;
+        constexpr int bytes = fragment_bytes<Single>();
+        uint32_t buffer = partial + parity * warps * Tokens8 * bytes;
 #pragma unroll
-        for (int nt = 0; nt < Tokens8; nt++) {
-            store_shared_float4(buffer + (nt * warps + warp) * CHUNK + lane * 16, make_float4(sums[nt][0], sums[nt][1], sums[nt][2], sums[nt][3]));
-        }
+        for (int nt = 0; nt < Tokens8; nt++) { put_fragment<Single>(buffer + (nt * warps + warp) * bytes, lane, sums[nt]); }
+        small_target to;
+        if (warp < Tokens8) { to = aim_fragment<Single>(a, tile, lane, warp, 1.0f); }
         __syncthreads();
         for (int nt = warp; nt < Tokens8; nt += warps) {
-            float4 c = load_shared_float4(buffer + nt * warps * CHUNK + lane * 16);
-            for (int w = 1; w < warps; w++) {
-                float4 more = load_shared_float4(buffer + (nt * warps + w) * CHUNK + lane * 16);
-                c.x += more.x, c.y += more.y, c.z += more.z, c.w += more.w;
-            }
-            small_store_fragment(a, tile, lane, nt, c);
+            if (nt != warp) { to = aim_fragment<Single>(a, tile, lane, nt, 1.0f); }
+            store_fragment<Single>(a, tile, to, add_fragments<Single>(buffer + nt * warps * bytes, lane, warps, bytes));
         }
         tile = next, parity ^= 1;
     }
@@ -245,26 +300,29 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
 
 /* ---- ring kernel ------------------------------------------------------------------------------------------------ */
 
-/* where things are in shared memory: barriers, table, activations, partial sums of warps, sums of other blocks, stages */
+/* where things are in shared memory: barriers, table, norm, activations, partial sums of warps, sums of other blocks, stages */
 struct small_layout {
     uint32_t full, empty, x_full, sums_full, sums_empty, tile_full; /* barriers, 8 bytes each */
-    uint32_t table, x, sums, tile_sums, stages, bytes;
+    uint32_t table, norm, x, x_line, sums, tile_sums, stages, bytes;
 };
-enum { SMALL_MAX_STAGES = 16, SMALL_MAX_OWNED = 64 };
+enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X_PAD = 32 };
 
-/* owned: tile groups that one block of a cluster adds up, 0 without clusters */
-template <typename Codes, int Tokens8, bool Single, int Warps, int Units, int Tiles>
-__host__ __device__ inline small_layout small_ring_layout(int stages, int record, int x_units, int cluster, int owned) {
+/* units: of K, of a block. owned: tiles that one block of a cluster adds up, 0 without clusters.
+ * Lines of activations are padded so that 8 bytes of each of four lines, as a half warp reads them, are in different banks. */
+template <typename Codes, int Tokens8, bool Single, bool Held, int Warps, int Units>
+__host__ __device__ inline small_layout small_ring_layout(int stages, int record, int units, int cluster, int owned) {
+    constexpr uint32_t fragments = Tokens8 * fragment_bytes<Single>();
     small_layout l;
     l.full = 0, l.empty = l.full + 8 * SMALL_MAX_STAGES, l.x_full = l.empty + 8 * SMALL_MAX_STAGES;
-    l.sums_full = l.x_full + 8, l.sums_empty = l.sums_full + 16, l.tile_full = l.sums_empty + 16;
-    l.table = (l.tile_full + 8 * SMALL_MAX_OWNED + 127) / 128 * 128;
+    l.sums_full = l.x_full + 8 * SMALL_X_CHUNKS, l.sums_empty = l.sums_full + 16, l.tile_full = l.sums_empty + 16;
+    l.norm = l.tile_full + 8 * owned;
+    l.table = (l.norm + 4 * Warps + 127) / 128 * 128;
     l.x = l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u);
-    l.sums = l.x + (uint32_t)(Tokens8 * x_units * (Single ? 64 : 512));
-    l.sums = (l.sums + 127) / 128 * 128;
-    l.tile_sums = l.sums + 2 * Warps * Tiles * Tokens8 * CHUNK;
-    l.stages = l.tile_sums + (uint32_t)(owned * cluster * Tiles * Tokens8 * CHUNK);
-    l.bytes = l.stages + (uint32_t)(stages * Tiles * 2 * Warps * Units * record);
+    l.x_line = (uint32_t)(units * Codes::columns * 2 + SMALL_X_PAD);
+    l.sums = (l.x + (Held ? 0u : (Single ? 1u : 8u * Tokens8) * l.x_line) + 127) / 128 * 128;
+    l.tile_sums = l.sums + 2 * Warps * fragments;
+    l.stages = (l.tile_sums + owned * cluster * fragments + 127) / 128 * 128;
+    l.bytes = l.stages + (uint32_t)(stages * 2 * Warps * Units * record);
     return l;
 }
 
@@ -279,64 +337,140 @@ __host__ __device__ inline small_range small_units_of(int units, int rank, int c
     return r;
 }
 
-template <int Warps, int Units, int Tiles>
+/* units of K whose activations arrive together: whole stages */
+template <int Warps, int Units> __device__ __forceinline__ int small_chunk(small_range k) {
+    int stages = (k.end - k.first + Warps * Units - 1) / (Warps * Units);
+    return (stages + SMALL_X_CHUNKS - 1) / SMALL_X_CHUNKS * Warps * Units;
+}
+
+/* activations of this block's part of K, by one warp */
+template <typename Codes, int Warps, int Units>
+__device__ __forceinline__ void small_fetch_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int lane) {
+    int chunk = small_chunk<Warps, Units>(k);
+    for (int u = k.first, i = 0; u < k.end; u += chunk, i++) {
+        uint32_t bytes = (uint32_t)min(chunk, k.end - u) * Codes::columns * 2, barrier = base + l.x_full + 8 * i;
+        if (lane == 0) { barrier_arrive_expect(barrier, a.m * bytes); }
+        __syncwarp();
+        for (int token = lane; token < a.m; token += WARP) {
+            copy_bulk(base + l.x + token * l.x_line + (u - k.first) * Codes::columns * 2, a.x + (int64_t)token * a.x_line + u * Codes::columns,
+                      bytes, barrier);
+        }
+    }
+}
+
+/* A single token from float32, times the gain, by all consumer warps. The mean of squares is left in parts at l.norm: the
+ * finishing warps multiply the sums by what follows from it. */
+template <typename Codes, int Warps>
+__device__ __forceinline__ void small_make_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int warp, int lane) {
+    float squares = 0.0f;
+    int first = k.first * Codes::columns, end = k.end * Codes::columns;
+    bool vectors = a.perm == NULL && a.k % 4 == 0;
+    int from = a.gain != NULL ? 0 : first, to = a.gain != NULL ? a.x_line : end; /* the norm is over all of the token */
+    for (int j = from + 4 * (warp * WARP + lane); j < to; j += 4 * Warps * WARP) {
+        float v[4] = {};
+        if (vectors && j < a.k) {
+            float4 x = *(const float4 *)(a.floats + j), gain = a.gain != NULL ? __ldg((const float4 *)(a.gain + j)) : make_float4(1, 1, 1, 1);
+            squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+            v[0] = x.x * gain.x, v[1] = x.y * gain.y, v[2] = x.z * gain.z, v[3] = x.w * gain.w;
+        }
+#pragma unroll
+        for (int e = 0; e < 4 && !vectors; e++) {
+            if (j + e >= a.k) { break; }
+            int at = a.perm != NULL ? a.perm[j + e] : j + e;
+            squares += a.floats[at] * a.floats[at];
+            v[e] = a.floats[at] * (a.gain != NULL ? a.gain[at] : 1.0f);
+        }
+        if (j >= first && j < end) {
+            store_shared(base + l.x + (j - first) * 2, make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])));
+        }
+    }
+    squares = warp_sum(squares);
+    if (lane == 0) { store_shared(base + l.norm + 4 * warp, squares); }
+}
+
+template <int Warps, int Units>
 __device__ __forceinline__ void small_produce(const small_args &a, uint32_t base, const small_layout &l, small_range k, int first, int step) {
     uint64_t policy = policy_evict_first();
     int stage = 0, phase = 0;
     uint32_t half_bytes = Warps * Units * a.record;
-    for (int group = first; group * Tiles < a.tiles; group += step) {
-        small_tile tile[Tiles];
-#pragma unroll
-        for (int r = 0; r < Tiles; r++) { tile[r] = locate_tile(a, min(group * Tiles + r, a.tiles - 1)); }
+    for (int index = first; index < a.tiles; index += step) {
+        small_tile tile = locate_tile(a, index);
         for (int u = k.first; u < k.end; u += Warps * Units) {
             barrier_wait(base + l.empty + 8 * stage, phase ^ 1);
             uint32_t bytes = min(Warps * Units, k.end - u) * a.record, full = base + l.full + 8 * stage;
-            barrier_arrive_expect(full, 2 * Tiles * bytes);
-            uint32_t to = base + l.stages + stage * 2 * Tiles * half_bytes;
-#pragma unroll
-            for (int r = 0; r < Tiles; r++) {
-                copy_bulk_hint(to + 2 * r * half_bytes, tile[r].upper + (int64_t)u * a.record, bytes, full, policy);
-                copy_bulk_hint(to + (2 * r + 1) * half_bytes, tile[r].lower + (int64_t)u * a.record, bytes, full, policy);
-            }
+            barrier_arrive_expect(full, 2 * bytes);
+            uint32_t to = base + l.stages + stage * 2 * half_bytes;
+            copy_bulk_hint(to, tile.upper + (int64_t)u * a.record, bytes, full, policy);
+            copy_bulk_hint(to + half_bytes, tile.lower + (int64_t)u * a.record, bytes, full, policy);
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
     }
 }
 
-template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Tiles>
+/* sums += the unit pair at `upper` and `lower` in shared memory */
+template <typename Codes, int Tokens8, int Parts, typename X>
+__device__ __forceinline__ void small_unit_pair(float (&sums)[Tokens8][4], const small_args &a, uint32_t upper, uint32_t lower, uint32_t table,
+                                                int lane, X x_at) {
+    uint32_t wu[Codes::words], wl[Codes::words], place = Codes::bytes + lane / 4 * 2;
+    load_words<Codes>(wu, upper, lane);
+    load_words<Codes>(wl, lower, lane);
+    auto scale_at = [&](int part, int half) {
+        return half_bits_to_float(load_shared<uint16_t>((half ? lower : upper) + place + 16 * part));
+    };
+    auto offset_at = [&](int part, int half) {
+        if (!a.zeros) { return Codes::symmetric; }
+        uint32_t zero = load_shared<uint16_t>((half ? lower : upper) + place + 16 * (a.parts + part));
+        return zero | zero << 16;
+    };
+    unit_pair<Codes, Tokens8, Parts>(sums, wu, wl, a.parts, table, x_at, scale_at, offset_at);
+}
+
+/* the activations of a warp's units, as unit_pair takes them */
+template <typename Codes, int Tokens8, int Warps, int Units>
+__device__ __forceinline__ void small_hold_x(uint2 (&held)[Units][Tokens8][Codes::columns / STEP], const small_args &a, small_range k, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < Units; i++) {
+        int unit = k.first + i * Warps + warp;
+#pragma unroll
+        for (int nt = 0; nt < Tokens8; nt++) {
+            int token = 8 * nt + lane / 4;
+            const bf16 *x = a.x + (int64_t)token * a.x_line + unit * Codes::columns + lane % 4 * 4;
+#pragma unroll
+            for (int j = 0; j < Codes::columns / STEP; j++) {
+                held[i][nt][j] = token < a.m && unit < k.end ? *(const uint2 *)(x + j * STEP) : make_uint2(0, 0);
+            }
+        }
+    }
+}
+
+template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units>
 __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base, const small_layout &l, small_range k, int first, int step,
                                               int warp, int lane) {
-    constexpr int rows = Single ? 1 : 8;
-    uint32_t half_bytes = Warps * Units * a.record, table = base + l.table + lane * 4;
-    int x_units = (k.end - k.first) * (Codes::columns / 32);
-    uint32_t x = base + l.x + (Single ? 0 : lane / 4) * 64 + lane % 4 * 16;
-    int stage = 0, phase = 0, count = 0;
-    barrier_wait(base + l.x_full, 0);
-    for (int group = first; group * Tiles < a.tiles; group += step, count++) {
-        float sums[Tiles][Tokens8][4] = {};
+    constexpr int bytes = fragment_bytes<Single>();
+    uint32_t half_bytes = Warps * Units * a.record, x = base + l.x + (Single ? 0 : lane / 4) * l.x_line + lane % 4 * 8;
+    int stage = 0, phase = 0, count = 0, chunk = small_chunk<Warps, Units>(k);
+    uint2 held[Held ? Units : 1][Tokens8][Codes::columns / STEP];
+    if constexpr (Held) { small_hold_x<Codes, Tokens8, Warps, Units>(held, a, k, warp, lane); }
+    bool arrives = !Held && a.floats == NULL;
+    for (int index = first; index < a.tiles; index += step, count++) {
+        float sums[Tokens8][4] = {};
         for (int u = k.first; u < k.end; u += Warps * Units) {
+            if (arrives && count == 0) { barrier_wait(base + l.x_full + 8 * ((u - k.first) / chunk), 0); }
             barrier_wait(base + l.full + 8 * stage, phase);
 #pragma unroll
             for (int i = 0; i < Units; i++) {
                 int unit = i * Warps + warp;
                 if (u + unit >= k.end) { break; }
-                uint32_t x_here = x + (u - k.first + unit) * (Codes::columns / 32) * (rows * 64);
-                auto x_at = [&](int block, int nt) { return load_shared_16(x_here + (nt * x_units + block) * (rows * 64)); };
-#pragma unroll
-                for (int r = 0; r < Tiles; r++) {
-                    uint32_t upper = base + l.stages + (stage * 2 * Tiles + 2 * r) * half_bytes + unit * a.record, lower = upper + half_bytes;
-                    uint32_t wu[Codes::words], wl[Codes::words];
-                    load_words<Codes>(wu, upper, lane);
-                    load_words<Codes>(wl, lower, lane);
-                    uint32_t place = Codes::bytes + lane / 4 * 2;
-                    auto scale_at = [&](int part, int half) { return half_bits_to_float(load_shared_2((half ? lower : upper) + place + 16 * part)); };
-                    auto offset_at = [&](int part, int half) {
-                        if (!a.zeros) { return Codes::symmetric; }
-                        uint32_t zero = load_shared_2((half ? lower : upper) + place + 16 * (a.parts + part));
-                        return zero | zero << 16;
-                    };
-                    unit_pair<Codes, Tokens8, Parts>(sums[r], wu, wl, a.parts, table, x_at, scale_at, offset_at);
-                }
+                uint32_t x_here = x + (u - k.first + unit) * Codes::columns * 2;
+                uint32_t upper = base + l.stages + stage * 2 * half_bytes + unit * a.record;
+                auto x_at = [&](int j, int nt) {
+                    if constexpr (Held) {
+                        return held[i][nt][j];
+                    } else {
+                        return load_shared<uint2>(x_here + nt * 8 * l.x_line + j * STEP * 2);
+                    }
+                };
+                small_unit_pair<Codes, Tokens8, Parts>(sums, a, upper, upper + half_bytes, base + l.table, lane, x_at);
             }
             __syncwarp();
             if (lane == 0) { barrier_arrive(base + l.empty + 8 * stage); }
@@ -344,100 +478,102 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
         }
         int buffer = count & 1;
         barrier_wait(base + l.sums_empty + 8 * buffer, (count >> 1 & 1) ^ 1);
-        uint32_t to = base + l.sums + buffer * Warps * Tiles * Tokens8 * CHUNK + lane * 16;
 #pragma unroll
-        for (int r = 0; r < Tiles; r++) {
-#pragma unroll
-            for (int nt = 0; nt < Tokens8; nt++) {
-                store_shared_float4(to + ((r * Tokens8 + nt) * Warps + warp) * CHUNK,
-                                    make_float4(sums[r][nt][0], sums[r][nt][1], sums[r][nt][2], sums[r][nt][3]));
-            }
+        for (int nt = 0; nt < Tokens8; nt++) {
+            put_fragment<Single>(base + l.sums + ((buffer * Tokens8 + nt) * Warps + warp) * bytes, lane, sums[nt]);
         }
         __syncwarp();
         if (lane == 0) { barrier_arrive(base + l.sums_full + 8 * buffer); }
     }
 }
 
-/* adds `count` fragments that stand `stride` bytes apart, in order */
-__device__ __forceinline__ float4 add_fragments(uint32_t from, int count, uint32_t stride) {
-    float4 c = load_shared_float4(from);
-#pragma unroll 4
-    for (int i = 1; i < count; i++) {
-        float4 more = load_shared_float4(from + i * stride);
-        c.x += more.x, c.y += more.y, c.z += more.z, c.w += more.w;
-    }
-    return c;
+/* what the norm multiplies the sums by */
+template <int Warps> __device__ __forceinline__ float small_norm(const small_args &a, uint32_t base, const small_layout &l) {
+    if (a.gain == NULL) { return 1.0f; }
+    float squares = 0.0f;
+    for (int i = 0; i < Warps; i++) { squares += load_shared<float>(base + l.norm + 4 * i); }
+    return 1.0f / sqrtf(squares / (float)a.k + a.eps);
 }
 
-template <int Tokens8, int Warps, int Tiles>
-__device__ __forceinline__ void small_finish(const small_args &a, uint32_t base, const small_layout &l, int first, int step, int lane, int rank,
-                                             int cluster) {
-    constexpr int fragments = Tiles * Tokens8;
-    int count = 0;
-    for (int group = first; group * Tiles < a.tiles; group += step, count++) {
-        int buffer = count & 1, owner = count % cluster, slot = count / cluster;
-        barrier_wait(base + l.sums_full + 8 * buffer, count >> 1 & 1);
-        uint32_t from = base + l.sums + buffer * Warps * fragments * CHUNK + lane * 16;
-        uint32_t to = base + l.tile_sums + (slot * cluster + rank) * fragments * CHUNK + lane * 16;
+/* Finishing warp `self` of Finishers takes every Finishers-th fragment; in a cluster it hands its sum to the owner of the tile,
+ * and adds what came for the tiles of this block at the end. */
+template <int Tokens8, bool Single, int Warps, int Finishers>
+__device__ __forceinline__ void small_finish(const small_args &a, uint32_t base, const small_layout &l, int first, int step, int self, int lane,
+                                             int rank, int cluster, float norm) {
+    constexpr int bytes = fragment_bytes<Single>();
+    int count = 0, item = 0;
+    for (int index = first; index < a.tiles; index += step, count++) {
+        int buffer = count & 1;
 #pragma unroll 1
-        for (int r = 0; r < Tiles; r++) {
-            small_tile tile = locate_tile(a, min(group * Tiles + r, a.tiles - 1));
-#pragma unroll 1
-            for (int nt = 0; nt < Tokens8; nt++) {
-                float4 c = add_fragments(from + (r * Tokens8 + nt) * Warps * CHUNK, Warps, CHUNK);
-                if (cluster > 1) {
-                    cluster_store(cluster_address(to + (r * Tokens8 + nt) * CHUNK, owner), c);
-                } else if (group * Tiles + r < a.tiles) {
-                    small_store_fragment(a, tile, lane, nt, c);
-                }
+        for (int nt = 0; nt < Tokens8; nt++, item++) {
+            if (item % Finishers != self) { continue; }
+            small_tile tile = {};
+            small_target to = {};
+            if (cluster == 1) { tile = locate_tile(a, index), to = aim_fragment<Single>(a, tile, lane, nt, norm); }
+            barrier_wait(base + l.sums_full + 8 * buffer, count >> 1 & 1);
+            float4 c = add_fragments<Single>(base + l.sums + (buffer * Tokens8 + nt) * Warps * bytes, lane, Warps, bytes);
+            __syncwarp();
+            if (lane == 0) { barrier_arrive(base + l.sums_empty + 8 * buffer); }
+            if (cluster == 1) {
+                store_fragment<Single>(a, tile, to, c);
+                continue;
             }
-        }
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(base + l.sums_empty + 8 * buffer);
-            if (cluster > 1) { cluster_arrive(cluster_address(base + l.tile_full + 8 * slot, owner)); }
+            int owner = count % cluster, slot = count / cluster;
+            uint32_t barrier = cluster_address(base + l.tile_full + 8 * slot, owner);
+            uint32_t place = cluster_address(base + l.tile_sums + ((slot * cluster + rank) * Tokens8 + nt) * bytes, owner);
+            if (!Single) {
+                cluster_store_async(place + lane * 16, c, barrier);
+            } else if (lane < 16) {
+                cluster_store_async(place + lane * 4, c.x, barrier);
+            }
         }
     }
     if (cluster == 1) { return; }
+    item = 0;
     for (int i = rank; i < count; i += cluster) {
-        int slot = i / cluster, group = first + i * step;
-        barrier_wait_cluster(base + l.tile_full + 8 * slot, 0);
-        for (int r = 0; r < Tiles && group * Tiles + r < a.tiles; r++) {
-            small_tile tile = locate_tile(a, group * Tiles + r);
-            for (int nt = 0; nt < Tokens8; nt++) {
-                uint32_t from = base + l.tile_sums + (slot * cluster * fragments + r * Tokens8 + nt) * CHUNK + lane * 16;
-                small_store_fragment(a, tile, lane, nt, add_fragments(from, cluster, fragments * CHUNK));
-            }
+#pragma unroll 1
+        for (int nt = 0; nt < Tokens8; nt++, item++) {
+            if (item % Finishers != self) { continue; }
+            int slot = i / cluster;
+            small_tile tile = locate_tile(a, first + i * step);
+            small_target to = aim_fragment<Single>(a, tile, lane, nt, norm);
+            barrier_wait_cluster(base + l.tile_full + 8 * slot, 0);
+            uint32_t from = base + l.tile_sums + (slot * cluster * Tokens8 + nt) * bytes;
+            store_fragment<Single>(a, tile, to, add_fragments<Single>(from, lane, cluster, Tokens8 * bytes));
         }
     }
 }
 
-/* The block has Warps + 2 warps: consumers, then the producer, then the epilogue. */
-template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Tiles>
+template <int Warps, int Fragments>
+__device__ __forceinline__ void small_init_barriers(uint32_t base, const small_layout &l, int stages, int owned, uint32_t owned_bytes) {
+    for (int i = 0; i < stages; i++) {
+        barrier_init(base + l.full + 8 * i, 1);
+        barrier_init(base + l.empty + 8 * i, Warps);
+    }
+    for (int i = 0; i < SMALL_X_CHUNKS; i++) { barrier_init(base + l.x_full + 8 * i, 1); }
+    for (int i = 0; i < 2; i++) {
+        barrier_init(base + l.sums_full + 8 * i, Warps);
+        barrier_init(base + l.sums_empty + 8 * i, Fragments);
+    }
+    for (int i = 0; i < owned; i++) { barrier_init(base + l.tile_full + 8 * i, 1); }
+    barrier_init_fence();
+    for (int i = 0; i < owned; i++) { barrier_arrive_expect(base + l.tile_full + 8 * i, owned_bytes); }
+}
+
+/* The block has Warps + 1 + Finishers warps: consumers, the producer, the finishers. */
+template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units, int Finishers>
 __device__ __forceinline__ void small_ring_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int cluster = cluster_size(), rank = cluster_rank(), first = blockIdx.x / cluster, step = gridDim.x / cluster;
     small_range k = small_units_of(a.units, rank, cluster);
-    int most_units = (a.units + cluster - 1) / cluster, groups = (a.tiles + Tiles - 1) / Tiles;
-    int owned = cluster > 1 ? ((groups + step - 1) / step + cluster - 1) / cluster : 0;
-    small_layout l = small_ring_layout<Codes, Tokens8, Single, Warps, Units, Tiles>(a.stages, a.record, most_units * (Codes::columns / 32),
-                                                                                     cluster, owned);
+    int owned = cluster > 1 ? ((a.tiles + step - 1) / step + cluster - 1) / cluster : 0;
+    small_layout l = small_ring_layout<Codes, Tokens8, Single, Held, Warps, Units>(a.stages, a.record, (a.units + cluster - 1) / cluster, cluster, owned);
     uint32_t base = shared_address(shared);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < a.stages; i++) {
-            barrier_init(base + l.full + 8 * i, 1);
-            barrier_init(base + l.empty + 8 * i, Warps);
-        }
-        barrier_init(base + l.x_full, 1);
-        for (int i = 0; i < 2; i++) {
-            barrier_init(base + l.sums_full + 8 * i, Warps);
-            barrier_init(base + l.sums_empty + 8 * i, 1);
-        }
-        for (int i = 0; i < owned; i++) { barrier_init(base + l.tile_full + 8 * i, cluster); }
-        barrier_init_fence();
+        small_init_barriers<Warps, Tokens8>(base, l, a.stages, owned, (uint32_t)(cluster * Tokens8 * fragment_bytes<Single>()));
     }
-    if (Codes::table) { fill_table((uint32_t *)(shared + l.table), a.zeros_table); }
+    if (Codes::table) { fill_table((uint32_t *)(shared + l.table), a.values); }
     if (cluster > 1) {
         cluster_sync();
     } else {
@@ -445,22 +581,20 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
     }
     ql_cuda_start_next();
     if (warp == Warps) {
-        if (lane == 0) { small_produce<Warps, Units, Tiles>(a, base, l, k, first, step); }
+        if (lane == 0) { small_produce<Warps, Units>(a, base, l, k, first, step); }
         __syncwarp();
         ql_cuda_wait_previous();
-    } else if (warp == Warps + 1) {
-        ql_cuda_wait_previous();
-        if (lane == 0) { /* activations of this block's part of K */
-            uint32_t bytes = (k.end - k.first) * (Codes::columns / 32) * (Single ? 64 : 512);
-            int64_t place = (int64_t)k.first * (Codes::columns / 32) * (Single ? 64 : 512), line = (int64_t)a.x_units * (Single ? 64 : 512);
-            barrier_arrive_expect(base + l.x_full, Tokens8 * bytes);
-            for (int nt = 0; nt < Tokens8; nt++) { copy_bulk(base + l.x + nt * bytes, a.x + nt * line + place, bytes, base + l.x_full); }
-        }
-        __syncwarp();
-        small_finish<Tokens8, Warps, Tiles>(a, base, l, first, step, lane, rank, cluster);
+        return;
+    }
+    bool makes = Single && a.floats != NULL;
+    ql_cuda_wait_previous();
+    if (warp < Warps && makes) { small_make_x<Codes, Warps>(a, base, l, k, warp, lane); }
+    if (warp == Warps + 1 && !Held && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }
+    if (makes) { block_barrier(1, (Warps + Finishers) * WARP); }
+    if (warp < Warps) {
+        small_consume<Codes, Tokens8, Single, Held, Parts, Warps, Units>(a, base, l, k, first, step, warp, lane);
     } else {
-        ql_cuda_wait_previous();
-        small_consume<Codes, Tokens8, Single, Parts, Warps, Units, Tiles>(a, base, l, k, first, step, warp, lane);
+        small_finish<Tokens8, Single, Warps, Finishers>(a, base, l, first, step, warp - Warps - 1, lane, rank, cluster, small_norm<Warps>(a, base, l));
     }
 }
 
@@ -473,10 +607,10 @@ __global__ void __launch_bounds__(MaxWarps *WARP, Blocks) small_register(const _
     small_register_body<Codes, Tokens8, Single, Parts, Units>(a);
 }
 
-template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Tiles, int Blocks>
-__global__ void __launch_bounds__((Warps + 2) * WARP, Blocks) small_ring(const __grid_constant__ small_args a) {
+template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units, int Finishers, int Blocks>
+__global__ void __launch_bounds__((Warps + 1 + Finishers) * WARP, Blocks) small_ring(const __grid_constant__ small_args a) {
 #ifdef QL_HAS_BULK_COPY
-    small_ring_body<Codes, Tokens8, Single, Parts, Warps, Units, Tiles>(a);
+    small_ring_body<Codes, Tokens8, Single, Held, Parts, Warps, Units, Finishers>(a);
 #endif
 }
 

@@ -30,6 +30,11 @@ static __device__ float scale_at(const ql_weight &w, int64_t i, int64_t j) {
     return block_scale(w, (i * w.k + j) / w.group);
 }
 
+static __device__ float zero_at(const ql_weight &w, int64_t i, int64_t j) {
+    if (w.zeros == NULL) { return (float)ql_affine_symmetric_zero(w.bits); }
+    return w.zeros[i * ((w.k + w.group - 1) / w.group) + j / w.group];
+}
+
 static __device__ uint32_t code_at(const ql_weight &w, int64_t i, int64_t j) {
     if (i >= w.n || j >= w.k) { return 0; }
     if (w.format == QL_INT8) { return (uint32_t)(((const int8_t *)w.codes)[i * w.k + j] + 128); }
@@ -108,7 +113,7 @@ static __global__ void pack_units(const pack_args a) {
         bool inside = row < a.w.n && at < a.w.k;
         ((__half *)(scales + 16 * part))[g] = __float2half_rn(inside ? scale_at(a.w, row, at) * a.factor[1] : 0.0f);
         if (p.zeros) {
-            float zero = inside ? a.w.zeros[row * ((a.w.k + a.w.group - 1) / a.w.group) + at / a.w.group] : 0.0f;
+            float zero = inside ? zero_at(a.w, row, at) : 0.0f;
             ((bf16 *)(scales + 16 * (p.parts + part)))[g] = __float2bfloat16_rn(p.kind == QL_UNITS_8BIT ? zero : 128.0f + zero);
         }
     }
@@ -122,7 +127,6 @@ static int describe(ql_packed *p, const ql_weight *w) {
     int64_t group = w->format == QL_INT8 ? w->k : w->group;
     switch (w->format) {
     case QL_AFFINE:
-        if (w->bits != 2 && w->bits != 3 && w->bits != 4 && w->bits != 8) { return 0; }
         p->kind = w->bits == 2 ? QL_UNITS_2BIT : w->bits == 3 ? QL_UNITS_3BIT : w->bits == 4 ? QL_UNITS_4BIT : QL_UNITS_8BIT;
         break;
     case QL_INT8: p->kind = QL_UNITS_8BIT; break;
@@ -135,7 +139,7 @@ static int describe(ql_packed *p, const ql_weight *w) {
     p->columns = columns[p->kind];
     int step = group >= w->k ? p->columns : gcd(group, p->columns);
     if (step % STEP != 0 || w->n == 0 || w->k == 0 || w->n > 1 << 28 || w->k > 1 << 28) { return 0; }
-    p->parts = p->columns / step, p->zeros = w->zeros != NULL;
+    p->parts = p->columns / step, p->zeros = w->zeros != NULL || (w->format == QL_AFFINE && w->bits > 4 && w->bits < 8);
     p->record = bytes[p->kind] + 16 * p->parts * (p->zeros ? 2 : 1);
     p->rows8 = (int)((w->n + TILE_ROWS - 1) / TILE_ROWS * 2), p->units = (int)((w->k + p->columns - 1) / p->columns);
     return 1;

@@ -87,44 +87,31 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
-__device__ __forceinline__ void cluster_store(uint32_t address, float4 v) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+/* stores that complete `bytes` of a barrier of the same block as the address (of the cluster): no fence is needed */
+__device__ __forceinline__ void cluster_store_async(uint32_t address, float4 v, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "f"(v.x),
+                 "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+                 : "memory");
 }
-__device__ __forceinline__ void cluster_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void cluster_store_async(uint32_t address, float v, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(v), "r"(barrier)
+                 : "memory");
 }
 
 #endif
 
-/* ---- shared memory by address --------------------------------------------------------------------------------- */
+/* ---- shared memory by address: plain loads, which the compiler may move between the barriers ------------------------ */
 
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-    return v;
+template <typename T> __device__ __forceinline__ T load_shared(uint32_t address) {
+    return *(const T *)__cvta_shared_to_generic(address);
 }
-__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
-    return v;
+template <typename T> __device__ __forceinline__ void store_shared(uint32_t address, T v) {
+    *(T *)__cvta_shared_to_generic(address) = v;
 }
-__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ uint32_t load_shared_2(uint32_t address) {
-    uint16_t v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
-    return v;
-}
-__device__ __forceinline__ void store_shared_float4(uint32_t address, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+
+/* a barrier of `threads` threads of the block; number 0 is that of __syncthreads */
+__device__ __forceinline__ void block_barrier(int number, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 #endif

@@ -2,8 +2,8 @@
  *
  * A unit is 8 rows x `columns` columns (128; 256 for 2 and 3 bits), a multiple of 16: its mma steps. Lane l of a warp, g = l / 4,
  * t = l % 4, holds of step j the columns 16 j + 4 t + {0, 1, 2, 3} of row g: the pairs (0, 1) and (2, 3) are a[0] and a[2] of the
- * fragment where the unit is the upper half of 16 rows, a[1] and a[3] where it is the lower. Activations come in the same order
- * (order of columns in a product is free), 16 bytes a lane for two steps, see x_blocks below.
+ * fragment where the unit is the upper half of 16 rows, a[1] and a[3] where it is the lower. So a lane takes 8 bytes of its row of
+ * activations a step: columns 16 j + 4 t + {0, 1} are b[0], {2, 3} are b[1] (the order of columns in a product is free).
  *
  * In memory a unit is a record: codes, `chunks` times 512 bytes of 16 bytes a lane (3 bits: and 256 bytes, 8 a lane), then `parts`
  * vectors of 8 float16 scales (one a row), each for columns / parts columns, then, where the weight has zero points, as many
@@ -49,7 +49,7 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
 #define QL_BF16X2_128 0x43004300u
 
 /* Each struct of codes: columns of a unit, words a lane holds of it, bytes of codes, whether scales follow, and
- * pair(words, j, p, offset, table): two neighbouring values of step j. offset: two bfloat16, what `zero` adds up to. */
+ * pair(words, j, p, offset, table): two neighbouring values of step j. offset: two bfloat16, what `zero` adds up to. table: address. */
 struct codes_4bit {
     enum { columns = 128, words = 4, bytes = CHUNK, scaled = 1, table = 0 };
     static constexpr uint32_t symmetric = 0x43084308u; /* 128 + 8 */
@@ -83,13 +83,13 @@ struct codes_3bit { /* words 4 and 5: the plane of the top bits */
         return sub_bf16x2(and_or(top, 0x00040004u, low), offset);
     }
 };
-struct codes_table { /* NF4, FP4: table: shared memory, a bfloat16 pair for each byte and lane */
+struct codes_table { /* NF4, FP4: in shared memory, a bfloat16 pair for each byte and lane, so no two lanes meet in a bank */
     enum { columns = 128, words = 4, bytes = CHUNK, scaled = 1, table = 1 };
     static constexpr uint32_t symmetric = 0;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t, uint32_t table) {
         int shift = 8 * (2 * (j % 2) + p) - 7;
         uint32_t q = shift < 0 ? w[j / 2] << 7 : w[j / 2] >> shift;
-        return load_shared_4(and_or(q, 0x7f80u, table));
+        return load_shared<uint32_t>(and_or(q, 0x7f80u, (threadIdx.x % WARP) * 4) + table);
     }
 };
 struct codes_bf16 {
@@ -107,11 +107,11 @@ template <typename Codes> constexpr int record_bytes(int parts, int zeros) {
 template <typename Codes> __device__ __forceinline__ void load_words(uint32_t (&w)[Codes::words], uint32_t record, int lane) {
 #pragma unroll
     for (int i = 0; i < Codes::words / 4; i++) {
-        uint4 v = load_shared_16(record + i * CHUNK + lane * 16);
+        uint4 v = load_shared<uint4>(record + i * CHUNK + lane * 16);
         w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
     }
     if constexpr (Codes::words % 4 == 2) {
-        uint2 v = load_shared_8(record + Codes::words / 4 * CHUNK + lane * 8);
+        uint2 v = load_shared<uint2>(record + Codes::words / 4 * CHUNK + lane * 8);
         w[Codes::words - 2] = v.x, w[Codes::words - 1] = v.y;
     }
 }
@@ -136,9 +136,11 @@ __device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
     return v;
 }
 
-/* Activations for the units: blocks of 32 columns (two steps), for each 8 tokens apart: x_blocks[token / 8][column / 32][token % 8]
- * [t][8] bf16, t the lane's place in its row: columns 4 t + {0..3} of the first step, then of the second. With a single token the
- * dimension token % 8 has length 1. */
-__host__ __device__ constexpr int64_t x_block_bytes(int rows) { return (int64_t)rows * 64; }
+/* c += a b; not volatile, unlike mma_bf16: the compiler may interleave it with the decoding of the next */
+__device__ __forceinline__ void mma_units(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+}
 
 #endif

@@ -24,38 +24,41 @@
         }                                                                                            \
     } while (0)
 
-using Codes = codes_4bit;
-static const int GROUP_PARTS = 1, RECORD = record_bytes<Codes>(GROUP_PARTS, 0);
+#ifndef QL_CODES /* another kind is only timed: tests/cuda/test_linear.py checks it */
+#define QL_CODES codes_4bit
+#define QL_PARTS 1
+#define QL_CHECKED 1
+#endif
+using Codes = QL_CODES;
+static const int GROUP_PARTS = QL_PARTS, RECORD = record_bytes<Codes>(GROUP_PARTS, 0), COLUMNS = Codes::columns;
 static int sms;
 static cudaStream_t stream;
 
 /* ---- variants -------------------------------------------------------------------------------------------------- */
 
-typedef small_layout (*layout_function)(int stages, int record, int x_units, int cluster, int owned);
+typedef small_layout (*layout_function)(int stages, int record, int units, int cluster, int owned);
 struct variant {
     const void *kernel;
     layout_function layout; /* NULL: the register kernel */
-    int tokens8, single, warps, units, tiles, blocks;
+    int tokens8, single, held, warps, units, finishers, blocks;
 };
 
-#define RING(T8, S, W, U, T, B)                                                                                                   \
-    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, T, B>, small_ring_layout<Codes, T8, S, W, U, T>, T8, S, W, U, T, B }
+#define RING(T8, S, H, W, U, F, B)                                                                                                          \
+    variant { (const void *)small_ring<Codes, T8, S, H, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, H, W, U>, T8, S, H, W, U, F, B }
 #define REGISTER(T8, S, U, W, B) \
-    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 1, B }
+    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, 0, W, U, 0, B }
 
 static const variant variants[] = {
     /* one token */
-    RING(1, true, 4, 2, 1, 4), RING(1, true, 8, 1, 1, 3), RING(1, true, 8, 1, 1, 2), RING(1, true, 8, 2, 1, 2), RING(1, true, 16, 1, 1, 1),
-    RING(1, true, 16, 1, 1, 2), RING(1, true, 16, 2, 1, 1), RING(1, true, 8, 1, 2, 2), RING(1, true, 8, 2, 1, 1),
-    REGISTER(1, true, 1, 32, 1), REGISTER(1, true, 2, 16, 2), REGISTER(1, true, 2, 16, 1), REGISTER(1, true, 4, 8, 4), REGISTER(1, true, 4, 8, 3),
-    REGISTER(1, true, 4, 22, 1), REGISTER(1, true, 3, 29, 1),
+    RING(1, true, 0, 16, 1, 1, 2), RING(1, true, 0, 8, 1, 1, 3), RING(1, true, 0, 8, 2, 2, 2), RING(1, true, 0, 12, 1, 1, 2),
     /* 2 to 8 */
-    RING(1, false, 4, 2, 1, 4), RING(1, false, 8, 1, 1, 3), RING(1, false, 8, 1, 1, 2), RING(1, false, 8, 2, 1, 2), RING(1, false, 16, 1, 1, 1),
-    RING(1, false, 16, 1, 1, 2), RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 1, 2, 1), RING(1, false, 8, 2, 1, 1),
-    REGISTER(1, false, 1, 32, 1), REGISTER(1, false, 2, 16, 2), REGISTER(1, false, 4, 8, 3), REGISTER(1, false, 4, 22, 1),
+    RING(1, false, 0, 8, 1, 2, 2), RING(1, false, 0, 16, 1, 2, 1), RING(1, false, 0, 8, 1, 1, 3), RING(1, false, 1, 16, 1, 2, 1),
+    RING(1, false, 1, 16, 2, 2, 1), RING(1, false, 1, 11, 1, 2, 2), RING(1, false, 1, 11, 2, 2, 1), RING(1, false, 1, 8, 2, 2, 2), RING(1, false, 1, 8, 1, 2, 3),
     /* 9 to 16 */
-    RING(2, false, 8, 1, 1, 2), RING(2, false, 8, 1, 2, 2), RING(2, false, 8, 1, 2, 1), RING(2, false, 16, 1, 1, 1), RING(2, false, 12, 1, 2, 1),
-    RING(2, false, 8, 1, 4, 1), REGISTER(2, false, 2, 16, 1), REGISTER(2, false, 4, 8, 2), REGISTER(2, false, 4, 22, 1),
+    RING(2, false, 0, 16, 1, 2, 1), RING(2, false, 0, 24, 1, 2, 1), RING(2, false, 1, 16, 1, 2, 1), RING(2, false, 1, 11, 1, 2, 2), RING(2, false, 1, 11, 2, 2, 1),
+    RING(2, false, 1, 8, 1, 2, 2), RING(2, false, 1, 8, 2, 2, 1),
+    /* 17 to 32 */
+    RING(4, false, 0, 16, 1, 4, 1), RING(4, false, 1, 11, 1, 4, 1), RING(4, false, 1, 8, 1, 4, 1), RING(4, false, 1, 8, 1, 2, 1),
 };
 
 /* ---- problems --------------------------------------------------------------------------------------------------- */
@@ -69,7 +72,7 @@ struct shape {
 struct problem {
     shape *s;
     int m;
-    uint8_t *x; /* blocks */
+    bf16 *x;
     float *y;   /* (m, n) */
     float *factor;
     std::vector<int> rows;   /* checked */
@@ -83,7 +86,7 @@ __global__ void fill_weights(uint8_t *records, size_t count, int record, uint32_
     uint32_t h = (uint32_t)i * 2654435761u + seed;
     h ^= h >> 16, h *= 0x7feb352du, h ^= h >> 15, h *= 0x846ca68bu, h ^= h >> 16;
     size_t place = i % (record / 4) * 4;
-    if (place >= (size_t)CHUNK) { /* two scales of 2^-6 to 2^-5 */
+    if (place >= (size_t)Codes::bytes) { /* two scales of 2^-6 to 2^-5 */
         h = (h & 0x03ff03ffu) | 0x24002400u;
     }
     *(uint32_t *)(records + i * 4) = h;
@@ -125,45 +128,41 @@ static double weight_at(const uint8_t *records, int units, int row, int column) 
     return ((int)(word >> (4 * i + 16 * high) & 15) - 8) * from_half(scale);
 }
 
-static problem make_problem(shape *s, int m) {
-    problem p;
-    p.s = s, p.m = m;
-    int tokens8 = (m + 7) / 8, rows = m == 1 ? 1 : 8, units = s->k / 128;
-    std::vector<float> x((size_t)tokens8 * 8 * s->k, 0.0f);
-    std::vector<uint16_t> blocks((size_t)tokens8 * rows * s->k);
-    srand(m + s->n);
-    for (int t = 0; t < tokens8 * 8; t++) {
-        for (int k = 0; k < s->k && t < m; k++) { x[(size_t)t * s->k + k] = from_bf16(to_bf16(rand() / (float)RAND_MAX * 2 - 1)); }
-    }
-    for (int t = 0; t < tokens8 * rows; t++) {
-        for (int k = 0; k < s->k; k++) {
-            size_t block = (size_t)(t / 8) * (s->k / 32) + k / 32;
-            int in = k % 32;
-            blocks[(block * rows + t % rows) * 32 + in % 16 / 4 * 8 + in / 16 * 4 + in % 4] = to_bf16(x[(size_t)t * s->k + k]);
-        }
-    }
-    CHECK(cudaMalloc(&p.x, blocks.size() * 2));
-    CHECK(cudaMemcpy(p.x, blocks.data(), blocks.size() * 2, cudaMemcpyHostToDevice));
-    CHECK(cudaMalloc(&p.y, (size_t)m * s->n * 4));
-    float one = 1.0f;
-    CHECK(cudaMalloc(&p.factor, 4));
-    CHECK(cudaMemcpy(p.factor, &one, 4, cudaMemcpyHostToDevice));
-    std::vector<uint8_t> w(s->bytes);
-    CHECK(cudaMemcpy(w.data(), s->weights, s->bytes, cudaMemcpyDeviceToHost));
+/* sums of 48 rows in float64 */
+static void make_reference(problem &p, const std::vector<float> &x) {
+    int units = p.s->k / 128;
+    std::vector<uint8_t> w(p.s->bytes);
+    CHECK(cudaMemcpy(w.data(), p.s->weights, p.s->bytes, cudaMemcpyDeviceToHost));
     double squares = 0;
     for (int i = 0; i < 48; i++) {
-        int row = i < 8 ? i : i < 16 ? s->n - 1 - (i - 8) : rand() % s->n;
-        std::vector<double> line(s->k);
-        for (int k = 0; k < s->k; k++) { line[k] = weight_at(w.data(), units, row, k); }
+        int row = i < 8 ? i : i < 16 ? p.s->n - 1 - (i - 8) : rand() % p.s->n;
+        std::vector<double> line(p.s->k);
+        for (int k = 0; k < p.s->k; k++) { line[k] = weight_at(w.data(), units, row, k); }
         p.rows.push_back(row);
-        for (int t = 0; t < m; t++) {
+        for (int t = 0; t < p.m; t++) {
             double sum = 0;
-            for (int k = 0; k < s->k; k++) { sum += line[k] * x[(size_t)t * s->k + k]; }
+            for (int k = 0; k < p.s->k; k++) { sum += line[k] * x[(size_t)t * p.s->k + k]; }
             p.ref.push_back(sum);
             squares += sum * sum;
         }
     }
     p.scale = sqrt(squares / p.ref.size());
+}
+
+static problem make_problem(shape *s, int m) {
+    problem p;
+    p.s = s, p.m = m;
+    std::vector<float> x((size_t)m * s->k);
+    std::vector<uint16_t> halves(x.size());
+    srand(m + s->n);
+    for (size_t i = 0; i < x.size(); i++) { x[i] = from_bf16(halves[i] = to_bf16(rand() / (float)RAND_MAX * 2 - 1)); }
+    CHECK(cudaMalloc(&p.x, halves.size() * 2));
+    CHECK(cudaMemcpy(p.x, halves.data(), halves.size() * 2, cudaMemcpyHostToDevice));
+    CHECK(cudaMalloc(&p.y, (size_t)m * s->n * 4));
+    float one = 1.0f;
+    CHECK(cudaMalloc(&p.factor, 4));
+    CHECK(cudaMemcpy(p.factor, &one, 4, cudaMemcpyHostToDevice));
+    make_reference(p, x);
     return p;
 }
 
@@ -184,7 +183,7 @@ static double error_of(const problem &p) {
 /* ---- launches --------------------------------------------------------------------------------------------------- */
 
 struct setting {
-    int index, budget, cluster, grid, stages;
+    int index, per_sm, resident, cluster, grid, stages; /* blocks of this kernel an SM; of this and the next */
     size_t shared;
     double us, error;
 };
@@ -192,36 +191,37 @@ struct setting {
 static small_args arguments(const problem &p, int copy) {
     small_args a;
     memset(&a, 0, sizeof a);
-    int units = p.s->k / 128;
+    int units = p.s->k / COLUMNS;
     small_part &q = a.part[0];
     q.upper = p.s->weights + (size_t)copy * p.s->bytes, q.lower = q.upper + (size_t)units * RECORD;
     q.factor = q.factor_lower = p.factor;
     q.out = p.y, q.tiles = p.s->n / 16, q.divisor = 1, q.multiplier = 2, q.lower_rows = 8, q.n = p.s->n, q.output = SMALL_FLOAT;
-    a.x = p.x, a.tiles = q.tiles, a.units = units, a.x_units = p.s->k / 32, a.record = RECORD, a.parts = GROUP_PARTS, a.m = p.m;
+    a.x = p.x, a.values = (const uint8_t *)p.s->weights, a.tiles = q.tiles, a.units = units, a.k = a.x_line = p.s->k, a.record = RECORD, a.parts = GROUP_PARTS, a.m = p.m;
     return a;
 }
 
 /* false where the variant does not fit */
 static bool configure(setting &c, const problem &p) {
     const variant &v = variants[c.index];
-    int units = p.s->k / 128, tiles = p.s->n / 16;
+    int units = p.s->k / COLUMNS, tiles = p.s->n / 16;
     if (v.tokens8 != (p.m + 7) / 8 || v.single != (p.m == 1)) { return false; }
     if (v.layout == NULL) {
         int warps = (units + v.units - 1) / v.units;
-        if (c.cluster != 1 || warps > v.warps || warps * 2 <= v.warps) { return false; }
-        c.shared = 2 * (size_t)warps * v.tokens8 * CHUNK;
-        c.grid = c.budget == 1 ? tiles : std::min(tiles, sms * v.blocks);
-        if (c.budget == 3 || (c.budget == 2 && c.grid == tiles)) { return false; }
-        return true;
+        if (c.cluster != 1 || warps > v.warps || warps * 2 <= v.warps || c.resident != c.per_sm || c.per_sm > 2) { return false; }
+        c.shared = 2 * (size_t)warps * v.tokens8 * CHUNK + (Codes::table ? TABLE_BYTES : 0);
+        c.grid = c.per_sm == 1 ? tiles : std::min(tiles, sms * v.blocks);
+        return c.per_sm == 1 || c.grid < tiles;
     }
-    int groups = (tiles + v.tiles - 1) / v.tiles, most = (units + c.cluster - 1) / c.cluster;
-    c.grid = std::min(sms * v.blocks / c.cluster, groups) * c.cluster;
-    int owned = c.cluster > 1 ? ((groups + c.grid / c.cluster - 1) / (c.grid / c.cluster) + c.cluster - 1) / c.cluster : 0;
+    int most = (units + c.cluster - 1) / c.cluster, stage = 2 * v.warps * v.units * RECORD;
+    if (c.per_sm > v.blocks || c.resident < c.per_sm || c.resident > 2 * c.per_sm + 1 || c.cluster > units) { return false; }
+    if (v.held && (most > v.warps * v.units || 2 * most <= v.warps * v.units)) { return false; }
+    if (!v.held && c.cluster > 2) { return false; }
+    c.grid = std::min(sms * c.per_sm / c.cluster, tiles) * c.cluster;
+    int owned = c.cluster > 1 ? ((tiles + c.grid / c.cluster - 1) / (c.grid / c.cluster) + c.cluster - 1) / c.cluster : 0;
     if (owned > SMALL_MAX_OWNED) { return false; }
-    size_t room = (size_t)(227 * 1024) / (v.blocks * c.budget) - 1024;
-    size_t without = v.layout(0, RECORD, most * 4, c.cluster, owned).bytes, stage = (size_t)v.tiles * 2 * v.warps * v.units * RECORD;
+    int room = 227 * 1024 / c.resident - 1024, without = (int)v.layout(0, RECORD, most, c.cluster, owned).bytes;
     if (without + 2 * stage > room) { return false; }
-    c.stages = std::min((int)((room - without) / stage), (int)SMALL_MAX_STAGES);
+    c.stages = std::min((room - without) / stage, (int)SMALL_MAX_STAGES);
     c.shared = without + c.stages * stage;
     return true;
 }
@@ -232,7 +232,7 @@ static void launch(const setting &c, const problem &p, int copy) {
     a.stages = c.stages;
     cudaLaunchConfig_t config;
     memset(&config, 0, sizeof config);
-    int units = p.s->k / 128, warps = v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 2;
+    int units = p.s->k / COLUMNS, warps = v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 1 + v.finishers;
     config.gridDim = dim3(c.grid), config.blockDim = dim3(warps * 32), config.dynamicSmemBytes = c.shared, config.stream = stream;
     cudaLaunchAttribute attribute[2];
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -291,9 +291,10 @@ static double roof_us(const shape &s, uint32_t *sink) {
 
 static std::string describe(const setting &c) {
     const variant &v = variants[c.index];
-    char text[160];
-    snprintf(text, sizeof text, "%s warps %2d units %d tiles %d blocks %d | budget 1/%d cluster %d grid %4d stages %2d shared %6zu",
-             v.layout ? "ring    " : "register", v.warps, v.units, v.tiles, v.blocks, c.budget, c.cluster, c.grid, c.stages, c.shared);
+    char text[200];
+    snprintf(text, sizeof text, "%s warps %2d units %d finishers %d blocks %d | an SM %d of %d cluster %d grid %4d stages %2d shared %6zu",
+             v.layout ? v.held ? "held    " : "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
+             c.stages, c.shared);
     return text;
 }
 
@@ -303,7 +304,7 @@ static std::vector<shape> make_shapes(std::vector<double> &roof) {
     CHECK(cudaMalloc(&sink, 4));
     for (size_t i = 0; i < shapes.size(); i++) {
         shape &s = shapes[i];
-        s.bytes = (size_t)s.n / 8 * (s.k / 128) * RECORD;
+        s.bytes = (size_t)s.n / 8 * (s.k / COLUMNS) * RECORD;
         s.copies = std::max(8, (int)(220000000 / s.bytes));
         CHECK(cudaMalloc(&s.weights, s.bytes * s.copies));
         size_t count = s.bytes * s.copies / RECORD, threads = count * (RECORD / 4);
@@ -326,7 +327,9 @@ static bool measure(setting &c, const problem &p, double roof, FILE *csv, int &b
         printf("M %d %d x %d %s: %s\n", p.m, p.s->n, p.s->k, describe(c).c_str(), cudaGetErrorString(error));
         exit(1);
     }
+#ifdef QL_CHECKED
     c.error = error_of(p);
+#endif
     c.us = time_graph(3, [&] {
                for (int l = 0; l < launches; l++) { launch(c, p, l % p.s->copies); }
            }) / launches * 1e6;
@@ -341,11 +344,9 @@ static std::vector<setting> sweep(const problem &p, double roof, FILE *csv) {
     std::vector<setting> done;
     int bad = 0, rings = 0, registers = 0;
     for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
-        for (int budget : {1, 2, 3}) {
-            for (int cluster : {1, 2, 4, 8}) {
-                setting c = {index, budget, cluster, 0, 0, 0, 0.0, 0.0};
-                if (measure(c, p, roof, csv, bad)) { done.push_back(c); }
-            }
+        for (int i = 0; i < 5 * 6 * 4; i++) {
+            setting c = {index, i / 24 + 1, i / 4 % 6 + 1, 1 << i % 4, 0, 0, 0, 0.0, 0.0};
+            if (measure(c, p, roof, csv, bad)) { done.push_back(c); }
         }
     }
     std::sort(done.begin(), done.end(), [](const setting &a, const setting &b) { return a.us < b.us; });
@@ -357,6 +358,38 @@ static std::vector<setting> sweep(const problem &p, double roof, FILE *csv) {
         }
     }
     return done;
+}
+
+static void time_chain(const std::vector<setting> &s, const std::vector<problem> &problems, const char *what) {
+    double chain = time_graph(5, [&] {
+        for (int i = 0; i < 32 * 4; i++) { launch(s[i % 4], problems[i % 4], i / 4 % 8); }
+    });
+    printf("  %.3f ms  %s\n", chain * 1e3, what);
+}
+
+/* chains of one setting for all shapes, of those with the least sum of times; and with the best cluster for each shape */
+static void time_uniform_chains(const std::vector<std::vector<setting>> &done, const std::vector<problem> &problems) {
+    std::vector<std::pair<double, std::vector<setting>>> chains;
+    for (const setting &c : done[0]) {
+        std::vector<setting> same;
+        double sum = 0;
+        for (const std::vector<setting> &list : done) { /* best first, so the best cluster is found */
+            for (const setting &d : list) {
+                if (d.index != c.index || d.per_sm != c.per_sm || d.resident != c.resident) { continue; }
+                same.push_back(d), sum += d.us;
+                break;
+            }
+        }
+        bool seen = false;
+        for (auto &chain : chains) { seen = seen || (chain.second[0].index == c.index && chain.second[0].per_sm == c.per_sm && chain.second[0].resident == c.resident); }
+        if (same.size() == 4 && !seen) { chains.push_back({sum, same}); }
+    }
+    std::sort(chains.begin(), chains.end(), [](const auto &a, const auto &b) { return a.first < b.first; });
+    for (size_t i = 0; i < chains.size() && i < 8; i++) {
+        std::string what = "sum " + std::to_string(chains[i].first) + " us:";
+        for (const setting &c : chains[i].second) { what += " c" + std::to_string(c.cluster); }
+        time_chain(chains[i].second, problems, (what + " " + describe(chains[i].second[0])).c_str());
+    }
 }
 
 int main(int argc, char **argv) {
@@ -371,20 +404,17 @@ int main(int argc, char **argv) {
     std::vector<double> roof;
     std::vector<shape> shapes = make_shapes(roof);
     FILE *csv = argc > 1 ? fopen(argv[1], "w") : NULL;
-    for (int m : {1, 4, 8, 16}) {
+    for (int m : {1, 8, 16, 32}) {
         std::vector<problem> problems;
-        std::vector<setting> winners;
+        std::vector<std::vector<setting>> done;
         for (size_t i = 0; i < shapes.size(); i++) {
             problems.push_back(make_problem(&shapes[i], m));
-            std::vector<setting> done = sweep(problems[i], roof[i], csv);
-            if (done.empty()) { return 1; }
-            winners.push_back(done[0]);
+            done.push_back(sweep(problems[i], roof[i], csv));
+            if (done[i].empty()) { return 1; }
         }
-        double chain = time_graph(5, [&] {
-            for (int i = 0; i < 32 * 4; i++) { launch(winners[i % 4], problems[i % 4], i / 4 % 8); }
-        });
-        double sum = 32e-3 * (roof[0] + roof[1] + roof[2] + roof[3]);
-        printf("M %2d  chain of 128 kernels with the best of each: %.3f ms; sum of the roofs %.3f ms\n", m, chain * 1e3, sum);
+        printf("M %2d  chains of 128 kernels; sum of the roofs %.3f ms\n", m, 32e-3 * (roof[0] + roof[1] + roof[2] + roof[3]));
+        time_chain({done[0][0], done[1][0], done[2][0], done[3][0]}, problems, "the best of each shape");
+        time_uniform_chains(done, problems);
         fflush(stdout);
     }
     if (csv) { fclose(csv); }
