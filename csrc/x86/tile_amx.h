@@ -101,15 +101,24 @@ static inline void transpose_tile(uint16_t *tile, const uint16_t *rows, int64_t 
 /* gcc 12's tile intrinsics do not tell the compiler that they read and write memory */
 #define MEMORY_BARRIER() __asm__ volatile("" : : : "memory")
 
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* *before = what the thread had: llama.cpp configures its tiles once a thread and would meet an illegal instruction */
+static void configure_tiles(tile_config *before) {
+    tile_config config = {.palette = 1};
+    _tile_storeconfig(before);
     for (int t = 0; t < 8; t++) { config.row_bytes[t] = 64, config.rows[t] = 16; }
     __asm__ volatile("" : : "r"(&config) : "memory"); /* the intrinsic claims to read 8 bytes only */
     _tile_loadconfig(&config);
+}
+
+static void restore_tiles(const tile_config *before) {
+    MEMORY_BARRIER();
+    _tile_loadconfig(before); /* releases the tiles where there was no configuration */
 }
 
 /* sums (2 x 2 tiles of 16 x 16) = or += the products of `steps` / 32 tiles of a and b: tiles 4, 5 of a, 6, 7 of b */
@@ -256,7 +265,8 @@ static void tile_gemm_task(void *context, int64_t task) {
     int64_t worker = claim(g), quads_a_row = pieces(g->width, SIDE);
     uint16_t *block = g->blocks + worker * BLOCK_SIZE;
     float *sums = g->sums + worker * g->sums_size;
-    configure_tiles();
+    tile_config before;
+    configure_tiles(&before);
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
         int64_t k1 = at_most(k0 + g->block_k, g->k);
         g->pack_b(block, g, k0, k1, j0, j1);
@@ -265,7 +275,7 @@ static void tile_gemm_task(void *context, int64_t task) {
             multiply_rows(g, block, sums + kept, i, j0, j1, k0, k1);
         }
     }
-    _tile_release();
+    restore_tiles(&before);
     atomic_store(&g->busy[worker], 0);
 }
 
