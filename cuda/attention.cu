@@ -168,6 +168,7 @@ extern "C" void ql_attention_fused_forward_cuda(void *out, const void *q, const 
     attention_args<bf16> args = {(bf16 *)out, NULL,     (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
                                  kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale};
     if (max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
+    if (max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
     if (ql_attention_prefill(args, max_queries)) { return; }
     launch_plain(args);
 }

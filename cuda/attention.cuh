@@ -18,8 +18,9 @@ template <typename T> struct attention_args {
     float scale;
 };
 
-/* bf16, d in {64, 80, 96, 128} (attention_prefill.cu, attention_decode.cu): false where the shape is not theirs */
-bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries);
-bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys); /* at most one query a sequence */
+/* bf16: false, and nothing is done, where the shape or the device is not theirs */
+bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries); /* d in {64, 80, 96, 128} */
+bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a */
+bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys);     /* as prefill; at most one query a sequence */
 
 #endif

@@ -9,6 +9,8 @@
 
 #include "../attention.cuh"
 
+static bool only_mma; /* the kernel for every architecture where another would be chosen */
+
 static float to_host(bf16 x) { return __bfloat162float(x); }
 static float to_host(float x) { return x; }
 static float round_bf16(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
@@ -67,6 +69,12 @@ template <typename T> struct on_device {
     on_device(const problem<T> &p)
         : q(p.q), k(p.k), v(p.v), out(p.q.size()), q_start(p.q_start), kv_start(p.kv_start), kv_len(p.kv_len) {}
     void run(const problem<bf16> &p) {
+        if (only_mma) {
+            ql_attention_prefill(attention_args<bf16>{out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(),
+                                                      kv_len.get(), (int)p.b, (int)p.hq, (int)p.hkv, (int)p.d, p.scale},
+                                 p.max_queries);
+            return;
+        }
         ql_attention_fused_forward_cuda(out.get(), q.get(), k.get(), v.get(), q_start.get(), kv_start.get(), kv_len.get(), p.t,
                                         p.b, p.hq, p.hkv, p.d, p.max_queries, p.max_keys, p.scale);
     }
@@ -153,6 +161,14 @@ static void check_all() {
         snprintf(name, sizeof name, "prefill %d", (int)length);
         check(name, problem<bf16>({length}, {0}, 4, 2, 128));
         if (length % 2) { check(name, problem<bf16>({length}, {0}, 3, 1, 64)); }
+        if (length > 64) {
+            only_mma = true, check("mma", problem<bf16>({length}, {0}, 3, 1, length % 2 ? 64 : 128)), only_mma = false;
+        }
+    }
+    for (int64_t d : {64, 128}) { /* more items than SMs, and tiles whose first keys are not the first */
+        problem<bf16> many({130, 1, 300, 256, 0, 127, 513, 90, 200, 64}, {0, 7, 1, 128, 9, 400, 33, 0, 61, 1000}, 8, 2, d);
+        check("many sequences", many, 1000);
+        only_mma = true, check("many sequences, mma", many), only_mma = false;
     }
     for (int64_t d : {64, 80, 96, 128, 32, 40, 256, 7, 130}) {
         check("ragged prefill", problem<bf16>({70, 0, 130, 1, 64, 300}, {0, 5, 33, 80, 64, 700}, 6, 2, d));
@@ -176,8 +192,12 @@ static void time_prefill(const char *name, std::vector<int64_t> queries, int64_t
     problem<bf16> p(queries, std::vector<int64_t>(queries.size(), 0), hq, hkv, d, true);
     on_device<bf16> device(p);
     double us = time_us(4, [&](int) { device.run(p); }), flop = 0.0;
+    only_mma = true;
+    double mma = time_us(4, [&](int) { device.run(p); });
+    only_mma = false;
     for (int64_t n : queries) { flop += 2.0 * (double)n * (double)n * (double)(d * hq); } /* half of the square, as is the custom */
-    printf("prefill %-34s d %3d hq %2d hkv %2d %10.1f us %7.1f TFLOP/s\n", name, (int)d, (int)hq, (int)hkv, us, flop / us * 1e-6);
+    printf("prefill %-20s d %3d hq %2d hkv %2d %10.1f us %7.1f TFLOP/s; by mma %10.1f us %7.1f TFLOP/s\n", name, (int)d, (int)hq,
+           (int)hkv, us, flop / us * 1e-6, mma, flop / mma * 1e-6);
     fflush(stdout);
 }
 
