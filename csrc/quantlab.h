@@ -175,8 +175,8 @@ typedef struct {
 /* Parts of the model in one op each. NULL where a backend has none (the CPU): the model then composes it from the ops
  * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
 #define QL_FUSED_OPS(X)                                                                                                 \
-    /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] of k and of v (rows, hkv, d) = rope(h Wk^T), h Wv^T   \
-     * of token i */                                                                                                    \
+    /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
+     * rope(h Wk^T), h Wv^T of token i */                                                                               \
     X(qkv_forward, (void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq,                  \
                     const ql_weight *wk, const ql_weight *wv, const float *cos, const float *sin,                       \
                     const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d,       \

@@ -11,7 +11,8 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
 
 /* ---- q, k, v ------------------------------------------------------------------------------------------------------ */
 
-/* row rows[i] (NULL: i) of out = row i of in, (t, heads, d), turned by the angle of its position where cos is not NULL */
+/* row rows[i] (NULL: i) of out = row i of in, (t, heads, d), turned by the angle of its position where cos is not NULL.
+ * Without rows, out may be in. A thread turns two neighbours at a time where half a head has an even size. */
 static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, const float *sin, const int32_t *positions,
                                  const int32_t *rows, int64_t heads, int64_t d) {
     ql_cuda_wait_previous();
@@ -22,8 +23,15 @@ static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, co
         for (int64_t j = threadIdx.x; j < width; j += blockDim.x) { to[j] = from[j]; }
         return;
     }
-    int64_t angles = (int64_t)positions[i] * half;
-    for (int64_t j = threadIdx.x; j < heads * half; j += blockDim.x) {
+    int64_t angles = (int64_t)positions[i] * half, pairs = half % 2 == 0 ? heads * half / 2 : 0;
+    for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+        int64_t j = 2 * pair, at = j / half * d + j % half;
+        float2 low = unpack_bf16(*(const uint32_t *)(from + at)), high = unpack_bf16(*(const uint32_t *)(from + at + half));
+        float2 c = *(const float2 *)(cos + angles + j % half), s = *(const float2 *)(sin + angles + j % half);
+        float2 first = rope_pair(low.x, high.x, c.x, s.x), second = rope_pair(low.y, high.y, c.y, s.y);
+        *(uint32_t *)(to + at) = pack_bf16(first.x, second.x), *(uint32_t *)(to + at + half) = pack_bf16(first.y, second.y);
+    }
+    for (int64_t j = 2 * pairs + threadIdx.x; j < heads * half; j += blockDim.x) {
         int64_t at = j / half * d + j % half;
         float2 turned = rope_pair(__bfloat162float(from[at]), __bfloat162float(from[at + half]), cos[angles + j % half], sin[angles + j % half]);
         to[at] = __float2bfloat16_rn(turned.x), to[at + half] = __float2bfloat16_rn(turned.y);
@@ -33,9 +41,10 @@ static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, co
 static void rope_after_product(bf16 *out, const ql_activations *x, const ql_weight *w, const ql_weight *last, const ql_rotation *rotation,
                                const int32_t *rows, int64_t t) {
     const bf16 *h = normed_rows(x, w, last, t);
-    bf16 *product = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * w->n) * sizeof(bf16));
+    bf16 *product = rows == NULL ? out : (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * w->n) * sizeof(bf16));
     if (h == NULL || product == NULL) { return; }
     ql_cuda_linear_large(product, CUDA_R_16BF, h, w, t, 0);
+    if (rows == NULL && rotation->cos == NULL) { return; } /* it is where it belongs */
     ql_cuda_launch(rope_rows, dim3((unsigned)t), dim3(256), 0, true, out, product, rotation->cos, rotation->sin, rotation->positions, rows,
                    w->n / rotation->d, rotation->d);
 }

@@ -19,7 +19,7 @@ import numpy as np
 from quantlab import _core, cuda
 from quantlab.bench import environment
 from quantlab.generate import device_steps
-from quantlab.llama import LINEARS, LlamaConfig, LlamaForCausalLM
+from quantlab.llama import BATCH_TOKENS, LINEARS, LlamaConfig, LlamaForCausalLM
 from quantlab.progress import progress
 from quantlab.size import KNOWN_CONFIGS
 from quantlab.weight import QuantWeight
@@ -168,22 +168,42 @@ def seconds_of(run: Callable[[], Any], samples: int = SAMPLES) -> list[float]:
 def model(format: str) -> list[Record]:
     """Forward passes to each row's last hidden state, and greedy generation of 128 tokens after 32: seconds a step,
     prompts left out. gb_per_s counts the layers' weights once."""
-    cuda.reset_peak()
     llama = build_model(format)
     nbytes = sum(w.nbytes for name, w in llama.weights.items() if name.startswith("model.layers"))
     matrices = sum(w.shape[0] * w.shape[1] for name, w in llama.weights.items() if name.startswith("model.layers"))
     ids = np.random.default_rng(0).integers(0, 32000, (64, 2048)).astype(np.int32)
     read = ("read", roof("read", nbytes))
+    cuda.reset_peak()
     found = []
     for b, t in ((1, 32), (1, 512), (64, 64), (1, 2048)):
         rows, keep = [ids[i, :t] for i in range(b)], np.arange(1, b + 1) * t - 1
         samples = seconds_of(lambda rows=rows, keep=keep: llama.packed_hidden(rows, keep=keep))
         found.append(record("model_forward", format, f"{b}x{t}", samples, nbytes, 2 * b * t * matrices, read))
+    rows = tweets()
+    samples = seconds_of(lambda: [predict(llama, group) for group in grouped(llama, rows)], 2)
+    tokens = sum(map(len, rows))
+    one = record("model_tweets", format, f"{len(rows)} rows", samples, nbytes, 2 * tokens * matrices, read)
+    found.append({**one, "tokens_per_s": tokens / one["median_s"]})
     for b in (1, 8, 32):
         samples = steps_of(llama, [ids[i, :32] for i in range(b)], 128)
         one = record("model_generate", format, f"b{b}", samples, nbytes, 2 * b * matrices, read)
         found.append({**one, "tokens_per_s": b / one["median_s"], "peak_device_bytes": cuda.memory()["peak"]})
     return found
+
+
+def tweets(count: int = 12284) -> list[np.ndarray]:
+    """Random ids with about the lengths of the study's test tweets: 30 tokens, from 5 to 90."""
+    rng = np.random.default_rng(1)
+    lengths = np.clip(rng.lognormal(np.log(27), 0.45, count), 5, 90).astype(int)
+    return [rng.integers(0, 32000, length).astype(np.int32) for length in lengths]
+
+
+def grouped(llama: LlamaForCausalLM, rows: list[np.ndarray]) -> list[list[np.ndarray]]:
+    return [[rows[index] for index in group] for group in llama.batches(rows, BATCH_TOKENS)]
+
+
+def predict(llama: LlamaForCausalLM, rows: list[np.ndarray]) -> np.ndarray:
+    return llama.packed_hidden(rows, keep=np.cumsum([len(row) for row in rows]) - 1)
 
 
 def steps_of(llama: LlamaForCausalLM, prompts: list[np.ndarray], tokens: int) -> list[float]:

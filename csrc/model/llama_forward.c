@@ -95,7 +95,7 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
     int64_t t = batch->t;
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
     be->qkv_forward(s->q, k, v, s->x, layer->input_norm, layer->q, layer->k, layer->v, batch->cos, batch->sin,
-                    batch->positions, batch->rows, t, m->hq, m->hkv, m->d, m->eps);
+                    batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d, m->eps);
     be->attention_fused_forward(s->a, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
                                 m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
     be->linear_residual_forward(s->x, s->a, layer->o, t);
