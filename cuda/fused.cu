@@ -2,6 +2,8 @@
  * Few tokens: one kernel each after the norm. Many: cuBLAS, then an elementwise kernel. */
 #include "linear.cuh"
 
+#include <type_traits>
+
 /* the normed activations in the stored order of w's columns, for cuBLAS; made anew where the order is another than `last` */
 static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, const ql_weight *last, int64_t t) {
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_NORM, (size_t)(t * w->k) * sizeof(bf16));
@@ -11,42 +13,57 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
 
 /* ---- q, k, v ------------------------------------------------------------------------------------------------------ */
 
-/* row rows[i] (NULL: i) of out = row i of in, (t, heads, d), turned by the angle of its position where cos is not NULL.
- * Without rows, out may be in. A thread turns two neighbours at a time where half a head has an even size. */
-static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, const float *sin, const int32_t *positions,
-                                 const int32_t *rows, int64_t heads, int64_t d) {
+/* row rows[i] (NULL: i) of out = row i of in, (t, width) */
+static __global__ void scatter_rows(bf16 *out, const bf16 *in, const int32_t *rows, int64_t width) {
     ql_cuda_wait_previous();
-    int64_t i = blockIdx.x, width = heads * d, half = d / 2, row = rows != NULL ? rows[i] : i;
-    const bf16 *from = in + i * width;
-    bf16 *to = out + row * width;
-    if (cos == NULL) {
-        for (int64_t j = threadIdx.x; j < width; j += blockDim.x) { to[j] = from[j]; }
+    const bf16 *from = in + blockIdx.x * width;
+    bf16 *to = out + rows[blockIdx.x] * width;
+    if (width % 8 == 0) {
+        for (int64_t j = 8 * threadIdx.x; j < width; j += 8 * blockDim.x) { *(uint4 *)(to + j) = *(const uint4 *)(from + j); }
         return;
     }
-    int64_t angles = (int64_t)positions[i] * half, pairs = half % 2 == 0 ? heads * half / 2 : 0;
-    for (int64_t pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
-        int64_t j = 2 * pair, at = j / half * d + j % half;
-        float2 low = unpack_bf16(*(const uint32_t *)(from + at)), high = unpack_bf16(*(const uint32_t *)(from + at + half));
-        float2 c = *(const float2 *)(cos + angles + j % half), s = *(const float2 *)(sin + angles + j % half);
-        float2 first = rope_pair(low.x, high.x, c.x, s.x), second = rope_pair(low.y, high.y, c.y, s.y);
-        *(uint32_t *)(to + at) = pack_bf16(first.x, second.x), *(uint32_t *)(to + at + half) = pack_bf16(first.y, second.y);
-    }
-    for (int64_t j = 2 * pairs + threadIdx.x; j < heads * half; j += blockDim.x) {
-        int64_t at = j / half * d + j % half;
-        float2 turned = rope_pair(__bfloat162float(from[at]), __bfloat162float(from[at + half]), cos[angles + j % half], sin[angles + j % half]);
-        to[at] = __float2bfloat16_rn(turned.x), to[at + half] = __float2bfloat16_rn(turned.y);
+    for (int64_t j = threadIdx.x; j < width; j += blockDim.x) { to[j] = from[j]; }
+}
+
+/* the same, (t, heads, d), turned by the angle of the position; Pairs at once: d / 2 is a multiple of it */
+template <int Pairs>
+static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, const float *sin, const int32_t *positions,
+                                 const int32_t *rows, int heads, int d) {
+    typedef typename std::conditional<Pairs == 4, uint2, bf16>::type vector;
+    ql_cuda_wait_previous();
+    int64_t i = blockIdx.x, row = rows != NULL ? rows[i] : i;
+    int half = d / 2;
+    const bf16 *from = in + i * heads * d;
+    bf16 *to = out + row * heads * d;
+    const float *c = cos + (int64_t)positions[i] * half, *s = sin + (int64_t)positions[i] * half;
+    for (int j = Pairs * threadIdx.x; j < heads * half; j += Pairs * blockDim.x) {
+        int angle = j % half, at = j / half * d + angle;
+        vector low = *(const vector *)(from + at), high = *(const vector *)(from + at + half);
+        bf16 *a = (bf16 *)&low, *b = (bf16 *)&high;
+#pragma unroll
+        for (int e = 0; e < Pairs; e++) {
+            float2 turned = rope_pair(__bfloat162float(a[e]), __bfloat162float(b[e]), c[angle + e], s[angle + e]);
+            a[e] = __float2bfloat16_rn(turned.x), b[e] = __float2bfloat16_rn(turned.y);
+        }
+        *(vector *)(to + at) = low, *(vector *)(to + at + half) = high;
     }
 }
 
-static void rope_after_product(bf16 *out, const ql_activations *x, const ql_weight *w, const ql_weight *last, const ql_rotation *rotation,
-                               const int32_t *rows, int64_t t) {
+/* w's product of the normed x, turned where rotation is not NULL, in row rows[i] of out */
+static void product_rows(bf16 *out, const ql_activations *x, const ql_weight *w, const ql_weight *last, const ql_rotation *rotation,
+                         const int32_t *rows, int64_t t) {
     const bf16 *h = normed_rows(x, w, last, t);
     bf16 *product = rows == NULL ? out : (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * w->n) * sizeof(bf16));
     if (h == NULL || product == NULL) { return; }
     ql_cuda_linear_large(product, CUDA_R_16BF, h, w, t, 0);
-    if (rows == NULL && rotation->cos == NULL) { return; } /* it is where it belongs */
-    ql_cuda_launch(rope_rows, dim3((unsigned)t), dim3(256), 0, true, out, product, rotation->cos, rotation->sin, rotation->positions, rows,
-                   w->n / rotation->d, rotation->d);
+    if (rotation != NULL) {
+        int d = (int)rotation->d, heads = (int)(w->n / d);
+        bool vectors = d % 8 == 0 && (uintptr_t)out % 8 == 0;
+        ql_cuda_launch(vectors ? rope_rows<4> : rope_rows<1>, dim3((unsigned)t), dim3(256), 0, true, out, product, rotation->cos, rotation->sin,
+                       rotation->positions, rows, heads, d);
+    } else if (rows != NULL) {
+        ql_cuda_launch(scatter_rows, dim3((unsigned)t), dim3(256), 0, true, out, product, rows, w->n);
+    }
 }
 
 extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq, const ql_weight *wk,
@@ -54,12 +71,12 @@ extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, c
                                     const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d, float eps) {
     (void)hq, (void)hkv; /* they follow from the weights and d */
     ql_activations source = {x, NULL, gain, eps};
-    ql_rotation rotation = {cos, sin, positions, d}, none = {NULL, NULL, NULL, d};
+    ql_rotation rotation = {cos, sin, positions, d};
     ql_product products[] = {{wq, q, NULL, QL_OUT_ROPE}, {wk, k, rows, QL_OUT_ROPE}, {wv, v, rows, QL_OUT_BF16}};
     if (t == 0 || ql_cuda_linear_small(products, 3, &source, &rotation, t)) { return; }
-    rope_after_product((bf16 *)q, &source, wq, NULL, &rotation, NULL, t);
-    rope_after_product((bf16 *)k, &source, wk, wq, &rotation, rows, t);
-    rope_after_product((bf16 *)v, &source, wv, wk, &none, rows, t);
+    product_rows((bf16 *)q, &source, wq, NULL, &rotation, NULL, t);
+    product_rows((bf16 *)k, &source, wk, wq, &rotation, rows, t);
+    product_rows((bf16 *)v, &source, wv, wk, NULL, rows, t);
 }
 
 /* ---- gate, up ------------------------------------------------------------------------------------------------------- */

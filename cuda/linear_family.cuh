@@ -13,7 +13,7 @@ typedef struct {
     int tokens, held, warps, units, finishers, blocks; /* most tokens; register kernel: the most warps, units a warp */
 } small_kernel;
 
-enum { SMALL_RINGS = 7, SMALL_REGISTERS = 4 };
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4 };
 
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
@@ -35,10 +35,9 @@ template <typename Codes, int Parts, int Tokens, int Units, int MaxWarps, int Bl
 /* Of those that take the tokens, the first that fits is used. */
 #define SMALL_RINGS_OF(Codes, Parts)                                                                                         \
     {                                                                                                                        \
-        make_ring<Codes, Parts, 1, false, 16, 1, 1, 2>(), make_ring<Codes, Parts, 8, false, 8, 1, 2, 2>(),                   \
-            make_ring<Codes, Parts, 16, true, 16, 1, 2, 1>(), make_ring<Codes, Parts, 16, true, 11, 1, 2, 1>(),              \
-            make_ring<Codes, Parts, 16, false, 16, 1, 2, 1>(), make_ring<Codes, Parts, 32, true, 8, 1, 4, 1>(),              \
-            make_ring<Codes, Parts, 32, true, 11, 1, 4, 1>()                                                                 \
+        make_ring<Codes, Parts, 1, false, 8, 2, 2, 2>(), make_ring<Codes, Parts, 8, false, 8, 1, 2, 2>(),                     \
+            make_ring<Codes, Parts, 8, false, 8, 2, 2, 2>(), make_ring<Codes, Parts, 16, false, 16, 1, 2, 1>(),               \
+            make_ring<Codes, Parts, 16, false, 8, 2, 2, 1>()                                                                  \
     }
 #define SMALL_REGISTERS_OF(Codes, Parts, Units, Warps, Blocks, WideUnits)                                                    \
     {                                                                                                                        \

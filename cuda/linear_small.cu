@@ -50,12 +50,17 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
 
 /* ---- launches ----------------------------------------------------------------------------------------------------- */
 
-/* Blocks of this kernel an SM, and how many of this size an SM should hold, the next kernel's among them: its weights are on their
- * way before this one ends. */
-static void choose_residence(const small_kernel *k, int tiles, int *per_sm, int *resident) {
-    int multiprocessors = ql_cuda_multiprocessors();
-    *per_sm = tiles > 2 * multiprocessors && k->blocks > 1 ? 2 : 1;
-    *resident = k->held || k->tokens > 8 ? *per_sm : k->tokens == 1 ? *per_sm + 1 : 2;
+/* Blocks of this kernel an SM, and how many of this size an SM should hold, the next kernel's among them, whose weights are then
+ * on their way before this one ends. As measured on an H100 (cuda/dev/01_linear_small.cu). */
+typedef struct {
+    int per_sm, resident;
+} residence;
+
+static residence residence_of(const small_kernel *k, const small_args *a) {
+    int64_t bytes_an_sm = (int64_t)a->tiles * a->units * a->record * 2 / ql_cuda_multiprocessors();
+    residence r = {k->blocks > 1 && bytes_an_sm > 80 << 10 ? 2 : 1, 1};
+    r.resident = k->blocks == 1 ? 1 : k->tokens == 1 ? r.per_sm + 1 : 2;
+    return r;
 }
 
 /* Shared memory and stages of kernel k with blocks of `room` bytes: false where they do not fit. Held activations: K is one stage */
@@ -71,22 +76,16 @@ static bool fit_ring(const small_kernel *k, small_args *a, int cluster, int clus
     return true;
 }
 
-/* the smallest cluster that fits, with as many blocks an SM as wanted, else with one */
-static bool launch_ring(const small_kernel *k, small_args *a) {
-    int per_sm, resident;
-    choose_residence(k, a->tiles, &per_sm, &resident);
-    for (; resident >= 1; resident = resident > per_sm ? per_sm : resident - 1) {
-        per_sm = per_sm < resident ? per_sm : resident;
-        for (int cluster = 1; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-            int wanted = ql_cuda_multiprocessors() * per_sm / cluster, clusters = wanted < a->tiles ? wanted : a->tiles;
-            size_t shared = 0;
-            if (!fit_ring(k, a, cluster, clusters, SHARED_MEMORY / resident - RESERVED, &shared)) { continue; }
-            void *arguments[] = {a};
-            ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)),
-                                    dim3((unsigned)(k->warps + 1 + k->finishers) * WARP), shared, true, (unsigned)cluster, arguments);
-            return true;
-        }
-        if (resident == 1) { break; }
+static bool launch_ring(const small_kernel *k, small_args *a, int cluster) {
+    residence best = residence_of(k, a), tries[] = {best, {best.per_sm, best.per_sm}, {1, 1}};
+    for (residence r : tries) {
+        int wanted = ql_cuda_multiprocessors() * r.per_sm / cluster, clusters = wanted < a->tiles ? wanted : a->tiles;
+        size_t shared = 0;
+        if (!fit_ring(k, a, cluster, clusters, SHARED_MEMORY / r.resident - RESERVED, &shared)) { continue; }
+        void *arguments[] = {a};
+        ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)),
+                                dim3((unsigned)(k->warps + 1 + k->finishers) * WARP), shared, true, (unsigned)cluster, arguments);
+        return true;
     }
     return false;
 }
@@ -101,14 +100,23 @@ static bool launch_registers(const small_kernel *k, small_args *a, bool table) {
     return true;
 }
 
+/* a kernel for 8 tokens takes 2 to 8, one for 16 takes 9 to 16 */
+static bool takes(const small_kernel *k, int m) { return m <= k->tokens && (k->tokens == 1 || m > (k->tokens == 8 ? 1 : k->tokens / 2)); }
+
+/* the first kernel that fits with the smallest cluster */
 static bool launch(small_args *a, const ql_packed *p) {
     const small_family *family = family_of(p);
-    bool exact = p->parts == family->parts, bulk = ql_cuda_capability() >= 90;
-    const small_kernel *kernels = !bulk ? family->registers : exact ? family->ring : family->any;
-    for (int i = 0, count = bulk ? SMALL_RINGS : SMALL_REGISTERS; i < count; i++) {
-        const small_kernel *k = &kernels[i];
-        if (a->m > k->tokens || (a->m > 1) != (k->tokens > 1)) { continue; }
-        if (bulk ? launch_ring(k, a) : exact && launch_registers(k, a, p->kind == QL_UNITS_TABLE)) { return true; }
+    bool exact = p->parts == family->parts;
+    if (ql_cuda_capability() < 90) {
+        for (const small_kernel &k : family->registers) {
+            if (exact && a->m <= k.tokens && (a->m > 1) == (k.tokens > 1) && launch_registers(&k, a, p->kind == QL_UNITS_TABLE)) { return true; }
+        }
+        return false;
+    }
+    for (int cluster = 1; cluster <= 8 && cluster <= a->units; cluster *= 2) {
+        for (const small_kernel &k : exact ? family->ring : family->any) {
+            if (takes(&k, a->m) && launch_ring(&k, a, cluster)) { return true; }
+        }
     }
     return false;
 }
@@ -160,7 +168,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     all.units = p->units, all.record = p->record, all.parts = p->parts, all.zeros = p->zeros, all.values = p->values;
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
-    int64_t step = ql_cuda_capability() < 90 ? 8 : m <= 16 ? 16 : 32;
+    int64_t step = ql_cuda_capability() < 90 ? 8 : 16;
     for (int64_t first = 0; first < m; first += step) {
         small_args a;
         move_to_token(&a, &all, first, m - first < step ? m - first : step);

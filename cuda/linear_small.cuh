@@ -70,8 +70,8 @@ __device__ __forceinline__ small_tile locate_tile(const small_args &a, int t) {
 
 /* ---- one unit pair: 16 rows x columns ------------------------------------------------------------------------- */
 
-/* sums += unit pair * x. Parts: scales a row and unit (0: known only at run time); x_at(j, nt) gives the lane's activations of
- * step j; scale_at(part, half) the scale, offset_at(part, half) the zero point */
+/* sums += unit pair * x. Parts: scales a row and unit (0: known only at run time); x_at(b, nt) gives the lane's activations
+ * of steps 2 b and 2 b + 1; scale_at(part, half) the scale, offset_at(part, half) the zero point */
 template <typename Codes, int Tokens8, int Parts, typename X, typename Scale, typename Offset>
 __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint32_t (&wu)[Codes::words], const uint32_t (&wl)[Codes::words],
                                           int parts, uint32_t table, X x_at, Scale scale_at, Offset offset_at) {
@@ -80,9 +80,14 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
     int steps_a_part = Parts > 0 ? steps / Parts : steps / (parts > 0 ? parts : 1);
     float part_sums[chains][Tokens8][4];
     uint32_t offset_u = Codes::symmetric, offset_l = Codes::symmetric;
+    uint4 x[Tokens8];
     int part = 0;
 #pragma unroll
     for (int j = 0; j < steps; j++) {
+        if (j % 2 == 0) {
+#pragma unroll
+            for (int nt = 0; nt < Tokens8; nt++) { x[nt] = x_at(j / 2, nt); }
+        }
         if (Codes::scaled && j % steps_a_part == 0) {
             offset_u = offset_at(part, 0), offset_l = offset_at(part, 1);
 #pragma unroll
@@ -91,7 +96,9 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
         uint32_t a[4] = {Codes::pair(wu, j, 0, offset_u, table), Codes::pair(wl, j, 0, offset_l, table),
                          Codes::pair(wu, j, 1, offset_u, table), Codes::pair(wl, j, 1, offset_l, table)};
 #pragma unroll
-        for (int nt = 0; nt < Tokens8; nt++) { mma_units(Codes::scaled ? part_sums[j % chains][nt] : sums[nt], a, x_at(j, nt)); }
+        for (int nt = 0; nt < Tokens8; nt++) {
+            mma_units(Codes::scaled ? part_sums[j % chains][nt] : sums[nt], a, j % 2 ? x[nt].z : x[nt].x, j % 2 ? x[nt].w : x[nt].y);
+        }
         if (Codes::scaled && (j + 1) % steps_a_part == 0) {
             float su = scale_at(part, 0), sl = scale_at(part, 1);
 #pragma unroll
@@ -264,7 +271,7 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
     }
     ql_cuda_start_next();
     ql_cuda_wait_previous();
-    const bf16 *x = a.x + (Single ? 0 : (int64_t)g * a.x_line) + 4 * t;
+    const bf16 *x = a.x + (Single ? 0 : (int64_t)g * a.x_line) + 8 * t;
     bool known_row = Single || g < a.m; /* Tokens8 is 1 */
     int parity = 0;
     for (int index = blockIdx.x; index < a.tiles; index += gridDim.x) {
@@ -273,8 +280,8 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
 #pragma unroll
         for (int i = 0; i < Units; i++) {
             int unit = warp + i * warps, known = unit < a.units ? unit : 0;
-            auto x_at = [&](int j, int) {
-                return known_row ? *(const uint2 *)(x + known * Codes::columns + j * STEP) : make_uint2(0, 0);
+            auto x_at = [&](int b, int) {
+                return known_row ? *(const uint4 *)(x + known * Codes::columns + b * TWO_STEPS) : make_uint4(0, 0, 0, 0);
             };
             auto scale_at = [&](int part, int half) { return half_bits_to_float(half ? u[i].scale[part] >> 16 : u[i].scale[part] & 0xffffu); };
             auto offset_at = [&](int part, int half) {
@@ -305,10 +312,10 @@ struct small_layout {
     uint32_t full, empty, x_full, sums_full, sums_empty, tile_full; /* barriers, 8 bytes each */
     uint32_t table, norm, x, x_line, sums, tile_sums, stages, bytes;
 };
-enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X_PAD = 32 };
+enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X_PAD = 64 };
 
 /* units: of K, of a block. owned: tiles that one block of a cluster adds up, 0 without clusters.
- * Lines of activations are padded so that 8 bytes of each of four lines, as a half warp reads them, are in different banks. */
+ * Lines of activations are padded so that 64 bytes of two lines, as a quarter of a warp reads them, are in different banks. */
 template <typename Codes, int Tokens8, bool Single, bool Held, int Warps, int Units>
 __host__ __device__ inline small_layout small_ring_layout(int stages, int record, int units, int cluster, int owned) {
     constexpr uint32_t fragments = Tokens8 * fragment_bytes<Single>();
@@ -364,7 +371,7 @@ template <typename Codes, int Warps>
 __device__ __forceinline__ void small_make_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int warp, int lane) {
     float squares = 0.0f;
     int first = k.first * Codes::columns, end = k.end * Codes::columns;
-    bool vectors = a.perm == NULL && a.k % 4 == 0;
+    bool vectors = a.perm == NULL && a.k % 4 == 0 && ((uintptr_t)a.floats | (uintptr_t)a.gain) % 16 == 0;
     int from = a.gain != NULL ? 0 : first, to = a.gain != NULL ? a.x_line : end; /* the norm is over all of the token */
     for (int j = from + 4 * (warp * WARP + lane); j < to; j += 4 * Warps * WARP) {
         float v[4] = {};
@@ -427,17 +434,17 @@ __device__ __forceinline__ void small_unit_pair(float (&sums)[Tokens8][4], const
 
 /* the activations of a warp's units, as unit_pair takes them */
 template <typename Codes, int Tokens8, int Warps, int Units>
-__device__ __forceinline__ void small_hold_x(uint2 (&held)[Units][Tokens8][Codes::columns / STEP], const small_args &a, small_range k, int warp, int lane) {
+__device__ __forceinline__ void small_hold_x(uint4 (&held)[Units][Tokens8][Codes::columns / TWO_STEPS], const small_args &a, small_range k, int warp, int lane) {
 #pragma unroll
     for (int i = 0; i < Units; i++) {
         int unit = k.first + i * Warps + warp;
 #pragma unroll
         for (int nt = 0; nt < Tokens8; nt++) {
             int token = 8 * nt + lane / 4;
-            const bf16 *x = a.x + (int64_t)token * a.x_line + unit * Codes::columns + lane % 4 * 4;
+            const bf16 *x = a.x + (int64_t)token * a.x_line + unit * Codes::columns + lane % 4 * 8;
 #pragma unroll
-            for (int j = 0; j < Codes::columns / STEP; j++) {
-                held[i][nt][j] = token < a.m && unit < k.end ? *(const uint2 *)(x + j * STEP) : make_uint2(0, 0);
+            for (int b = 0; b < Codes::columns / TWO_STEPS; b++) {
+                held[i][nt][b] = token < a.m && unit < k.end ? *(const uint4 *)(x + b * TWO_STEPS) : make_uint4(0, 0, 0, 0);
             }
         }
     }
@@ -447,9 +454,9 @@ template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Wa
 __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base, const small_layout &l, small_range k, int first, int step,
                                               int warp, int lane) {
     constexpr int bytes = fragment_bytes<Single>();
-    uint32_t half_bytes = Warps * Units * a.record, x = base + l.x + (Single ? 0 : lane / 4) * l.x_line + lane % 4 * 8;
+    uint32_t half_bytes = Warps * Units * a.record, x = base + l.x + (Single ? 0 : lane / 4) * l.x_line + lane % 4 * 16;
     int stage = 0, phase = 0, count = 0, chunk = small_chunk<Warps, Units>(k);
-    uint2 held[Held ? Units : 1][Tokens8][Codes::columns / STEP];
+    uint4 held[Held ? Units : 1][Tokens8][Codes::columns / TWO_STEPS];
     if constexpr (Held) { small_hold_x<Codes, Tokens8, Warps, Units>(held, a, k, warp, lane); }
     bool arrives = !Held && a.floats == NULL;
     for (int index = first; index < a.tiles; index += step, count++) {
@@ -463,11 +470,11 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
                 if (u + unit >= k.end) { break; }
                 uint32_t x_here = x + (u - k.first + unit) * Codes::columns * 2;
                 uint32_t upper = base + l.stages + stage * 2 * half_bytes + unit * a.record;
-                auto x_at = [&](int j, int nt) {
+                auto x_at = [&](int b, int nt) {
                     if constexpr (Held) {
-                        return held[i][nt][j];
+                        return held[i][nt][b];
                     } else {
-                        return load_shared<uint2>(x_here + nt * 8 * l.x_line + j * STEP * 2);
+                        return load_shared<uint4>(x_here + nt * 8 * l.x_line + b * TWO_STEPS * 2);
                     }
                 };
                 small_unit_pair<Codes, Tokens8, Parts>(sums, a, upper, upper + half_bytes, base + l.table, lane, x_at);

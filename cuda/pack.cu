@@ -91,7 +91,7 @@ static __global__ void pack_units(const pack_args a) {
     uint32_t words[8] = {}, tops[2] = {};
     for (int j = 0; j < p.columns / STEP; j++) {
         for (int pair = 0; pair < 2; pair++) {
-            int64_t at = column + j * STEP + 4 * t + 2 * pair;
+            int64_t at = column + j / 2 * TWO_STEPS + 8 * t + 4 * (j % 2) + 2 * pair;
             uint32_t first = code_at(a.w, row, at), second = code_at(a.w, row, at + 1);
             if (p.kind == QL_UNITS_8BIT) { first ^= 0x80, second ^= 0x80; }
             if (p.kind == QL_UNITS_3BIT) {
@@ -138,7 +138,7 @@ static int describe(ql_packed *p, const ql_weight *w) {
     }
     p->columns = columns[p->kind];
     int step = group >= w->k ? p->columns : gcd(group, p->columns);
-    if (step % STEP != 0 || w->n == 0 || w->k == 0 || w->n > 1 << 28 || w->k > 1 << 28) { return 0; }
+    if (step % TWO_STEPS != 0 || w->n == 0 || w->k == 0 || w->n > 1 << 28 || w->k > 1 << 28) { return 0; }
     p->parts = p->columns / step, p->zeros = w->zeros != NULL || (w->format == QL_AFFINE && w->bits > 4 && w->bits < 8);
     p->record = bytes[p->kind] + 16 * p->parts * (p->zeros ? 2 : 1);
     p->rows8 = (int)((w->n + TILE_ROWS - 1) / TILE_ROWS * 2), p->units = (int)((w->k + p->columns - 1) / p->columns);

@@ -16,7 +16,7 @@ typedef struct {
     int columns, record, parts, zeros;
 } ql_packed;
 
-/* NULL where the weight has none: dense formats, groups that are not whole steps of 16 columns */
+/* NULL where the weight has none: dense formats, groups that are not multiples of 32 columns */
 static inline const ql_packed *ql_packed_of(const ql_weight *w) { return (const ql_packed *)w->packed; }
 
 #endif

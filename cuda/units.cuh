@@ -1,9 +1,10 @@
 /* units.cuh: the packed layout of a quantized weight on the device, and its decoding into fragments of mma.m16n8k16.
  *
  * A unit is 8 rows x `columns` columns (128; 256 for 2 and 3 bits), a multiple of 16: its mma steps. Lane l of a warp, g = l / 4,
- * t = l % 4, holds of step j the columns 16 j + 4 t + {0, 1, 2, 3} of row g: the pairs (0, 1) and (2, 3) are a[0] and a[2] of the
- * fragment where the unit is the upper half of 16 rows, a[1] and a[3] where it is the lower. So a lane takes 8 bytes of its row of
- * activations a step: columns 16 j + 4 t + {0, 1} are b[0], {2, 3} are b[1] (the order of columns in a product is free).
+ * t = l % 4, holds of step j four columns of row g from 32 (j / 2) + 8 t + 4 (j % 2) on: the pairs (0, 1) and (2, 3) are a[0] and
+ * a[2] of the fragment where the unit is the upper half of 16 rows, a[1] and a[3] where it is the lower. So a lane takes 16
+ * consecutive bytes of its row of activations for two steps (the order of columns in a product is free): b[0] and b[1] of the
+ * first, then of the second.
  *
  * In memory a unit is a record: codes, `chunks` times 512 bytes of 16 bytes a lane (3 bits: and 256 bytes, 8 a lane), then `parts`
  * vectors of 8 float16 scales (one a row), each for columns / parts columns, then, where the weight has zero points, as many
@@ -24,7 +25,7 @@
 
 #include "pipeline.cuh"
 
-enum { UNIT_ROWS = 8, TILE_ROWS = 16, STEP = 16, CHUNK = 512, TABLE_BYTES = 256 * WARP * 4 };
+enum { UNIT_ROWS = 8, TILE_ROWS = 16, STEP = 16, TWO_STEPS = 32, CHUNK = 512, TABLE_BYTES = 256 * WARP * 4 };
 
 /* (a & b) | c */
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
@@ -137,10 +138,10 @@ __device__ __forceinline__ float half_bits_to_float(uint32_t bits) {
 }
 
 /* c += a b; not volatile, unlike mma_bf16: the compiler may interleave it with the decoding of the next */
-__device__ __forceinline__ void mma_units(float (&c)[4], const uint32_t (&a)[4], uint2 b) {
+__device__ __forceinline__ void mma_units(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 #endif

@@ -52,13 +52,11 @@ static const variant variants[] = {
     /* one token */
     RING(1, true, 0, 16, 1, 1, 2), RING(1, true, 0, 8, 1, 1, 3), RING(1, true, 0, 8, 2, 2, 2), RING(1, true, 0, 12, 1, 1, 2),
     /* 2 to 8 */
-    RING(1, false, 0, 8, 1, 2, 2), RING(1, false, 0, 16, 1, 2, 1), RING(1, false, 0, 8, 1, 1, 3), RING(1, false, 1, 16, 1, 2, 1),
-    RING(1, false, 1, 16, 2, 2, 1), RING(1, false, 1, 11, 1, 2, 2), RING(1, false, 1, 11, 2, 2, 1), RING(1, false, 1, 8, 2, 2, 2), RING(1, false, 1, 8, 1, 2, 3),
+    RING(1, false, 0, 8, 1, 2, 2), RING(1, false, 0, 8, 2, 2, 2), RING(1, false, 0, 4, 2, 2, 4), RING(1, false, 0, 16, 1, 2, 1), RING(1, false, 0, 8, 1, 4, 2),
     /* 9 to 16 */
-    RING(2, false, 0, 16, 1, 2, 1), RING(2, false, 0, 24, 1, 2, 1), RING(2, false, 1, 16, 1, 2, 1), RING(2, false, 1, 11, 1, 2, 2), RING(2, false, 1, 11, 2, 2, 1),
-    RING(2, false, 1, 8, 1, 2, 2), RING(2, false, 1, 8, 2, 2, 1),
+    RING(2, false, 0, 16, 1, 2, 1), RING(2, false, 0, 16, 1, 4, 1), RING(2, false, 0, 24, 1, 4, 1), RING(2, false, 0, 8, 2, 2, 1), RING(2, false, 0, 8, 2, 4, 1), RING(2, false, 1, 16, 1, 4, 1),
     /* 17 to 32 */
-    RING(4, false, 0, 16, 1, 4, 1), RING(4, false, 1, 11, 1, 4, 1), RING(4, false, 1, 8, 1, 4, 1), RING(4, false, 1, 8, 1, 2, 1),
+    RING(4, false, 0, 8, 1, 8, 1), RING(4, false, 0, 16, 1, 8, 1), RING(4, false, 1, 8, 1, 8, 1),
 };
 
 /* ---- problems --------------------------------------------------------------------------------------------------- */
@@ -120,7 +118,7 @@ static double from_half(uint16_t h) { return (h >> 10 & 31) ? ldexp(1024 + (h & 
 
 static double weight_at(const uint8_t *records, int units, int row, int column) {
     const uint8_t *r = records + ((size_t)(row / 8) * units + column / 128) * RECORD;
-    int in = column % 128, j = in / 16, t = in % 16 / 4, pair = in % 4 / 2, high = in % 2, i = 2 * (j % 2) + pair;
+    int in = column % 128, j = in / 32 * 2 + in % 8 / 4, t = in % 32 / 8, pair = in % 4 / 2, high = in % 2, i = 2 * (j % 2) + pair;
     uint32_t word;
     uint16_t scale;
     memcpy(&word, r + (row % 8 * 4 + t) * 16 + j / 2 * 4, 4);

@@ -1,4 +1,4 @@
-"""linear_forward and linear_backward_input on the GPU: every format and kernel, few tokens and many, against float64."""
+"""linear_forward and linear_backward_input on the GPU: every format, few tokens and many, against float64."""
 
 from __future__ import annotations
 
