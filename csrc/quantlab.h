@@ -190,10 +190,17 @@ typedef struct {
     X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
                         int64_t t, float eps))                                                                          \
     /* x (t, n) += a (t, k) W^T */                                                                                      \
-    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, int64_t t))
+    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, int64_t t))                                \
+    /* out (t, c) = rmsnorm(x, gain) */                                                                                 \
+    X(norm_fused_forward, (void *out, const float *x, const float *gain, int64_t t, int64_t c, float eps))              \
+    /* out = a - b, count elements: float32 where floats is set, else of the backend's type */                          \
+    X(difference_forward, (void *out, const void *a, const void *b, int64_t count, int floats))                         \
+    /* h (ka, kb) float32 += a^T b; a (t, ka), b (t, kb). lower (ka == kb): elements with row < column may be left      \
+     * without it */                                                                                                    \
+    X(gram_fused_forward, (float *h, const void *a, const void *b, int64_t t, int64_t ka, int64_t kb, int lower))
 
 /* Memory, order and errors of a backend. All but begin are called between begin and end, by the thread that began. What
- * is issued runs in the order of its issue; ops and fill do not wait for it. The first failure is kept and told by end. */
+ * is issued runs in the order of its issue; ops, fill and copy do not wait for it. The first failure is kept and told by end. */
 typedef struct ql_step ql_step; /* a recorded sequence of ops */
 #define QL_DEVICE_OPS(X)                                                                                                \
     X(ql_status, begin, (int device))              /* waits until no other thread is in a call; calls may nest */       \
@@ -206,6 +213,7 @@ typedef struct ql_step ql_step; /* a recorded sequence of ops */
     X(ql_status, upload, (void *memory, const void *host, size_t bytes)) /* host is free again at return */             \
     X(ql_status, download, (void *host, const void *memory, size_t bytes)) /* waits */                                  \
     X(ql_status, fill, (void *memory, int byte, size_t bytes))                                                          \
+    X(ql_status, copy, (void *to, const void *from, size_t bytes)) /* within the backend */                             \
     X(ql_status, weight_upload, (ql_weight *to, const ql_weight *from)) /* pointers of the backend, packed included */  \
     X(void, weight_release, (ql_weight *weight))                                                                        \
     /* What is issued between record and record_end is kept in *step and not run. Scratch memory must have its size by  \
@@ -226,6 +234,7 @@ typedef struct {
     int device;       /* number of the device, 0 on the CPU */
     int kv_bytes;     /* size of an element of the key-value cache: 4 float32, 2 bfloat16 */
     int records;      /* whether steps can be recorded */
+    const struct ql_gptq_device *gptq; /* quant/gptq_device.h; NULL on the CPU */
 #define X(op, params) void(*op) params;
     QL_OPS(X)
     QL_FUSED_OPS(X)

@@ -182,6 +182,7 @@ static void fill_table(ql_backend *table, int index) {
     table->name = "cuda";
     table->device = index;
     table->records = 1;
+    table->gptq = &ql_cuda_gptq;
 #define X(op) table->op = ql_##op##_cuda;
     QL_CUDA_PLAIN_OPS(X)
     QL_CUDA_FUSED_OPS(X)

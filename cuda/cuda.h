@@ -38,7 +38,10 @@
     X(qkv_forward)             \
     X(attention_fused_forward) \
     X(gate_up_forward)         \
-    X(linear_residual_forward)
+    X(linear_residual_forward) \
+    X(norm_fused_forward)      \
+    X(difference_forward)      \
+    X(gram_fused_forward)
 
 /* ops of QL_FORMAT_OPS, one function for all formats */
 #define QL_CUDA_FORMAT_OPS(X) \
@@ -57,6 +60,9 @@ QL_FORMAT_OPS(X)
  * arrays that no kernel reads beside it. unpack releases w->packed. (cuda/pack.cu) */
 ql_status ql_cuda_pack(ql_weight *w);
 void ql_cuda_unpack(ql_weight *w);
+
+/* GPTQ (gptq_table.cu) */
+extern "C" const struct ql_gptq_device ql_cuda_gptq;
 
 /* ---- the device in use (backend.cu) --------------------------------------------------------------------------- */
 
@@ -155,6 +161,8 @@ typedef struct {
                  const float *b, int ldb, const float *beta, float *c, int ldc);
     int (*dgemm)(void *handle, int op_a, int op_b, int m, int n, int k, const double *alpha, const double *a, int lda,
                  const double *b, int ldb, const double *beta, double *c, int ldc);
+    int (*dtrsm)(void *handle, int side, int fill, int op, int unit, int m, int n, const double *alpha, const double *a, int lda,
+                 double *b, int ldb);
 } ql_cublas;
 
 typedef struct {

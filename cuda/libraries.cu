@@ -109,7 +109,7 @@ static int make_blas(ql_cublas *b) {
     if (!open_ready(&blas) || !find(&blas, "cublasCreate_v2", &create) || !find(&blas, "cublasSetStream_v2", &set_stream) ||
         !find(&blas, "cublasSetWorkspace_v2", &blas_set_workspace) || !find(&blas, "cublasGemmEx", &b->gemm_ex) ||
         !find(&blas, "cublasGemmStridedBatchedEx", &b->gemm_strided_batched_ex) || !find(&blas, "cublasSgemm_v2", &b->sgemm) ||
-        !find(&blas, "cublasDgemm_v2", &b->dgemm)) {
+        !find(&blas, "cublasDgemm_v2", &b->dgemm) || !find(&blas, "cublasDtrsm_v2", &b->dtrsm)) {
         return 0;
     }
     void *handle = NULL;

@@ -136,6 +136,12 @@ static ql_status fill(void *memory, int byte, size_t bytes) {
     return ql_cuda_status(error, "cudaMemsetAsync");
 }
 
+static ql_status copy(void *to, const void *from, size_t bytes) {
+    cudaError_t error = bytes > 0 ? cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, ql_cuda_stream()) : cudaSuccess;
+    ql_cuda_check(error, "a copy");
+    return ql_cuda_status(error, "a copy");
+}
+
 static ql_status alloc_shared(void **memory, size_t bytes) {
     cudaError_t error = cudaHostAlloc(memory, bytes > 0 ? bytes : 1, cudaHostAllocDefault);
     if (error != cudaSuccess) { *memory = NULL; }
@@ -196,6 +202,6 @@ static ql_status weight_upload(ql_weight *to, const ql_weight *from) {
 void ql_cuda_fill_memory(ql_backend *table) {
     table->alloc = ql_cuda_alloc, table->release = ql_cuda_free;
     table->alloc_shared = alloc_shared, table->release_shared = release_shared;
-    table->upload = ql_cuda_upload, table->download = ql_cuda_download, table->fill = fill, table->finish = ql_cuda_finish;
+    table->upload = ql_cuda_upload, table->download = ql_cuda_download, table->fill = fill, table->copy = copy, table->finish = ql_cuda_finish;
     table->weight_upload = weight_upload, table->weight_release = weight_release;
 }

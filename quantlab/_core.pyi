@@ -135,6 +135,72 @@ def sample(
 ) -> I32: ...  # (b, v), (b,) -> (b,); temperature 0: the largest
 def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b
 
+# ---- on a device: what calibration and GPTQ keep there --------------------------------------------------------------
+
+class DeviceArray:
+    """An array on a device, C-contiguous: float32, bfloat16, float64, int32 or int64; its memory goes with it."""
+
+    shape: tuple[int, ...]
+    ndim: int
+    nbytes: int
+    device: int
+    dtype: str
+    def __len__(self) -> int: ...
+    def numpy(self) -> NDArray[Any]: ...  # bfloat16 as uint16
+    def copy(self) -> DeviceArray: ...
+
+class DeviceWeight:
+    """A copy of a weight on a device, for as long as it lives."""
+
+    def __new__(cls, device: int, weight: Weight) -> DeviceWeight: ...
+    def floats(self) -> DeviceArray: ...  # float32 (n, k)
+
+def device_array(device: int, array: NDArray[Any], /) -> DeviceArray: ...  # a copy; uint16 is taken for bfloat16
+def device_zeros(device: int, m: int, n: int, /) -> DeviceArray: ...  # float32 (m, n)
+def device_embedding(ids: DeviceArray, table: DeviceWeight, /) -> DeviceArray: ...  # int32 (t,) -> float32 (t, c)
+
+# x is the residual stream, float32 (t, c), gain float32 (c,); what comes out is bfloat16
+def device_norm(x: DeviceArray, gain: DeviceArray, eps: float, /) -> DeviceArray: ...
+def device_attention(
+    x: DeviceArray,
+    gain: DeviceArray,
+    q: DeviceWeight,
+    k: DeviceWeight,
+    v: DeviceWeight,
+    cos: DeviceArray,  # (positions, d / 2)
+    sin: DeviceArray,
+    positions: DeviceArray,  # int32 (t,)
+    q_start: DeviceArray,  # int64 (b + 1,), whole sequences
+    kv_start: DeviceArray,  # int64 (b,)
+    kv_len: DeviceArray,  # int64 (b,)
+    heads: int,
+    kv_heads: int,
+    longest: int,  # tokens of the longest sequence
+    eps: float,
+    /,
+) -> DeviceArray: ...  # (t, heads d)
+def device_gate_up(
+    x: DeviceArray, gain: DeviceArray, gate: DeviceWeight, up: DeviceWeight, eps: float, /
+) -> DeviceArray: ...
+def device_add(x: DeviceArray, a: DeviceArray, w: DeviceWeight, /) -> None: ...  # x (t, n) += a (t, k) W^T
+def device_difference(a: DeviceArray, b: DeviceArray, floats: bool, /) -> DeviceArray: ...  # a - b; floats: of float32
+def device_gram(h: DeviceArray, a: DeviceArray, b: DeviceArray, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b
+def device_diagonal(h: DeviceArray, /) -> F32: ...
+def device_finite(x: DeviceArray, /) -> bool: ...
+def device_product(y: DeviceArray, x: DeviceArray, w: DeviceArray, /) -> None: ...  # y += x w, float32
+def device_gptq_supports(device: int, k: int, group: int, fixed: bool, stale: bool, /) -> bool: ...
+
+# matrix (its Cholesky factor), feedback, diagonal; None where it is not positive definite
+def device_gptq_factor(
+    h: DeviceArray, order: I32, factor: float, damp: float, /
+) -> tuple[DeviceArray, DeviceArray, DeviceArray] | None: ...
+def device_gptq_correct(
+    w: DeviceArray, moments: DeviceArray, matrix: DeviceArray, order: I32, scale: float, /
+) -> None: ...  # w += scale moments (H + damp)^-1
+def device_gptq_quantize(
+    w: DeviceArray, feedback: DeviceArray, diagonal: DeviceArray, *options: Any
+) -> tuple[NDArray[np.uint32], F32, U8, NDArray[np.float64]]: ...  # as gptq_quantize
+
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 class Llama:

@@ -24,9 +24,10 @@ STAGES = (
 )
 ADDED_TO_RESIDUAL = (1, 3)  # the stages whose output is added to the residual stream
 
-Inputs = Callable[[int], np.ndarray]  # chunk -> inputs of a stage, float32 (tokens, k), good until the next call
+# chunk -> inputs of a stage, float32 (tokens, k), good until the next call; on a device a DeviceArray
+Inputs = Callable[[int], Any]
 Filled = Callable[[int, np.ndarray], np.ndarray]  # the same, in the array that is given
-Handles = Mapping[str, _core.Weight]  # "self_attn.q_proj" -> weight
+Handles = Mapping[str, Any]  # "self_attn.q_proj" -> _core.Weight, on a device _core.DeviceWeight
 Steps = Generator[Inputs, Handles, None]
 
 

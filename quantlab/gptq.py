@@ -1,5 +1,7 @@
 """GPTQ of one matrix: Hessian, damping, order of columns, corrections. The column loop is in csrc/quant/gptq.c.
 
+A Hessian is on the host or on a device (by number, -1: the host), and the work is done where it is.
+
 Source: Frantar et al. 2022 (arXiv:2210.17323). Group-aware order, Hessian-weighted scales, drift and residual
 correction are additions; each is a formula in the docstring of what does it.
 """
@@ -27,21 +29,50 @@ ROWS_PER_SOLVE = 1024  # rows of W whose correction is solved for at once: bound
 _SEARCH = {None: 0, "mse": 1, "hessian": 2}
 
 
+Array = np.ndarray | _core.DeviceArray
+
+
+def zeros(m: int, n: int, device: int) -> Array:
+    """float32 (m, n) of zeros."""
+    return np.zeros((m, n), np.float32) if device < 0 else _core.device_zeros(device, m, n)
+
+
+def _moved(array: Array | None, device: int) -> Array | None:
+    """The same array on the host, or there."""
+    if array is None or (array.device if isinstance(array, _core.DeviceArray) else -1) == device:
+        return array
+    host = array.numpy() if isinstance(array, _core.DeviceArray) else array
+    return host if device < 0 else _core.device_array(device, np.ascontiguousarray(host, np.float32))
+
+
 class Hessian:
     """Second moments of a matrix's inputs: `sum` is the sum over tokens of x x^T, float32 (k, k), lower triangle."""
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, device: int = -1):
         if not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"k: got {k!r}, expected a positive number of columns")
-        self.sum = np.zeros((k, k), np.float32)
+        self.sum = zeros(int(k), int(k), device)
+        self.device = device
         self.tokens = 0
+
+    def to(self, device: int) -> Hessian:
+        """The same on another device, or itself."""
+        if device == self.device:
+            return self
+        other = object.__new__(Hessian)
+        other.sum, other.device, other.tokens = _moved(self.sum, device), device, self.tokens
+        return other
 
     @property
     def k(self) -> int:
         return self.sum.shape[0]
 
     def add(self, x: Any) -> None:
-        """Counts the tokens of `x`, (..., k) of any float type."""
+        """Counts the tokens of `x`, (..., k) of any float type; on a device: a DeviceArray (tokens, k)."""
+        if self.device >= 0:
+            _core.device_gram(self.sum, x, x, True)
+            self.tokens += len(x)
+            return
         array = as_float32(x, "x")
         if array.ndim < 1 or array.shape[-1] != self.k:
             raise ValueError(f"x: got shape {array.shape}, expected (..., {self.k})")
@@ -56,12 +87,16 @@ class Hessian:
 
     def diagonal(self) -> np.ndarray:
         """float64 (k,), zero for a column that never had an input."""
-        return self.sum.diagonal().astype(np.float64) * self.factor
+        diagonal = self.sum.diagonal() if self.device < 0 else _core.device_diagonal(self.sum)
+        return diagonal.astype(np.float64) * self.factor
 
 
-def add_moments(moments: np.ndarray, full: np.ndarray, own: np.ndarray, x: np.ndarray) -> None:
-    """moments (m, k) += sum over tokens of (full - own) x^T; full, own float32 (t, m), x float32 (t, k)."""
-    _core.gram_into(moments, full - own, x, False)
+def add_moments(moments: Array, full: Array, own: Array, x: Array) -> None:
+    """moments (m, k) += sum over tokens of (full - own) x^T; full, own (t, m), x (t, k), float32 on the host."""
+    if isinstance(moments, np.ndarray):
+        _core.gram_into(moments, full - own, x, False)
+    else:
+        _core.device_gram(moments, _core.device_difference(full, own, full.dtype == "float32"), x, False)
 
 
 @dataclass(frozen=True)
@@ -129,27 +164,40 @@ class _Factor:
         diagonal[self.dead] = 1.0
         self.group = hessian.k if config.group_size == -1 else min(config.group_size, hessian.k)
         self.order = column_order(diagonal, config, self.group)
-        self.damp_percent, self.lower = self._factorize(hessian, config.damp_percent, float(diagonal.mean()), name)
+        self.lower: Any = None
+        self.diagonal: Any = None
+        self.damp_percent = self._factorize(hessian, config.damp_percent, float(diagonal.mean()), name)
         self.damp = self.damp_percent * float(diagonal.mean())
         self.importance = diagonal + self.damp
-        self.diagonal: np.ndarray | None = None
 
-    def _factorize(self, hessian: Hessian, damp_percent: float, mean: float, name: str) -> tuple[float, np.ndarray]:
-        from scipy.linalg.lapack import dpotrf
-
+    def _factorize(self, hessian: Hessian, damp_percent: float, mean: float, name: str) -> float:
+        """The share of the mean that it took."""
         while damp_percent < 1.0:
             try:
-                lower = _core.gptq_matrix(hessian.sum, self.order, hessian.factor, damp_percent * mean)
+                if self._try(hessian, damp_percent * mean):
+                    return damp_percent
             except _core.NumericError as error:
                 raise _core.NumericError(f"{name}: {error}") from None
-            with _lapack_threads(len(lower)):
-                _, info = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)  # in place: the view is what Fortran wants
-            if info == 0 and np.isfinite(lower.diagonal()).all():
-                return damp_percent, lower
             damp_percent = round(damp_percent + DAMP_STEP, 10)
         raise _core.NumericError(
             f"{name}: its Hessian is not positive definite with any damp_percent below 1: use more calibration text"
         )
+
+    def _try(self, hessian: Hessian, damp: float) -> bool:
+        """Whether the factor with this damping is there; it is kept."""
+        from scipy.linalg.lapack import dpotrf
+
+        self.lower = _core.gptq_matrix(hessian.sum, self.order, hessian.factor, damp)
+        with _lapack_threads(len(self.lower)):
+            _, info = dpotrf(self.lower.T, lower=0, clean=0, overwrite_a=1)  # in place: the view is what Fortran wants
+        return info == 0 and bool(np.isfinite(self.lower.diagonal()).all())
+
+    def correct(self, w: Any, scale: float, drift: Any, residual: Any) -> Any:
+        """W + (W drift + residual) (H + lambda I)^-1, the moments scaled like the Hessian."""
+        moments = np.zeros_like(w) if residual is None else residual * np.float32(scale)
+        if drift is not None:
+            moments += _core.linear_backward_input(w, QuantWeight.from_array(drift).handle) * np.float32(scale)
+        return w + self.solve(moments)
 
     def solve(self, rows: np.ndarray) -> np.ndarray:
         """rows (H + lambda I)^-1, float32 (n, k)."""
@@ -166,6 +214,39 @@ class _Factor:
 
     def finish(self) -> None:
         self.diagonal = _core.gptq_feedback(self.lower)
+
+    def quantize(self, w: Any, *options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """codes, scales, zeros, loss of each row."""
+        return _core.gptq_quantize(
+            w, self.lower, self.diagonal, self.order, self.importance, self.dead.view(np.uint8), self.group, *options
+        )
+
+
+class _DeviceFactor(_Factor):
+    """The same on a device: `lower` until `finish`, beside the feedback that is made with it."""
+
+    def _try(self, hessian: Hessian, damp: float) -> bool:
+        self.lower = self.feedback = self.diagonal = None  # their memory, before the next try asks for it
+        found = _core.device_gptq_factor(hessian.sum, self.order, hessian.factor, damp)
+        if found is None:
+            return False
+        self.lower, self.feedback, self.diagonal = found
+        return bool(np.isfinite(self.diagonal.numpy()).all())
+
+    def correct(self, w: Any, scale: float, drift: Any, residual: Any) -> Any:
+        moments = zeros(*w.shape, w.device) if residual is None else residual.copy()
+        if drift is not None:
+            _core.device_product(moments, w, drift)
+        _core.device_gptq_correct(w, moments, self.lower, self.order, scale)
+        return w
+
+    def finish(self) -> None:
+        self.lower = None
+
+    def quantize(self, w: Any, *options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return _core.device_gptq_quantize(
+            w, self.feedback, self.diagonal, self.order, self.importance, self.dead.view(np.uint8), self.group, *options
+        )
 
 
 def quantize(
@@ -185,66 +266,80 @@ def quantize(
     Raises ValueError where shapes do not fit, NumericError, naming the layer, where W or H is not finite or no damping
     makes H positive definite (it is raised by 0.01 at a time; the report says what was used).
     """
-    return quantize_shared({name: lambda: as_float32(w, name)}, hessian, config, drift, residual)[name]
+    load = {name: lambda: as_float32(w, name)}
+    if not isinstance(hessian, Hessian):
+        raise TypeError(f"hessian: got {type(hessian).__name__}, expected a quantlab.gptq.Hessian")
+    return quantize_shared(load, hessian.to(_core.device_selected()), config, drift, residual)[name]
 
 
 def quantize_shared(
-    weights: Mapping[str, Callable[[], np.ndarray]],
+    weights: Mapping[str, Callable[[], Array]],
     hessian: Hessian,
     config: GPTQConfig,
-    drift: np.ndarray | None = None,
-    residual: np.ndarray | None = None,
+    drift: Array | None = None,
+    residual: Array | None = None,
     done: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[QuantWeight, GPTQReport]]:
     """Quantizes matrices that have the same inputs: one factorization for all. `weights` loads each as float32 (n, k);
-    `done` is called with the name of each as it is finished."""
+    `done` is called with the name of each as it is finished. All of it where the Hessian is; on the host where the
+    device has no kernel for these options (groups of more than 128 columns that are not whole rows or static)."""
     if not isinstance(config, GPTQConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a GPTQConfig")
     if not isinstance(hessian, Hessian):
         raise TypeError(f"hessian: got {type(hessian).__name__}, expected a quantlab.gptq.Hessian")
     started = time.perf_counter()
     first = next(iter(weights))
-    factor = _Factor(hessian, config, first)
-    corrected: dict[str, np.ndarray] = {}
+    hessian = hessian.to(_device_for(config, hessian))
+    drift, residual = _moved(drift, hessian.device), _moved(residual, hessian.device)
+    factor = (_Factor if hessian.device < 0 else _DeviceFactor)(hessian, config, first)
+    corrected: dict[str, Array] = {}
     if drift is not None or residual is not None:
         for name, load in weights.items():
-            corrected[name] = _correct(_checked(load(), hessian.k, name), factor, hessian.factor, drift, residual)
+            corrected[name] = factor.correct(_checked(load(), hessian, name), hessian.factor, drift, residual)
     factor.finish()
     results = {}
     for name, load in weights.items():
-        w = corrected.pop(name) if corrected else _checked(load(), hessian.k, name)
+        w = corrected.pop(name) if corrected else _checked(load(), hessian, name)
         results[name] = _quantize_matrix(w, factor, hessian, config, name, started)
         started = time.perf_counter()
         done(name)
     return results
 
 
-def _checked(w: np.ndarray, k: int, name: str) -> np.ndarray:
-    if w.ndim != 2 or w.shape[1] != k or len(w) < 1:
-        raise ValueError(f"{name}: got shape {w.shape}, expected (n, {k}), as the Hessian has {k} columns")
-    check_finite(w, name)
+def _fixed_scales(config: GPTQConfig) -> bool:
+    return config.static_groups or config.group_size == -1
+
+
+def _device_for(config: GPTQConfig, hessian: Hessian) -> int:
+    """Where the Hessian is, or the host."""
+    if hessian.device < 0:
+        return -1
+    group = hessian.k if config.group_size == -1 else min(config.group_size, hessian.k)
+    fixed, stale = _fixed_scales(config), config.block_stale_scales
+    return hessian.device if _core.device_gptq_supports(hessian.device, hessian.k, group, fixed, stale) else -1
+
+
+def _checked(w: Array, hessian: Hessian, name: str) -> Array:
+    """W where the Hessian is; ValueError and NumericError where it cannot be quantized."""
+    if w.ndim != 2 or w.shape[1] != hessian.k or len(w) < 1:
+        raise ValueError(
+            f"{name}: got shape {w.shape}, expected (n, {hessian.k}), as the Hessian has {hessian.k} columns"
+        )
+    w = _moved(w, hessian.device)
+    if isinstance(w, np.ndarray):
+        check_finite(w, name)
+    elif not _core.device_finite(w):
+        check_finite(w.numpy(), name)
     return w
 
 
-def _correct(
-    w: np.ndarray, factor: _Factor, scale: float, drift: np.ndarray | None, residual: np.ndarray | None
-) -> np.ndarray:
-    """W + (W drift + residual) (H + lambda I)^-1, the moments scaled like the Hessian."""
-    moments = np.zeros_like(w) if residual is None else residual * np.float32(scale)
-    if drift is not None:
-        moments += _core.linear_backward_input(w, QuantWeight.from_array(drift).handle) * np.float32(scale)
-    return w + factor.solve(moments)
-
-
 def _quantize_matrix(
-    w: np.ndarray, factor: _Factor, hessian: Hessian, config: GPTQConfig, name: str, started: float
+    w: Array, factor: _Factor, hessian: Hessian, config: GPTQConfig, name: str, started: float
 ) -> tuple[QuantWeight, GPTQReport]:
-    whole_row = config.group_size == -1
-    fixed = config.static_groups or whole_row
+    whole_row, fixed = config.group_size == -1, _fixed_scales(config)
     reordered = config.desc_act and not fixed and factor.group < hessian.k
-    codes, scales, zeros, loss = _core.gptq_quantize(
-        w, factor.lower, factor.diagonal, factor.order, factor.importance, factor.dead.view(np.uint8), factor.group,
-        config.bits, config.sym, _SEARCH[config.scale_search], fixed, whole_row and config.scale_search != "hessian",
+    codes, scales, zeros, loss = factor.quantize(
+        w, config.bits, config.sym, _SEARCH[config.scale_search], fixed, whole_row and config.scale_search != "hessian",
         config.block_stale_scales, True, reordered,
     )  # fmt: skip
     report = GPTQReport(

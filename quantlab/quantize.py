@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from quantlab import gptq
+from quantlab import _core, device_calibration, gptq
 from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs, advance, chunks_of
 from quantlab.config import GPTQConfig, QuantizationConfig
+from quantlab.cuda import device_number
+from quantlab.device_calibration import DeviceActivations
 from quantlab.llama import LlamaConfig, LlamaForCausalLM, layer_modules, to_sequences
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
@@ -28,6 +30,7 @@ def quantize(
     calibration: Calibration | None = None,
     progress: bool = True,
     resume_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
 ) -> Any:
     """Quantizes the seven matrices of every decoder layer; embedding, norms, lm_head and score stay as they are.
 
@@ -38,6 +41,11 @@ def quantize(
     GPTQ reads one decoder layer at a time (from a memory map, if that is where the weights are) and writes each
     finished one to `resume_dir`, if given: a run with the same arguments goes on where it stopped and ends with the
     same codes. The result's `quantization_report` has one dictionary a matrix.
+
+    device: where GPTQ computes: "cpu", "cuda" or "cuda:N", by default where the model is ("cpu" for a source). On
+    "cuda" the layers are copied there one at a time, so a model larger than its memory can be quantized; the inputs of
+    a layer are bfloat16 there, the rest is as exact as on the CPU. The result is where the model is, of a source on
+    the CPU: `.to("cuda")` moves it.
 
     Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite.
     """
@@ -50,10 +58,13 @@ def quantize(
     _check_float(source, llama)
     if isinstance(config, GPTQConfig):
         rows = calibration_rows(source, llama, calibration)
-        run = _LayerStream(source, llama, config, rows, resume_dir)
+        number = device_number(getattr(source, "device", "cpu") if device is None else device)
+        run = _LayerStream(source, llama, config, rows, resume_dir, number)
         with progress_bar(len(list(layer_modules(llama))), f"GPTQ {config.bits} bits", "matrix", progress) as bar:
             weights, reports = run.quantize(bar)
     else:
+        if device is not None:
+            raise ValueError(f"device: got {device!r}, but only GPTQ has a choice: other methods run where ops do")
         if resume_dir is not None:
             raise ValueError(f"resume_dir: got {str(resume_dir)!r}, but only GPTQ keeps finished layers")
         weights, reports = _matrix_by_matrix(source, llama, config, progress)
@@ -156,14 +167,20 @@ class _LayerStream:
         config: GPTQConfig,
         rows: list[np.ndarray],
         resume_dir: str | os.PathLike[str] | None,
+        device: int,
     ):
-        self.source, self.llama, self.config = source, llama, config
+        self.source, self.llama, self.config, self.device = source, llama, config, device
         self.store = None
         if resume_dir is not None:
             modules = ["model.embed_tokens", *layer_modules(llama)]
-            self.store = LayerStore(resume_dir, settings_of(config, rows, fingerprint(source, llama, modules)))
+            kind = "cpu" if device < 0 else "cuda"
+            self.store = LayerStore(resume_dir, settings_of(config, rows, fingerprint(source, llama, modules), kind))
         embedding = source.weight("model.embed_tokens").handle
-        self.quantized = Activations(llama, chunks_of(rows), embedding)
+        if device < 0:
+            self.quantized = Activations(llama, chunks_of(rows), embedding)
+        else:
+            chunks = chunks_of(rows, device_calibration.CHUNK_TOKENS)
+            self.quantized = DeviceActivations(llama, chunks, embedding, device)
         corrected = config.drift_correction or config.residual_correction
         self.full = self.quantized.copy() if corrected else None
 
@@ -186,15 +203,28 @@ class _LayerStream:
     def _norms(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(self.source.vector(f"model.layers.{layer}.{name}") for name in _NORMS)  # type: ignore[return-value]
 
+    def _placed(self, weight: QuantWeight) -> Any:
+        """What the ops of this run take for it."""
+        return weight.handle if self.device < 0 else _core.DeviceWeight(self.device, weight.handle)
+
+    def _floats(self, module: str) -> gptq.Array:
+        """float32 (n, k), where this run computes."""
+        weight = self.source.weight(module)
+        return weight.dequantize() if self.device < 0 else self._placed(weight).floats()
+
     def _handles(self, layer: int, stages: Sequence[Sequence[str]]) -> dict[str, Any]:
         """Float weights of these stages."""
-        return {
-            module: self.source.weight(f"model.layers.{layer}.{module}").handle for stage in stages for module in stage
-        }
+        modules = [module for stage in stages for module in stage]
+        return {module: self._placed(self.source.weight(f"model.layers.{layer}.{module}")) for module in modules}
+
+    def _own(self, layer: int, weights: Mapping[str, QuantWeight]) -> dict[str, Any]:
+        """The layer's quantized weights, by module."""
+        prefix = f"model.layers.{layer}."
+        return {name.removeprefix(prefix): self._placed(weight) for name, weight in weights.items()}
 
     def _pass_layer(self, layer: int, weights: Mapping[str, QuantWeight]) -> None:
-        prefix, norms = f"model.layers.{layer}.", self._norms(layer)
-        self.quantized.run(norms, {name.removeprefix(prefix): weight.handle for name, weight in weights.items()})
+        norms = self._norms(layer)
+        self.quantized.run(norms, self._own(layer, weights))
         if self.full is not None:
             self.full.run(norms, self._handles(layer, STAGES))
 
@@ -212,12 +242,11 @@ class _LayerStream:
             weights.update({name: weight for name, (weight, _) in results.items()})
             reports += [{"method": "gptq", **report.to_dict()} for _, report in results.values()]
             float_handles = self._handles(layer, [stage]) if full_steps is not None or not sequential else {}
-            own = {module: weights[name].handle for module, name in zip(stage, names, strict=True)}
-            inputs = advance(steps, own if sequential else float_handles)
+            own = self._own(layer, {name: weights[name] for name in names}) if sequential else float_handles
+            inputs = advance(steps, own)
             full_inputs = advance(full_steps, float_handles) if full_steps is not None else None
         if not sequential:
-            prefix = f"model.layers.{layer}."
-            self.quantized.run(norms, {name.removeprefix(prefix): weight.handle for name, weight in weights.items()})
+            self.quantized.run(norms, self._own(layer, weights))
         return weights, reports
 
     def _quantize_stage(
@@ -225,11 +254,11 @@ class _LayerStream:
     ) -> dict[str, tuple[QuantWeight, gptq.GPTQReport]]:
         """Moments of the stage's inputs over all chunks, then its matrices."""
         n, k = self.source.weight(names[0]).shape
-        hessian = gptq.Hessian(k)
-        drift = np.zeros((k, k), np.float32) if self.config.drift_correction else None
+        hessian = gptq.Hessian(k, self.device)
+        drift = gptq.zeros(k, k, self.device) if self.config.drift_correction else None
         residual = None
         if self.config.residual_correction and index in ADDED_TO_RESIDUAL:
-            residual = np.zeros((n, k), np.float32)
+            residual = gptq.zeros(n, k, self.device)
         for i in range(len(run.chunks)):
             x = inputs(i)
             hessian.add(x)
@@ -237,5 +266,5 @@ class _LayerStream:
                 gptq.add_moments(drift, full_inputs(i), x, x)
             if self.full is not None and residual is not None:
                 gptq.add_moments(residual, self.full.residual[i], run.residual[i], x)
-        loads = {name: (lambda name=name: self.source.weight(name).dequantize()) for name in names}
+        loads = {name: (lambda name=name: self._floats(name)) for name in names}
         return gptq.quantize_shared(loads, hessian, self.config, drift, residual, lambda name: bar.advance(note=name))

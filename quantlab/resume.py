@@ -111,9 +111,13 @@ def _weight(module: str, values: Mapping[str, Any], arrays: Mapping[str, np.ndar
     )  # fmt: skip
 
 
-def settings_of(config: QuantizationConfig, rows: list[np.ndarray], model_fingerprint: str) -> dict[str, Any]:
-    """What a resumed run must share with the run that it goes on with."""
+def settings_of(
+    config: QuantizationConfig, rows: list[np.ndarray], model_fingerprint: str, device: str = "cpu"
+) -> dict[str, Any]:
+    """What a resumed run must share with the run that it goes on with. device: the kind, since the codes depend on its
+    arithmetic; not written for the CPU."""
     return {
+        **({} if device == "cpu" else {"device": device}),
         "config": dataclasses.asdict(config),
         "calibration": {"sha256": hash_rows(rows), "rows": len(rows), "tokens": sum(map(len, rows))},
         "model": model_fingerprint,

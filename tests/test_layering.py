@@ -51,7 +51,7 @@ PYTHON_LAYERS = [
     {"_core", "arrays", "config", "cuda", "errors", "progress"},
     {"backend", "weight", "rope"},
     {"io", "gptq"},
-    {"calibration", "resume"},
+    {"calibration", "device_calibration", "resume"},
     {"llama", "quantize", "generate", "perplexity", "classify", "size", "lora"},
     {"bench", "bench_cuda"},
     {"experiments"},

@@ -22,6 +22,7 @@ ql_status ql_host_upload(void *memory, const void *host, size_t bytes) {
     return QL_OK;
 }
 
+ql_status ql_host_copy(void *to, const void *from, size_t bytes) { return ql_host_upload(to, from, bytes); }
 ql_status ql_host_download(void *host, const void *memory, size_t bytes) { return ql_host_upload(host, memory, bytes); }
 
 ql_status ql_host_fill(void *memory, int byte, size_t bytes) {

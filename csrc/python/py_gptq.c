@@ -1,14 +1,13 @@
 /* py_gptq.c: GPTQ's matrix, its factor turned into feedback, and the column loop. LAPACK is called by Python between. */
-#include "python.h"
+#include "gptq_args.h"
 
 #include "../core/bits.h"
-#include "../quant/gptq.h"
 
 static int check_square(PyArrayObject *array, const char *name, int64_t k) {
     return ql_check_dim(array, name, 0, k) && ql_check_dim(array, name, 1, k);
 }
 
-static int check_order(PyArrayObject *order, int64_t k) {
+int ql_gptq_check_order(PyArrayObject *order, int64_t k) {
     const int32_t *values = ql_data(order);
     char *seen = PyMem_Calloc((size_t)(k > 0 ? k : 1), 1);
     if (seen == NULL) { return PyErr_NoMemory(), 0; }
@@ -32,7 +31,7 @@ static PyObject *gptq_matrix(PyObject *self, PyObject *arguments) {
     PyArrayObject *order = h == NULL ? NULL : ql_array(order_object, "order", NPY_INT32, 1);
     if (order == NULL) { return NULL; }
     int64_t k = ql_dim(h, 0);
-    if (!check_square(h, "h", k) || !ql_check_dim(order, "order", 0, k) || !check_order(order, k)) { return NULL; }
+    if (!check_square(h, "h", k) || !ql_check_dim(order, "order", 0, k) || !ql_gptq_check_order(order, k)) { return NULL; }
     PyArrayObject *out = ql_new(2, (int64_t[]){k, k}, NPY_FLOAT64);
     if (out == NULL) { return NULL; }
     int stopped;
@@ -75,7 +74,7 @@ static int parse_problem(ql_gptq_problem *p, PyObject *const o[6]) {
     p->n = ql_dim(w, 0), p->k = ql_dim(w, 1);
     if (!check_square(feedback, "feedback", p->k) || !ql_check_dim(diagonal, "diagonal", 0, p->k) ||
         !ql_check_dim(order, "order", 0, p->k) || !ql_check_dim(importance, "importance", 0, p->k) ||
-        !ql_check_dim(dead, "dead", 0, p->k) || !check_order(order, p->k)) {
+        !ql_check_dim(dead, "dead", 0, p->k) || !ql_gptq_check_order(order, p->k)) {
         return 0;
     }
     p->w = ql_data(w), p->feedback = ql_data(feedback), p->diagonal = ql_data(diagonal);
@@ -94,7 +93,7 @@ static int check_groups(const ql_gptq_problem *p, const ql_gptq_options *options
     return 0;
 }
 
-static int check_options(const ql_gptq_problem *p, const ql_gptq_options *options) {
+int ql_gptq_check_options(const ql_gptq_problem *p, const ql_gptq_options *options) {
     if (options->bits < 2 || options->bits > 8) {
         return PyErr_Format(PyExc_ValueError, "bits: got %d, expected 2 to 8", options->bits), 0;
     }
@@ -124,7 +123,7 @@ static PyObject *gptq_quantize(PyObject *self, PyObject *arguments) {
         return NULL;
     }
     problem.group = group, x.search = (ql_scale_search)search;
-    if (!check_options(&problem, &x)) { return NULL; }
+    if (!ql_gptq_check_options(&problem, &x)) { return NULL; }
     int64_t n = problem.n, groups = (problem.k + group - 1) / group, words = ql_words_per_row(problem.k, x.bits);
     npy_intp code_shape[2] = {(npy_intp)n, (npy_intp)words};
     PyArrayObject *codes = (PyArrayObject *)PyArray_ZEROS(2, code_shape, NPY_UINT32, 0);

@@ -14,13 +14,13 @@ typedef struct {
 } ql_steps;
 
 /* to nearest even, for |x| < 2^51: the sum has no bits left below 1 */
-static inline double ql_round_even(double x) {
+QL_INLINE double ql_round_even(double x) {
     const double shift = 6755399441055744.0; /* 1.5 * 2^52 */
     return (x + shift) - shift;
 }
 
 /* clamp(round(x / scale) + zero, 0, maxq); clamping first gives the same, since the bounds are integers */
-static inline double ql_steps_code(ql_steps grid, double x, double maxq) {
+QL_INLINE double ql_steps_code(ql_steps grid, double x, double maxq) {
     double steps = x / grid.scale, low = -grid.zero, high = maxq - grid.zero;
     steps = steps < low ? low : steps;
     steps = steps > high ? high : steps;
@@ -28,7 +28,7 @@ static inline double ql_steps_code(ql_steps grid, double x, double maxq) {
 }
 
 /* the scale as it will be stored: float16 (as a float32) or float32; never zero, never infinite */
-static inline double ql_stored_scale(double scale, int half) {
+QL_INLINE double ql_stored_scale(double scale, int half) {
     if (!half) { return scale < FLT_MIN ? FLT_MIN : scale > FLT_MAX ? FLT_MAX : (double)(float)scale; }
     const double largest = 65504.0, smallest = 5.9604644775390625e-8;
     if (scale >= largest) { return largest; }
@@ -37,7 +37,7 @@ static inline double ql_stored_scale(double scale, int half) {
 }
 
 /* scale and zero of the range [low, high] shrunk by p; the search by Hessian keeps one zero for every p */
-static inline ql_steps ql_steps_of_range(double low, double high, double p, double maxq, const ql_gptq_options *options) {
+QL_INLINE ql_steps ql_steps_of_range(double low, double high, double p, double maxq, const ql_gptq_options *options) {
     ql_steps grid;
     grid.scale = ql_stored_scale((p * high - p * low) / maxq, options->half_scales);
     if (options->symmetric) {
@@ -52,7 +52,7 @@ static inline ql_steps ql_steps_of_range(double low, double high, double p, doub
 }
 
 /* the range [low, high] that the grids of a group cover, from its least and largest weight (or 0) */
-static inline void ql_widen_range(double *low, double *high, const ql_gptq_options *options) {
+QL_INLINE void ql_widen_range(double *low, double *high, const ql_gptq_options *options) {
     if (options->symmetric) { /* the reference keeps low = 0 where no weight is negative; the search by Hessian does not */
         *high = -*low > *high ? -*low : *high;
         if (*low < 0.0 || options->search == QL_SEARCH_HESSIAN) { *low = -*high; }
