@@ -260,7 +260,7 @@ SHELL: dict[str, tuple[list[str], str]] = {
     "a file that is no model": (["generate", "{tmp}/text.txt", "hi"], "text.txt"),
     "an empty directory": (["generate", "{tmp}/empty", "hi"], "config.json"),
     "text that is not UTF-8": (["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
-    "an empty text": (["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "token"),
+    "an empty text": (["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "0 bytes"),
     "too little calibration": (["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/text.txt"], "tokens"),
     "a device that is not there": (["bench", "--device", "cuda"], "cuda"),
     "an empty run": (["report", "{tmp}/empty"], "empty"),
