@@ -21,6 +21,7 @@ typedef struct {
     PyObject_HEAD
     const ql_backend *be;
     ql_weight weight; /* pointers of the device */
+    PyObject *source; /* the Weight: on the host its arrays are used as they are */
 } DeviceWeightObject;
 
 /* a new array, not set; NULL with an error */

@@ -192,8 +192,9 @@ static PyObject *device_weight_new(PyTypeObject *type, PyObject *arguments, PyOb
     if (out == NULL) { return NULL; }
     QL_DEVICE_BEGIN(be)
     status = be->weight_upload(&out->weight, weight);
-    if (status == QL_OK) { out->be = be; }
+    if (status == QL_OK) { out->be = be, out->source = object; }
     QL_DEVICE_END
+    Py_XINCREF(out->source);
     return ql_device_finish(out, stopped, status);
 }
 
@@ -207,6 +208,7 @@ static void weight_dealloc(DeviceWeightObject *self) {
         }
         Py_END_ALLOW_THREADS
     }
+    Py_XDECREF(self->source);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }

@@ -179,6 +179,7 @@ def quantize(
     resume_dir: Annotated[
         Path | None, typer.Option(help="gptq: keep finished layers here, and continue from them.")
     ] = None,
+    device: Device = "cpu",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -192,10 +193,13 @@ def quantize(
         raise typer.BadParameter(f"--resume-dir: only gptq keeps finished layers, not {method}")
     if calibration is not None and method != "gptq":
         raise typer.BadParameter(f"--calibration: only gptq reads calibration text, not {method}")
+    if device != "cpu" and method != "gptq":
+        raise typer.BadParameter(f"--device: only gptq computes on a GPU, not {method}")
     require_new(out)
     checkpoint = ql.open_checkpoint(source, local_files_only=local_files_only)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None
-    model = ql.quantize(checkpoint, config, calibration=rows, resume_dir=resume_dir)
+    where = device if method == "gptq" else None
+    model = ql.quantize(checkpoint, config, calibration=rows, resume_dir=resume_dir, device=where)
     files = model.save_pretrained(out)
     report = {"out": out, "config": config.to_dict(), "files": files, "size": model.size_report()}
     if as_json:
