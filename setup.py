@@ -99,7 +99,8 @@ class Nvcc:
             self.why_not = "left out, no nvcc in CUDA_HOME, PATH or the pip packages"
         else:
             self.why_not = self.look()
-        seen = ("csrc/*.h", "csrc/core/*.h", "csrc/formats/*.h", "cuda/*.h", "cuda/*.cuh")  # what .cu files include
+        folders = ("csrc", "csrc/core", "csrc/formats", "csrc/quant", "cuda")  # of what .cu files include
+        seen = [f"{folder}/*.h" for folder in folders] + ["cuda/*.cuh"]
         headers = b"".join((ROOT / path).read_bytes() for path in sources(seen))
         self.headers = hashlib.sha256(headers).hexdigest()
 

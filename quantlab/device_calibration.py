@@ -45,6 +45,7 @@ class DeviceActivations(Activations):
         attended = self._kept(self._attended(first, weights))
         weights = yield attended
         self._add_products(attended, weights["self_attn.o_proj"])
+        del attended  # its memory, before what is kept next
         weights = yield self._normed(second)
         activated = self._kept(self._activated(second, weights))
         weights = yield activated

@@ -249,6 +249,17 @@ class _LayerStream:
             self.quantized.run(norms, self._own(layer, weights))
         return weights, reports
 
+    def _add_chunk(
+        self, i: int, run: Activations, inputs: Inputs, full_inputs: Inputs | None, hessian: gptq.Hessian,
+        drift: gptq.Array | None, residual: gptq.Array | None,
+    ) -> None:  # fmt: skip
+        x = inputs(i)
+        hessian.add(x)
+        if full_inputs is not None and drift is not None:
+            gptq.add_moments(drift, full_inputs(i), x, x)
+        if self.full is not None and residual is not None:
+            gptq.add_moments(residual, self.full.residual[i], run.residual[i], x)
+
     def _quantize_stage(
         self, index: int, names: list[str], run: Activations, inputs: Inputs, full_inputs: Inputs | None, bar: Progress
     ) -> dict[str, tuple[QuantWeight, gptq.GPTQReport]]:
@@ -260,11 +271,6 @@ class _LayerStream:
         if self.config.residual_correction and index in ADDED_TO_RESIDUAL:
             residual = gptq.zeros(n, k, self.device)
         for i in range(len(run.chunks)):
-            x = inputs(i)
-            hessian.add(x)
-            if full_inputs is not None and drift is not None:
-                gptq.add_moments(drift, full_inputs(i), x, x)
-            if self.full is not None and residual is not None:
-                gptq.add_moments(residual, self.full.residual[i], run.residual[i], x)
+            self._add_chunk(i, run, inputs, full_inputs, hessian, drift, residual)
         loads = {name: (lambda name=name: self._floats(name)) for name in names}
         return gptq.quantize_shared(loads, hessian, self.config, drift, residual, lambda name: bar.advance(note=name))
