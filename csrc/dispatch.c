@@ -120,6 +120,9 @@ const ql_backend *ql_cuda(int device) { return (void)device, (void)no_cuda(), NU
 ql_status ql_cuda_get_info(ql_cuda_info *info, int device) { return (void)info, (void)device, no_cuda(); }
 ql_status ql_cuda_reset_peak(int device) { return (void)device, no_cuda(); }
 void ql_cuda_set_folders(const char *folders) { (void)folders; }
+ql_status ql_cuda_fetch(void *host, const void *memory, size_t bytes) {
+    return (void)host, (void)memory, (void)bytes, no_cuda();
+}
 ql_status ql_cuda_bench(double *seconds, const ql_bench *bench, int samples, int device) {
     return (void)seconds, (void)bench, (void)samples, (void)device, no_cuda();
 }

@@ -294,6 +294,8 @@ ql_status ql_cuda_get_info(ql_cuda_info *info, int device);
 ql_status ql_cuda_reset_peak(int device);
 /* Where CUDA's libraries lie (folders, separated by ':'), tried before the loader's own places. */
 void ql_cuda_set_folders(const char *folders);
+/* An array of another library's on a device (of __cuda_array_interface__), once all work there has ended. */
+ql_status ql_cuda_fetch(void *host, const void *memory, size_t bytes);
 /* What cuda/bench.cu times. Sizes as in the ops; roofs: n bytes are read, or half read and half written, by m blocks a
  * multiprocessor. */
 #define QL_BENCH_OPS(X)                                                                                          \

@@ -281,6 +281,22 @@ ql_status ql_cuda_get_info(ql_cuda_info *info, int index) {
     return table->end();
 }
 
+ql_status ql_cuda_fetch(void *host, const void *memory, size_t bytes) {
+    cudaPointerAttributes where = {};
+    ql_status status = ql_cuda_status(cudaPointerGetAttributes(&where, memory), "cudaPointerGetAttributes");
+    if (status != QL_OK) { return status; }
+    if (where.type != cudaMemoryTypeDevice && where.type != cudaMemoryTypeManaged) {
+        return ql_fail(QL_ECUDA, "the array's address is not on a CUDA device");
+    }
+    const ql_backend *table = ql_cuda(where.device);
+    if (table == NULL) { return QL_ECUDA; }
+    status = table->begin(where.device);
+    if (status != QL_OK) { return status; }
+    ql_cuda_check(cudaDeviceSynchronize(), "work of another library");
+    ql_cuda_check(cudaMemcpy(host, memory, bytes, cudaMemcpyDeviceToHost), "a download");
+    return table->end();
+}
+
 ql_status ql_cuda_reset_peak(int index) {
     const ql_backend *table = ql_cuda(index);
     if (table == NULL) { return QL_ECUDA; }

@@ -40,6 +40,7 @@ def op_table() -> dict[str, dict[str, str]]: ...  # {op: {format: variant in use
 def cuda_built() -> bool: ...
 def cuda_info(device: int, /) -> dict[str, Any]: ...  # CudaError with the reason where the device cannot be used
 def cuda_reset_peak(device: int, /) -> None: ...
+def cuda_fetch(out: U8, address: int, /) -> None: ...  # copies memory of another library on a device to the host
 def cuda_set_folders(folders: str, /) -> None: ...  # of the libraries, separated by ':'
 def cuda_library(name: str, /) -> str: ...  # path of cublas or cusolver; CudaError where it is not there
 def cuda_bench(

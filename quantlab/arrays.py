@@ -1,4 +1,5 @@
-"""Arrays that come in: NumPy, ml_dtypes' bfloat16, and anything with __dlpack__ (PyTorch, JAX, …) in host memory."""
+"""Arrays that come in: NumPy, ml_dtypes' bfloat16, anything with __dlpack__ (PyTorch, JAX, …) in host memory, and
+anything with __cuda_array_interface__ on a GPU, which is copied to the host."""
 
 from __future__ import annotations
 
@@ -6,24 +7,45 @@ from typing import Any
 
 import numpy as np
 
-from quantlab import _core
+from quantlab import _core, cuda
 
 _DLPACK_CPU = (1, 3, 11)  # kDLCPU, kDLCUDAHost, kDLROCMHost: memory that the processor reads
 
 
 def as_array(value: Any, name: str = "x") -> np.ndarray:
-    """`value` as a NumPy array without a copy where it has a buffer; bfloat16 comes as ml_dtypes.bfloat16.
+    """`value` as a NumPy array without a copy where it has a buffer in host memory; bfloat16 comes as
+    ml_dtypes.bfloat16.
 
-    Raises quantlab.CudaError for an array on a device, TypeError for what is no array."""
+    Raises quantlab.CudaError for an array on a device that cannot be read, TypeError for what is no array."""
     if isinstance(value, np.ndarray):
         return value
+    if hasattr(value, "__cuda_array_interface__"):
+        return _from_cuda(value, name)
     if hasattr(value, "__dlpack__"):
         return _from_dlpack(value, name)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise _core.CudaError(f"{name}: the array lies on a CUDA device, expected one in host memory")
     if isinstance(value, (list, tuple)) or hasattr(value, "__array__"):
         return np.asarray(value)
     raise TypeError(f"{name}: got {type(value).__name__}, expected a NumPy array or an object with __dlpack__")
+
+
+def _from_cuda(value: Any, name: str) -> np.ndarray:
+    """A copy on the host of a C-contiguous array on a CUDA device."""
+    described = value.__cuda_array_interface__
+    kind = described["typestr"]
+    if "bfloat16" in str(getattr(value, "dtype", "")):
+        import ml_dtypes
+
+        kind = ml_dtypes.bfloat16
+    if described.get("strides") is not None:
+        raise TypeError(f"{name}: the array on the device is not C-contiguous")
+    if not cuda.usable():
+        raise _core.CudaError(f"{name}: the array lies on a CUDA device, and CUDA cannot be used: {cuda.why_not()}")
+    out = np.empty(described["shape"], kind)
+    try:
+        _core.cuda_fetch(out.reshape(-1).view(np.uint8), described["data"][0])
+    except _core.CudaError as error:
+        raise _core.CudaError(f"{name}: the array lies on a CUDA device and cannot be read: {error}") from None
+    return out
 
 
 def _from_dlpack(value: Any, name: str) -> np.ndarray:

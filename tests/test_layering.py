@@ -91,6 +91,15 @@ def test_c_includes_point_down(path):
         )
 
 
+@pytest.mark.parametrize("path", [path for path in C_FILES if "cuda" in path.parts], ids=relative)
+def test_cuda_sees_no_other_backend(path):
+    for bracket, name in includes(path):
+        target = (path.parent / name).resolve()
+        if bracket == '"' and ROOT / "csrc" in target.parents:
+            inside = target.relative_to(ROOT / "csrc")
+            assert str(inside) == "quantlab.h" or inside.parts[0] in ("core", "formats", "quant"), f"{relative(path)}: {name}"
+
+
 def code_only(text: str) -> str:
     """C without comments and without the insides of strings; line numbers stay."""
     pattern = re.compile(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL)

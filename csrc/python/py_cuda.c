@@ -54,6 +54,24 @@ static PyObject *cuda_library(PyObject *self, PyObject *argument) {
     return path != NULL ? PyUnicode_DecodeFSDefault(path) : ql_raise(QL_ECUDA);
 }
 
+/* cuda_fetch(out, address): fills out (uint8) from another library's memory on a device */
+static PyObject *cuda_fetch(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *out_object;
+    unsigned long long address;
+    if (!PyArg_ParseTuple(arguments, "OK", &out_object, &address)) { return NULL; }
+    PyArrayObject *out = ql_array(out_object, "out", NPY_UINT8, 1);
+    if (out == NULL) { return NULL; }
+    ql_status status;
+    void *host = ql_data(out);
+    size_t bytes = ql_nbytes(out);
+    Py_BEGIN_ALLOW_THREADS
+    status = bytes > 0 ? ql_cuda_fetch(host, (const void *)(uintptr_t)address, bytes) : QL_OK;
+    Py_END_ALLOW_THREADS
+    if (status != QL_OK) { return ql_raise(status); }
+    Py_RETURN_NONE;
+}
+
 const ql_backend *ql_device_arg(int device) {
     const ql_backend *be;
     if (device < 0) { return ql_cpu(); }
@@ -132,6 +150,7 @@ static PyMethodDef methods[] = {
     {"cuda_built", cuda_built, METH_NOARGS, "cuda_built() -> bool"},
     {"cuda_info", cuda_info, METH_O, "cuda_info(device) -> {name, capability, total, free, current, peak, …}"},
     {"cuda_reset_peak", cuda_reset_peak, METH_O, "cuda_reset_peak(device): the peak of its memory starts anew"},
+    {"cuda_fetch", cuda_fetch, METH_VARARGS, "cuda_fetch(out uint8 (bytes,), address): copies a device's memory"},
     {"cuda_set_folders", cuda_set_folders, METH_O, "cuda_set_folders(text): where CUDA's libraries lie, separated by ':'"},
     {"cuda_library", cuda_library, METH_O, "cuda_library(name) -> path of cublas or cusolver"},
     {"device_select", device_select, METH_O, "device_select(n): single ops run on CUDA device n; -1: on the CPU"},

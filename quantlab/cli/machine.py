@@ -24,6 +24,9 @@ def info(as_json: Json = False) -> None:
     for name, built, usable, why_not in [*states, ("cuda", cuda["built"], cuda["usable"], cuda["why_not"])]:
         use = "in use" if name == isa["selected"] else "usable" if usable else "not usable"
         print(f"{name:8}{'built' if built else 'not built':11}{use:12}{why_not}".rstrip())
+    if cuda["device"]:
+        libraries = ", ".join(f"{name} {path}" for name, path in cuda["libraries"].items())
+        print(f"\n{cuda['device']['name']}, {cuda['device']['memory'] / 2**30:.0f} GiB; {libraries}")
 
 
 def bench(
