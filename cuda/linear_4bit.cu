@@ -1,5 +1,5 @@
 /* linear_4bit.cu: linear_small.cuh for affine codes of 4 bits. */
 #include "linear_family.cuh"
 
-const small_family ql_small_4bit = {1, SMALL_RINGS_OF(codes_4bit, 1), SMALL_RINGS_OF(codes_4bit, 0),
-                                     SMALL_REGISTERS_OF(codes_4bit, 1, 2, 16, 2, 4)};
+const small_family ql_small_4bit = {1, SMALL_RINGS_OF(codes_4bit, 1, 0), SMALL_RINGS_OF(codes_4bit, 0, 0),
+                                     SMALL_REGISTERS_OF(codes_4bit, 1, 2, 16, 1, 3)};

@@ -9,8 +9,8 @@ typedef small_layout (*small_layout_function)(int stages, int record, int units,
 
 typedef struct {
     void (*function)(small_args);
-    small_layout_function layout;                            /* NULL: a register kernel */
-    int tokens, held, warps, units, finishers, blocks; /* most tokens; register kernel: the most warps, units a warp */
+    small_layout_function layout;                /* NULL: a register kernel */
+    int tokens, warps, units, finishers, blocks; /* most tokens; register kernel: the most warps, units a warp */
 } small_kernel;
 
 enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4 };
@@ -23,21 +23,22 @@ typedef struct {
 
 extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_8bit, ql_small_table;
 
-template <typename Codes, int Parts, int Tokens, bool Held, int Warps, int Units, int Finishers, int Blocks> constexpr small_kernel make_ring() {
+template <typename Codes, int Parts, int Tokens, int Warps, int Units, int Finishers, int Blocks> constexpr small_kernel make_ring() {
     constexpr int tokens8 = (Tokens + 7) / 8;
-    return {small_ring<Codes, tokens8, Tokens == 1, Held, Parts, Warps, Units, Finishers, Blocks>,
-            small_ring_layout<Codes, tokens8, Tokens == 1, Held, Warps, Units>, Tokens, Held, Warps, Units, Finishers, Blocks};
+    return {small_ring<Codes, tokens8, Tokens == 1, Parts, Warps, Units, Finishers, Blocks>,
+            small_ring_layout<Codes, tokens8, Tokens == 1, Warps, Units>, Tokens, Warps, Units, Finishers, Blocks};
 }
 template <typename Codes, int Parts, int Tokens, int Units, int MaxWarps, int Blocks> constexpr small_kernel make_register() {
-    return {small_register<Codes, 1, Tokens == 1, Parts, Units, MaxWarps, Blocks>, NULL, Tokens, 0, MaxWarps, Units, 0, Blocks};
+    return {small_register<Codes, 1, Tokens == 1, Parts, Units, MaxWarps, Blocks>, NULL, Tokens, MaxWarps, Units, 0, Blocks};
 }
 
-/* Of those that take the tokens, the first that fits is used. */
-#define SMALL_RINGS_OF(Codes, Parts)                                                                                         \
+/* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
+ * itself, where a table leaves no room for two blocks. */
+#define SMALL_RINGS_OF(Codes, Parts, Wide)                                                                                   \
     {                                                                                                                        \
-        make_ring<Codes, Parts, 1, false, 8, 2, 2, 2>(), make_ring<Codes, Parts, 8, false, 8, 1, 2, 2>(),                     \
-            make_ring<Codes, Parts, 8, false, 8, 2, 2, 2>(), make_ring<Codes, Parts, 16, false, 16, 1, 2, 1>(),               \
-            make_ring<Codes, Parts, 16, false, 8, 2, 2, 1>()                                                                  \
+        make_ring<Codes, Parts, 1, 8, 2, 2, 2>(), make_ring<Codes, Parts, 8, (Wide) ? 16 : 8, 1, 2, (Wide) ? 1 : 2>(),       \
+            make_ring<Codes, Parts, 8, 8, 2, 2, 2>(), make_ring<Codes, Parts, 16, 16, 1, 2, 1>(),                            \
+            make_ring<Codes, Parts, 16, 8, 2, 2, 1>()                                                                        \
     }
 #define SMALL_REGISTERS_OF(Codes, Parts, Units, Warps, Blocks, WideUnits)                                                    \
     {                                                                                                                        \

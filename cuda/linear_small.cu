@@ -63,11 +63,11 @@ static residence residence_of(const small_kernel *k, const small_args *a) {
     return r;
 }
 
-/* Shared memory and stages of kernel k with blocks of `room` bytes: false where they do not fit. Held activations: K is one stage */
+/* Shared memory and stages of kernel k with blocks of `room` bytes: false where they do not fit. */
 static bool fit_ring(const small_kernel *k, small_args *a, int cluster, int clusters, int room, size_t *shared) {
     int most = (a->units + cluster - 1) / cluster, stage = 2 * k->warps * k->units * a->record;
     int owned = cluster > 1 ? ((a->tiles + clusters - 1) / clusters + cluster - 1) / cluster : 0;
-    if (owned > SMALL_MAX_OWNED || (k->held && most > k->warps * k->units)) { return false; }
+    if (owned > SMALL_MAX_OWNED) { return false; }
     int without = (int)k->layout(0, a->record, most, cluster, owned).bytes;
     if (without + LEAST_STAGES * stage > room) { return false; }
     a->stages = (room - without) / stage;

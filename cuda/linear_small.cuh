@@ -11,8 +11,7 @@
  *           sums go through shared memory to the finishing warps, which add them in order while the next tile runs. In a
  *           cluster each block takes a part of K, and a block adds the sums of its tiles from all blocks of the cluster.
  *           Activations lie in shared memory; they arrive in chunks of K, so that the first tile starts with the first chunk.
- *           Or (`Held`, where a stage is all of a block's K) each warp holds those of its units in registers. Those of a single
- *           token may come as float32 and be normed on the way.
+ *           Those of a single token may come as float32 and be normed on the way.
  * register  A block a tile (or several, one after the other); each warp loads all its units of a tile at once into
  *           registers. For small matrices, and for devices without bulk copies.
  * Both load weights before they wait for the kernel ahead of them, and let the next kernel start as soon as they run. */
@@ -76,7 +75,7 @@ template <typename Codes, int Tokens8, int Parts, typename X, typename Scale, ty
 __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint32_t (&wu)[Codes::words], const uint32_t (&wl)[Codes::words],
                                           int parts, uint32_t table, X x_at, Scale scale_at, Offset offset_at) {
     constexpr int steps = Codes::columns / STEP;
-    constexpr int chains = Codes::scaled && Tokens8 == 1 ? 2 : 1; /* sums that do not wait for one another */
+    constexpr int chains = Tokens8 == 1 ? 2 : 1; /* sums that do not wait for one another */
     int steps_a_part = Parts > 0 ? steps / Parts : steps / (parts > 0 ? parts : 1);
     float part_sums[chains][Tokens8][4];
     uint32_t offset_u = Codes::symmetric, offset_l = Codes::symmetric;
@@ -88,7 +87,7 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
 #pragma unroll
             for (int nt = 0; nt < Tokens8; nt++) { x[nt] = x_at(j / 2, nt); }
         }
-        if (Codes::scaled && j % steps_a_part == 0) {
+        if (j % steps_a_part == 0) {
             offset_u = offset_at(part, 0), offset_l = offset_at(part, 1);
 #pragma unroll
             for (int e = 0; e < chains * Tokens8 * 4; e++) { (&part_sums[0][0][0])[e] = 0.0f; }
@@ -97,9 +96,9 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
                          Codes::pair(wu, j, 1, offset_u, table), Codes::pair(wl, j, 1, offset_l, table)};
 #pragma unroll
         for (int nt = 0; nt < Tokens8; nt++) {
-            mma_units(Codes::scaled ? part_sums[j % chains][nt] : sums[nt], a, j % 2 ? x[nt].z : x[nt].x, j % 2 ? x[nt].w : x[nt].y);
+            mma_units(part_sums[j % chains][nt], a, j % 2 ? x[nt].z : x[nt].x, j % 2 ? x[nt].w : x[nt].y);
         }
-        if (Codes::scaled && (j + 1) % steps_a_part == 0) {
+        if ((j + 1) % steps_a_part == 0) {
             float su = scale_at(part, 0), sl = scale_at(part, 1);
 #pragma unroll
             for (int e = 0; e < Tokens8 * 4; e++) {
@@ -240,16 +239,14 @@ __device__ __forceinline__ void load_unit(small_unit<Codes, Parts> &u, const sma
     const uint8_t *upper = tile.upper + (int64_t)unit * a.record, *lower = tile.lower + (int64_t)unit * a.record;
     load_words<Codes>(u.upper, upper, lane);
     load_words<Codes>(u.lower, lower, lane);
-    if constexpr (Codes::scaled) {
-        int place = Codes::bytes + lane / 4 * 2;
+    int place = Codes::bytes + lane / 4 * 2;
 #pragma unroll
-        for (int i = 0; i < Parts; i++) {
-            u.scale[i] = __ldg((const uint16_t *)(upper + place + 16 * i)) | (uint32_t)__ldg((const uint16_t *)(lower + place + 16 * i)) << 16;
-            u.offset[i] = 0;
-            if (a.zeros) {
-                int zero = place + 16 * (Parts + i);
-                u.offset[i] = __ldg((const uint16_t *)(upper + zero)) | (uint32_t)__ldg((const uint16_t *)(lower + zero)) << 16;
-            }
+    for (int i = 0; i < Parts; i++) {
+        u.scale[i] = __ldg((const uint16_t *)(upper + place + 16 * i)) | (uint32_t)__ldg((const uint16_t *)(lower + place + 16 * i)) << 16;
+        u.offset[i] = 0;
+        if (a.zeros) {
+            int zero = place + 16 * (Parts + i);
+            u.offset[i] = __ldg((const uint16_t *)(upper + zero)) | (uint32_t)__ldg((const uint16_t *)(lower + zero)) << 16;
         }
     }
 }
@@ -316,7 +313,7 @@ enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X
 
 /* units: of K, of a block. owned: tiles that one block of a cluster adds up, 0 without clusters.
  * Lines of activations are padded so that 64 bytes of two lines, as a quarter of a warp reads them, are in different banks. */
-template <typename Codes, int Tokens8, bool Single, bool Held, int Warps, int Units>
+template <typename Codes, int Tokens8, bool Single, int Warps, int Units>
 __host__ __device__ inline small_layout small_ring_layout(int stages, int record, int units, int cluster, int owned) {
     constexpr uint32_t fragments = Tokens8 * fragment_bytes<Single>();
     small_layout l;
@@ -326,7 +323,7 @@ __host__ __device__ inline small_layout small_ring_layout(int stages, int record
     l.table = (l.norm + 4 * Warps + 127) / 128 * 128;
     l.x = l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u);
     l.x_line = (uint32_t)(units * Codes::columns * 2 + SMALL_X_PAD);
-    l.sums = (l.x + (Held ? 0u : (Single ? 1u : 8u * Tokens8) * l.x_line) + 127) / 128 * 128;
+    l.sums = (l.x + (Single ? 1u : 8u * Tokens8) * l.x_line + 127) / 128 * 128;
     l.tile_sums = l.sums + 2 * Warps * fragments;
     l.stages = (l.tile_sums + owned * cluster * fragments + 127) / 128 * 128;
     l.bytes = l.stages + (uint32_t)(stages * 2 * Warps * Units * record);
@@ -432,33 +429,13 @@ __device__ __forceinline__ void small_unit_pair(float (&sums)[Tokens8][4], const
     unit_pair<Codes, Tokens8, Parts>(sums, wu, wl, a.parts, table, x_at, scale_at, offset_at);
 }
 
-/* the activations of a warp's units, as unit_pair takes them */
-template <typename Codes, int Tokens8, int Warps, int Units>
-__device__ __forceinline__ void small_hold_x(uint4 (&held)[Units][Tokens8][Codes::columns / TWO_STEPS], const small_args &a, small_range k, int warp, int lane) {
-#pragma unroll
-    for (int i = 0; i < Units; i++) {
-        int unit = k.first + i * Warps + warp;
-#pragma unroll
-        for (int nt = 0; nt < Tokens8; nt++) {
-            int token = 8 * nt + lane / 4;
-            const bf16 *x = a.x + (int64_t)token * a.x_line + unit * Codes::columns + lane % 4 * 8;
-#pragma unroll
-            for (int b = 0; b < Codes::columns / TWO_STEPS; b++) {
-                held[i][nt][b] = token < a.m && unit < k.end ? *(const uint4 *)(x + b * TWO_STEPS) : make_uint4(0, 0, 0, 0);
-            }
-        }
-    }
-}
-
-template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units>
+template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units>
 __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base, const small_layout &l, small_range k, int first, int step,
                                               int warp, int lane) {
     constexpr int bytes = fragment_bytes<Single>();
     uint32_t half_bytes = Warps * Units * a.record, x = base + l.x + (Single ? 0 : lane / 4) * l.x_line + lane % 4 * 16;
     int stage = 0, phase = 0, count = 0, chunk = small_chunk<Warps, Units>(k);
-    uint4 held[Held ? Units : 1][Tokens8][Codes::columns / TWO_STEPS];
-    if constexpr (Held) { small_hold_x<Codes, Tokens8, Warps, Units>(held, a, k, warp, lane); }
-    bool arrives = !Held && a.floats == NULL;
+    bool arrives = a.floats == NULL;
     for (int index = first; index < a.tiles; index += step, count++) {
         float sums[Tokens8][4] = {};
         for (int u = k.first; u < k.end; u += Warps * Units) {
@@ -470,13 +447,7 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
                 if (u + unit >= k.end) { break; }
                 uint32_t x_here = x + (u - k.first + unit) * Codes::columns * 2;
                 uint32_t upper = base + l.stages + stage * 2 * half_bytes + unit * a.record;
-                auto x_at = [&](int b, int nt) {
-                    if constexpr (Held) {
-                        return held[i][nt][b];
-                    } else {
-                        return load_shared<uint4>(x_here + nt * 8 * l.x_line + b * TWO_STEPS * 2);
-                    }
-                };
+                auto x_at = [&](int b, int nt) { return load_shared<uint4>(x_here + nt * 8 * l.x_line + b * TWO_STEPS * 2); };
                 small_unit_pair<Codes, Tokens8, Parts>(sums, a, upper, upper + half_bytes, base + l.table, lane, x_at);
             }
             __syncwarp();
@@ -568,14 +539,14 @@ __device__ __forceinline__ void small_init_barriers(uint32_t base, const small_l
 }
 
 /* The block has Warps + 1 + Finishers warps: consumers, the producer, the finishers. */
-template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units, int Finishers>
+template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Finishers>
 __device__ __forceinline__ void small_ring_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int cluster = cluster_size(), rank = cluster_rank(), first = blockIdx.x / cluster, step = gridDim.x / cluster;
     small_range k = small_units_of(a.units, rank, cluster);
     int owned = cluster > 1 ? ((a.tiles + step - 1) / step + cluster - 1) / cluster : 0;
-    small_layout l = small_ring_layout<Codes, Tokens8, Single, Held, Warps, Units>(a.stages, a.record, (a.units + cluster - 1) / cluster, cluster, owned);
+    small_layout l = small_ring_layout<Codes, Tokens8, Single, Warps, Units>(a.stages, a.record, (a.units + cluster - 1) / cluster, cluster, owned);
     uint32_t base = shared_address(shared);
     if (threadIdx.x == 0) {
         small_init_barriers<Warps, Tokens8>(base, l, a.stages, owned, (uint32_t)(cluster * Tokens8 * fragment_bytes<Single>()));
@@ -596,10 +567,10 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
     bool makes = Single && a.floats != NULL;
     ql_cuda_wait_previous();
     if (warp < Warps && makes) { small_make_x<Codes, Warps>(a, base, l, k, warp, lane); }
-    if (warp == Warps + 1 && !Held && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }
+    if (warp == Warps + 1 && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }
     if (makes) { block_barrier(1, (Warps + Finishers) * WARP); }
     if (warp < Warps) {
-        small_consume<Codes, Tokens8, Single, Held, Parts, Warps, Units>(a, base, l, k, first, step, warp, lane);
+        small_consume<Codes, Tokens8, Single, Parts, Warps, Units>(a, base, l, k, first, step, warp, lane);
     } else {
         small_finish<Tokens8, Single, Warps, Finishers>(a, base, l, first, step, warp - Warps - 1, lane, rank, cluster, small_norm<Warps>(a, base, l));
     }
@@ -614,10 +585,10 @@ __global__ void __launch_bounds__(MaxWarps *WARP, Blocks) small_register(const _
     small_register_body<Codes, Tokens8, Single, Parts, Units>(a);
 }
 
-template <typename Codes, int Tokens8, bool Single, bool Held, int Parts, int Warps, int Units, int Finishers, int Blocks>
+template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Finishers, int Blocks>
 __global__ void __launch_bounds__((Warps + 1 + Finishers) * WARP, Blocks) small_ring(const __grid_constant__ small_args a) {
 #ifdef QL_HAS_BULK_COPY
-    small_ring_body<Codes, Tokens8, Single, Held, Parts, Warps, Units, Finishers>(a);
+    small_ring_body<Codes, Tokens8, Single, Parts, Warps, Units, Finishers>(a);
 #endif
 }
 

@@ -18,8 +18,7 @@
  *   8 bits  word j, pair p: first in byte p, second in byte 2 + p; codes with the top bit inverted
  *   2 bits  word j / 4, i = 2 (j % 4) + p: bits 2 i and 16 + 2 i;  3 bits: that plane for the lower two bits, and the top bits
  *           in word j / 8 of the second plane, i = 2 (j % 8) + p: bits i and 16 + i
- *   tables  word j / 2, byte 2 (j % 2) + p: first code in the low nibble, second in the high
- *   bf16    word 2 j + p */
+ *   tables  word j / 2, byte 2 (j % 2) + p: first code in the low nibble, second in the high */
 #ifndef QL_CUDA_UNITS_CUH
 #define QL_CUDA_UNITS_CUH
 
@@ -49,17 +48,17 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
 
 #define QL_BF16X2_128 0x43004300u
 
-/* Each struct of codes: columns of a unit, words a lane holds of it, bytes of codes, whether scales follow, and
+/* Each struct of codes: columns of a unit, words a lane holds of it, bytes of codes, and
  * pair(words, j, p, offset, table): two neighbouring values of step j. offset: two bfloat16, what `zero` adds up to. table: address. */
 struct codes_4bit {
-    enum { columns = 128, words = 4, bytes = CHUNK, scaled = 1, table = 0 };
+    enum { columns = 128, words = 4, bytes = CHUNK, table = 0 };
     static constexpr uint32_t symmetric = 0x43084308u; /* 128 + 8 */
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
         return sub_bf16x2(and_or(w[j / 2] >> (4 * (2 * (j % 2) + p)), 0x000f000fu, QL_BF16X2_128), offset);
     }
 };
 struct codes_8bit { /* 7 bits under 128, and -128 where the inverted top bit is set; offset: zero alone */
-    enum { columns = 128, words = 8, bytes = 2 * CHUNK, scaled = 1, table = 0 };
+    enum { columns = 128, words = 8, bytes = 2 * CHUNK, table = 0 };
     static constexpr uint32_t symmetric = 0x43004300u;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
         uint32_t low = and_or(w[j] >> (8 * p), 0x007f007fu, QL_BF16X2_128);
@@ -68,14 +67,14 @@ struct codes_8bit { /* 7 bits under 128, and -128 where the inverted top bit is 
     }
 };
 struct codes_2bit {
-    enum { columns = 256, words = 4, bytes = CHUNK, scaled = 1, table = 0 };
+    enum { columns = 256, words = 4, bytes = CHUNK, table = 0 };
     static constexpr uint32_t symmetric = 0x43024302u;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
         return sub_bf16x2(and_or(w[j / 4] >> (2 * (2 * (j % 4) + p)), 0x00030003u, QL_BF16X2_128), offset);
     }
 };
 struct codes_3bit { /* words 4 and 5: the plane of the top bits */
-    enum { columns = 256, words = 6, bytes = CHUNK + CHUNK / 2, scaled = 1, table = 0 };
+    enum { columns = 256, words = 6, bytes = CHUNK + CHUNK / 2, table = 0 };
     static constexpr uint32_t symmetric = 0x43044304u;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
         uint32_t low = and_or(w[j / 4] >> (2 * (2 * (j % 4) + p)), 0x00030003u, QL_BF16X2_128);
@@ -85,7 +84,7 @@ struct codes_3bit { /* words 4 and 5: the plane of the top bits */
     }
 };
 struct codes_table { /* NF4, FP4: in shared memory, a bfloat16 pair for each byte and lane, so no two lanes meet in a bank */
-    enum { columns = 128, words = 4, bytes = CHUNK, scaled = 1, table = 1 };
+    enum { columns = 128, words = 4, bytes = CHUNK, table = 1 };
     static constexpr uint32_t symmetric = 0;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t, uint32_t table) {
         int shift = 8 * (2 * (j % 2) + p) - 7;
@@ -93,15 +92,9 @@ struct codes_table { /* NF4, FP4: in shared memory, a bfloat16 pair for each byt
         return load_shared<uint32_t>(and_or(q, 0x7f80u, (threadIdx.x % WARP) * 4) + table);
     }
 };
-struct codes_bf16 {
-    enum { columns = 128, words = 16, bytes = 4 * CHUNK, scaled = 0, table = 0 };
-    static constexpr uint32_t symmetric = 0;
-    static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t, uint32_t) { return w[2 * j + p]; }
-};
-
-/* bytes of a record with `parts` scales a row (0 without scales) */
+/* bytes of a record with `parts` scales a row */
 template <typename Codes> constexpr int record_bytes(int parts, int zeros) {
-    return Codes::bytes + (Codes::scaled ? parts * 16 * (zeros ? 2 : 1) : 0);
+    return Codes::bytes + parts * 16 * (zeros ? 2 : 1);
 }
 
 /* the words of this lane from a record in shared memory */

@@ -1,7 +1,7 @@
 /* 01_linear_small.cu: the kernels of linear_small.cuh at 4 bits, group 128, on the shapes of LLaMA-2-7B: every variant against a
  * float64 product, timed by graph replay over rotating weights beyond L2, beside a kernel that only reads as many bytes.
  *
- *   nvcc -std=c++17 -O3 -arch=sm_90a -split-compile=0 -o /tmp/small cuda/dev/01_linear_small.cu && /tmp/small [all.csv]
+ *   nvcc -std=c++17 -O3 -arch=sm_90a -split-compile=0 -o /tmp/small cuda/dev/01_linear_small.cu && /tmp/small [all.csv [tokens ...]]
  *
  * Prints the best variants of each shape and number of tokens, then the time of a chain of all four shapes (8 layers of distinct
  * weights), each with its best variant. all.csv: every measurement. */
@@ -40,23 +40,23 @@ typedef small_layout (*layout_function)(int stages, int record, int units, int c
 struct variant {
     const void *kernel;
     layout_function layout; /* NULL: the register kernel */
-    int tokens8, single, held, warps, units, finishers, blocks;
+    int tokens8, single, warps, units, finishers, blocks;
 };
 
-#define RING(T8, S, H, W, U, F, B)                                                                                                          \
-    variant { (const void *)small_ring<Codes, T8, S, H, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, H, W, U>, T8, S, H, W, U, F, B }
+#define RING(T8, S, W, U, F, B)                                                                                                    \
+    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B }
 #define REGISTER(T8, S, U, W, B) \
-    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, 0, W, U, 0, B }
+    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B }
 
 static const variant variants[] = {
     /* one token */
-    RING(1, true, 0, 16, 1, 1, 2), RING(1, true, 0, 8, 1, 1, 3), RING(1, true, 0, 8, 2, 2, 2), RING(1, true, 0, 12, 1, 1, 2),
+    RING(1, true, 16, 1, 1, 2), RING(1, true, 8, 1, 1, 3), RING(1, true, 8, 2, 2, 2), RING(1, true, 12, 1, 1, 2), REGISTER(1, true, 2, 16, 2),
     /* 2 to 8 */
-    RING(1, false, 0, 8, 1, 2, 2), RING(1, false, 0, 8, 2, 2, 2), RING(1, false, 0, 4, 2, 2, 4), RING(1, false, 0, 16, 1, 2, 1), RING(1, false, 0, 8, 1, 4, 2),
+    RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 2, 2, 2), RING(1, false, 4, 2, 2, 4), RING(1, false, 16, 1, 2, 1), RING(1, false, 8, 1, 4, 2),
     /* 9 to 16 */
-    RING(2, false, 0, 16, 1, 2, 1), RING(2, false, 0, 16, 1, 4, 1), RING(2, false, 0, 24, 1, 4, 1), RING(2, false, 0, 8, 2, 2, 1), RING(2, false, 0, 8, 2, 4, 1), RING(2, false, 1, 16, 1, 4, 1),
+    RING(2, false, 16, 1, 2, 1), RING(2, false, 16, 1, 4, 1), RING(2, false, 24, 1, 4, 1), RING(2, false, 8, 2, 2, 1), RING(2, false, 8, 2, 4, 1),
     /* 17 to 32 */
-    RING(4, false, 0, 8, 1, 8, 1), RING(4, false, 0, 16, 1, 8, 1), RING(4, false, 1, 8, 1, 8, 1),
+    RING(4, false, 8, 1, 8, 1), RING(4, false, 16, 1, 8, 1),
 };
 
 /* ---- problems --------------------------------------------------------------------------------------------------- */
@@ -212,8 +212,6 @@ static bool configure(setting &c, const problem &p) {
     }
     int most = (units + c.cluster - 1) / c.cluster, stage = 2 * v.warps * v.units * RECORD;
     if (c.per_sm > v.blocks || c.resident < c.per_sm || c.resident > 2 * c.per_sm + 1 || c.cluster > units) { return false; }
-    if (v.held && (most > v.warps * v.units || 2 * most <= v.warps * v.units)) { return false; }
-    if (!v.held && c.cluster > 2) { return false; }
     c.grid = std::min(sms * c.per_sm / c.cluster, tiles) * c.cluster;
     int owned = c.cluster > 1 ? ((tiles + c.grid / c.cluster - 1) / (c.grid / c.cluster) + c.cluster - 1) / c.cluster : 0;
     if (owned > SMALL_MAX_OWNED) { return false; }
@@ -291,7 +289,7 @@ static std::string describe(const setting &c) {
     const variant &v = variants[c.index];
     char text[200];
     snprintf(text, sizeof text, "%s warps %2d units %d finishers %d blocks %d | an SM %d of %d cluster %d grid %4d stages %2d shared %6zu",
-             v.layout ? v.held ? "held    " : "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
+             v.layout ? "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
              c.stages, c.shared);
     return text;
 }
@@ -342,8 +340,8 @@ static std::vector<setting> sweep(const problem &p, double roof, FILE *csv) {
     std::vector<setting> done;
     int bad = 0, rings = 0, registers = 0;
     for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
-        for (int i = 0; i < 5 * 6 * 4; i++) {
-            setting c = {index, i / 24 + 1, i / 4 % 6 + 1, 1 << i % 4, 0, 0, 0, 0.0, 0.0};
+        for (int i = 0; i < 4 * 4 * 3; i++) { /* blocks an SM, of this and the next kernel, cluster */
+            setting c = {index, i / 12 + 1, i / 3 % 4 + 1, 1 << i % 3, 0, 0, 0, 0.0, 0.0};
             if (measure(c, p, roof, csv, bad)) { done.push_back(c); }
         }
     }
@@ -402,7 +400,10 @@ int main(int argc, char **argv) {
     std::vector<double> roof;
     std::vector<shape> shapes = make_shapes(roof);
     FILE *csv = argc > 1 ? fopen(argv[1], "w") : NULL;
-    for (int m : {1, 8, 16, 32}) {
+    std::vector<int> tokens = {1, 8, 16, 32};
+    if (argc > 2) { tokens.clear(); }
+    for (int i = 2; i < argc; i++) { tokens.push_back(atoi(argv[i])); }
+    for (int m : tokens) {
         std::vector<problem> problems;
         std::vector<std::vector<setting>> done;
         for (size_t i = 0; i < shapes.size(); i++) {
