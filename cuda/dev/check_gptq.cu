@@ -99,7 +99,7 @@ static problem make(int64_t n, int64_t k, int64_t group, bool ordered) {
     double damp = 0.0, factor = 2.0 / (3.0 * (double)k);
     for (float &x : p.w) { x = normal() * 0.02f; }
     for (int64_t j = 0; j < k; j++) { p.order[j] = (int32_t)j, damp += 0.01 * factor * h[j * k + j] / (double)k; }
-    if (ordered && (group % 5 != 0 || group == k)) { shuffle(p.order, group); }
+    if (ordered && group % 5 != 0) { shuffle(p.order, group); } /* steps of 5 meet every column */
     p.dead[3] = 1;
     for (int64_t j = 0; j < k; j++) { p.importance[j] = (j == 3 ? 1.0 : factor * h[j * k + j]) + damp; }
     p.feedback.resize(k * k);
