@@ -8,6 +8,11 @@ ql_placed *ql_place(WeightObject *weight, const ql_backend *be) {
     ql_placed *placed = PyMem_RawCalloc(1, sizeof *placed);
     if (placed == NULL) { return ql_fail(QL_ENOMEM, "out of memory"), NULL; }
     if (be->weight_upload(&placed->weight, &weight->weight) != QL_OK) { return PyMem_RawFree(placed), NULL; }
+    if (ql_call_stopped()) { /* its upload may be a part only */
+        be->weight_release(&placed->weight);
+        PyMem_RawFree(placed);
+        return ql_fail(QL_EINTERRUPT, "stopped"), NULL;
+    }
     placed->be = be;
     placed->users = 1;
     placed->next = weight->placed;
