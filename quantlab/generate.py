@@ -129,7 +129,7 @@ def generate(
     sequences = to_sequences(input_ids)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     stops = {int(eos)} if isinstance(eos, (int, np.integer)) else {int(token) for token in eos or ()}
-    if model.device != "cpu":
+    if model.device != "cpu" or not do_sample:  # without a step of Python's, and without allocating, for each token
         sampling = (temperature if do_sample else 0.0, top_k, top_p, seed)
         new = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stops, on_token)
         return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantlab import _core
 from quantlab.arrays import as_array
+from quantlab.config import Int8Config
 from quantlab.cuda import device_number
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
@@ -382,14 +383,43 @@ class Llama:
 
 
 class LlamaForCausalLM(Llama):
-    """A LLaMA language model: `model(ids)` gives logits; `generate` and `perplexity` build on it."""
+    """A LLaMA language model: `model(ids)` gives logits; `generate` and `perplexity` build on it.
+
+    lm_head="int8" (of the constructor and of `from_pretrained`) holds the output matrix a second time in 8 bits, row by
+    row as LLM.int8() does: a step of generation reads all of it, and the embedding it may be tied to stays as it is.
+    Only in memory: `save_pretrained` writes what was loaded.
+    """
 
     architecture = "LlamaForCausalLM"
+
+    def __init__(self, *parts: Any, lm_head: str | QuantWeight | None = None, **more: Any):
+        if not (lm_head is None or lm_head == "int8" or isinstance(lm_head, QuantWeight)):
+            raise ValueError(f"lm_head: got {lm_head!r}, accepted are None (as it is), 'int8'")
+        super().__init__(*parts, **more)
+        self._lm_head = None if lm_head == "int8" else lm_head
+        if lm_head == "int8":
+            self._lm_head = QuantWeight.from_float(self.lm_head.dequantize(), Int8Config())
+
+    def _with(self, weights: Mapping[str, QuantWeight], device: str) -> LlamaForCausalLM:
+        head: str | QuantWeight | None = self._lm_head
+        if head is not None and weights[self._head_name] is not self.weights[self._head_name]:
+            head = "int8"  # of the new one
+        parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)
+        return type(self)(*parts, device=device, lm_head=head)
+
+    @property
+    def _head_name(self) -> str:
+        return "lm_head" if "lm_head" in self.weights else "model.embed_tokens"
 
     @property
     def lm_head(self) -> QuantWeight:
         """The output matrix (vocabulary, hidden_size): the embedding where the two are tied."""
-        return self.weights["lm_head" if "lm_head" in self.weights else "model.embed_tokens"]
+        return self._lm_head if self._lm_head is not None else self.weights[self._head_name]
+
+    def size_report(self) -> dict[str, Any]:
+        report = super().size_report()
+        report["memory"] += self._lm_head.nbytes if self._lm_head is not None else 0
+        return report
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """float32 (tokens, vocabulary) of hidden states (tokens, hidden_size)."""

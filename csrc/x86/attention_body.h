@@ -7,7 +7,10 @@
  *   ot (d, ROWS)     the outputs, not yet divided by the sum of the weights
  * k and v are read where they are, one broadcast an element. A lane does the same operations in the same order whatever
  * the lanes beside it hold: dot products over i = 0..d-1, blocks of KEYS keys counted from key 0 of the sequence, and keys
- * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads. */
+ * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads.
+ *
+ * A sequence with one query, a step of generation, would leave most lanes idle: there the lanes are elements of a head, one
+ * head after the other. It adds in another order, so a chunk of one query is the exception to the sentence above. */
 #include "../quantlab.h"
 
 #include <math.h>   /* logf, INFINITY */
@@ -213,6 +216,73 @@ static void store_rows(attention_rows *a, const attention_context *c) {
     }
 }
 
+/* ---- one query ------------------------------------------------------------------------------------------------- */
+
+static inline float dot(const float *a, const float *b, int64_t d) {
+    vf sum = v_zero();
+    int64_t i = 0;
+    for (; i + VL <= d; i += VL) { sum = v_fma(v_load(a + i), v_load(b + i), sum); }
+    if (i < d) { sum = v_fma(v_load_tail(a + i, d - i), v_load_tail(b + i, d - i), sum); }
+    return v_sum(sum);
+}
+
+/* o[i ..] = o * keep + sum over keys of weights[s] v[s, i ..], `vectors` vectors of it, the last with `last` lanes */
+ALWAYS_INLINE void weigh(float *o, const float *v, int64_t stride, const float *weights, int64_t keys, float keep,
+                         const int vectors, int64_t last) {
+    vf sum[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) { sum[j] = v_mul(v_load(o + j * VL), v_set1(keep)); }
+    for (int64_t s = 0; s < keys; s++, v += stride) {
+        vf weight = v_set1(weights[s]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) {
+            vf value = last < VL && j == vectors - 1 ? v_load_tail(v + j * VL, last) : v_load(v + j * VL);
+            sum[j] = v_fma(weight, value, sum[j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; j++) { v_store(o + j * VL, sum[j]); }
+}
+
+/* st from scores to weights; returns what older sums are multiplied by */
+static float softmax_one(float *st, int64_t count, float *maximum, float *sum) {
+    for (int64_t s = count; s % VL != 0; s++) { st[s] = -INFINITY; }
+    vf top = v_set1(*maximum);
+    for (int64_t s = 0; s < count; s += VL) { top = v_max(top, v_load(st + s)); }
+    vf old = v_set1(*maximum), total = v_zero();
+    *maximum = v_hmax(top);
+    top = v_set1(*maximum);
+    for (int64_t s = 0; s < count; s += VL) {
+        vf weight = v_exp(v_sub(v_load(st + s), top));
+        v_store(st + s, weight);
+        total = v_add(total, weight);
+    }
+    float keep = v_hmax(v_exp(v_sub(old, top)));
+    *sum = *sum * keep + v_sum(total);
+    return keep;
+}
+
+/* query `query` of head `head` over all keys of its sequence */
+static void attend_one(const attention_context *c, int64_t sequence, int64_t query, int64_t head) {
+    int64_t d = c->d, stride = c->hkv * d, index = query * c->hq + head, keys = c->kv_len[sequence];
+    int64_t offset = (c->kv_start[sequence] * c->hkv + head / (c->hq / c->hkv)) * d;
+    _Alignas(64) float q[MAX_D], o[MAX_D + VL] = {0}, st[KEYS];
+    float maximum = -INFINITY, sum = 0.0f;
+    for (int64_t i = 0; i < d; i++) { q[i] = c->q[index * d + i] * c->scale; }
+    for (int64_t first = 0; first < keys; first += KEYS) {
+        int64_t count = keys - first < KEYS ? keys - first : KEYS, i = 0;
+        const float *k = c->k + offset + first * stride, *v = c->v + offset + first * stride;
+        for (int64_t s = 0; s < count; s++) { st[s] = dot(q, k + s * stride, d); }
+        float keep = softmax_one(st, count, &maximum, &sum);
+        for (; i + 4 * VL <= d; i += 4 * VL) { weigh(o + i, v + i, stride, st, count, keep, 4, VL); }
+        for (; i < d; i += VL) { weigh(o + i, v + i, stride, st, count, keep, 1, d - i < VL ? d - i : VL); }
+    }
+    for (int64_t i = 0; i < d; i++) { c->out[index * d + i] = o[i] / sum; }
+    if (c->lse != NULL) { c->lse[index] = maximum + logf(sum); }
+}
+
+/* ---- tasks ------------------------------------------------------------------------------------------------------- */
+
 /* Sequence s owns the row blocks [first_block(s), first_block(s + 1)): at least as many as it needs, found without a list. */
 static int64_t first_block(const attention_context *c, int64_t sequence) {
     return (c->q_start[sequence] - c->q_start[0]) * (c->hq / c->hkv) / ROWS + sequence;
@@ -226,7 +296,12 @@ static void attention_task(void *context, int64_t task) {
         int64_t middle = (low + high) / 2;
         if (first_block(c, middle) <= block) { low = middle; } else { high = middle; }
     }
-    int64_t row0 = (block - first_block(c, low)) * ROWS;
+    int64_t row0 = (block - first_block(c, low)) * ROWS, group = c->hq / c->hkv;
+    if (c->q_start[low + 1] - c->q_start[low] == 1) {
+        int64_t head = task % c->hkv * group + row0;
+        for (int64_t r = 0; r < ROWS && row0 + r < group; r++) { attend_one(c, low, c->q_start[low], head + r); }
+        return;
+    }
     if (row0 >= (c->q_start[low + 1] - c->q_start[low]) * (c->hq / c->hkv)) { return; }
     attention_rows rows;
     load_rows(&rows, c, low, task % c->hkv, row0);

@@ -2,8 +2,9 @@
  * so codes become float32 in registers and meet float32 activations there; products are exact up to float32 rounding.
  *
  * Three kernels, by what a code is:
- *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h). A permute looks each nibble up in the 16 values of the
- *            format: shift, permute, fma for a lane's weight, and no sums across lanes.
+ *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h). A permute, which reads the low 4 bits of a lane, looks
+ *            each nibble up in the 16 values of the format: shift, permute, fma for a lane's weight, no sums across lanes.
+ *            Every other shift is spared by a load from the next byte on; the last one reads 3 bytes beyond the panel.
  *   sums     2 and 3 bits. A nibble is 2 codes, or one bit of 4: a permute looks it up in a table of the 16 sums that it can
  *            stand for with these activations, so that 3 instructions serve 2 or 4 codes. The tables of a row of x
  *            (k / 2 lines of 64 bytes at 2 bits) are made once a product; panels of 64 rows share each load of a table.
@@ -23,7 +24,7 @@
 enum {
     MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
     TASK_BYTES = 64 << 10,   /* of W: large against the cost of a task, small against a thread's share */
-    AHEAD = 1024             /* bytes: what the loads of a panel will need soon */
+    AHEAD = 8192             /* bytes: memory answers late; past the end it is the next weight, as often as not */
 };
 
 typedef struct {
@@ -60,11 +61,14 @@ ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values
     const ql_packed_layout *l = &g->l;
     const float *x = g->x;
     vf total[QL_GEMV_ROWS][2];
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) { total[r][0] = total[r][1] = v_zero(); }
     for (int64_t group = 0; group < l->groups; group++) {
         vf sum[QL_GEMV_ROWS][2][2];
         const uint32_t *scales = p + lane;
+#pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
             for (int v = 0; v < 2; v++) {
                 const int16_t *offsets = (const int16_t *)(const void *)(p + 32) + lane + v * VL;
                 sum[r][v][0] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
@@ -74,13 +78,15 @@ ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
         for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
-            vi w0 = vi_load(p + lane), w1 = vi_load(p + lane + VL);
-            v_fetch((const char *)(p + lane) + AHEAD);
-            v_fetch((const char *)(p + lane + VL) + AHEAD);
+            const char *bytes = (const char *)(p + lane);
+            v_prefetch(bytes + AHEAD);
+            v_prefetch(bytes + 4 * VL + AHEAD);
+            vi w0 = vi_load(bytes), w1 = vi_load(bytes + 4 * VL);
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++) {
-                vf value0 = v_table_get(values, vi_shr(w0, (unsigned)(4 * q)));
-                vf value1 = v_table_get(values, vi_shr(w1, (unsigned)(4 * q)));
+                if (q > 0 && q % 2 == 0) { w0 = vi_load(bytes + q / 2), w1 = vi_load(bytes + 4 * VL + q / 2); }
+                vf value0 = v_table_get(values, q % 2 ? vi_shr(w0, 4) : w0);
+                vf value1 = v_table_get(values, q % 2 ? vi_shr(w1, 4) : w1);
 #pragma GCC unroll 4
                 for (int r = 0; r < m; r++) {
                     vf a = v_set1(x[r * g->ldx + q]);
@@ -89,11 +95,14 @@ ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values
                 }
             }
         }
+#pragma GCC unroll 4
         for (int v = 0; v < 2; v++) {
             vf scale = v_load((const float *)(const void *)(scales + v * VL));
+#pragma GCC unroll 4
             for (int r = 0; r < m; r++) { total[r][v] = v_fma(v_add(sum[r][v][0], sum[r][v][1]), scale, total[r][v]); }
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
         store_lanes(g, r, i, total[r][0]);
         store_lanes(g, r, i + VL, total[r][1]);
@@ -126,6 +135,7 @@ static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i
     for (int64_t group = 0; group < l->groups; group++) {
         const float *scales = (const float *)(const void *)p + lane;
         vf sum[4];
+#pragma GCC unroll 4
         for (int v = 0; v < 4; v++) {
             const int16_t *offsets = (const int16_t *)(const void *)(p + 64) + lane + v * VL;
             sum[v] = l->zeros ? offset_term(g, offsets, 0, group) : v_zero();
@@ -133,20 +143,24 @@ static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i
         p += l->head;
         int64_t words = (group == l->groups - 1 ? l->last : l->blocks) * l->words;
         for (int64_t word = 0; word < words; word++, p += 64) {
+            const char *bytes = (const char *)(p + lane);
             vi codes[4];
-            for (int v = 0; v < 4; v++) {
-                codes[v] = vi_load(p + lane + v * VL);
-                v_fetch((const char *)(p + lane + v * VL) + AHEAD);
-            }
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) { v_prefetch(bytes + v * 4 * VL + AHEAD); }
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++, table += 16) {
                 v_table values = v_table_load(table);
 #pragma GCC unroll 4
-                for (int v = 0; v < 4; v++) { sum[v] = v_add(sum[v], v_table_get(values, vi_shr(codes[v], (unsigned)(4 * q)))); }
+                for (int v = 0; v < 4; v++) {
+                    if (q % 2 == 0) { codes[v] = vi_load(bytes + v * 4 * VL + q / 2); }
+                    sum[v] = v_add(sum[v], v_table_get(values, q % 2 ? vi_shr(codes[v], 4) : codes[v]));
+                }
             }
         }
+#pragma GCC unroll 4
         for (int v = 0; v < 4; v++) { total[v] = v_fma(sum[v], v_load(scales + v * VL), total[v]); }
     }
+#pragma GCC unroll 4
     for (int v = 0; v < 4; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
 }
 
@@ -211,13 +225,15 @@ ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, 
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             vf value = row_values(format, codes + a * stride, j, VL);
-            v_fetch(codes + (a + rows) * stride + j * size);
+            v_prefetch(codes + (a + rows) * stride + j * size);
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
         }
     }
+#pragma GCC unroll 4
     for (int a = 0; j < end && a < rows; a++) {
         vf value = row_values(format, codes + a * stride, j, end - j);
+#pragma GCC unroll 4
         for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load_tail(g->x + r * g->ldx + j, end - j), sum[r][a]); }
     }
 }
@@ -229,13 +245,17 @@ ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g,
     int64_t groups = g->l.groups, middle = ql_affine_symmetric_zero(w->bits);
     for (int64_t group = 0; group < groups; group++) {
         vf sum[QL_GEMV_ROWS][4];
+#pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
             for (int a = 0; a < rows; a++) { sum[r][a] = v_zero(); }
         }
         int64_t j = group * g->l.group;
         row_products(sum, g, codes, stride, j, at_most(j + g->l.group, w->k), QL_AFFINE, rows, m);
+#pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             int64_t at = (i + a) * groups + group;
+#pragma GCC unroll 4
             for (int r = 0; r < m; r++) {
                 total[r][a] = v_fma(sum[r][a], v_set1(w->scales[at]), total[r][a]);
                 if (w->zeros != NULL) {
@@ -254,7 +274,9 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
     const char *codes = (const char *)g->codes + i * stride;
     vf total[QL_GEMV_ROWS][4];
     float offset[QL_GEMV_ROWS][4] = {{0}};
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
         for (int a = 0; a < rows; a++) { total[r][a] = v_zero(); }
     }
     if (format == QL_AFFINE) {
@@ -262,7 +284,9 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
     } else {
         row_products(total, g, codes, stride, 0, w->k, format, rows, m);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             float sum = v_sum(total[r][a]), *y = g->y + r * w->n + i + a;
             if (format == QL_INT8) { sum *= QL_INT8_STEP * w->scales[i + a]; }
@@ -273,7 +297,7 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
 }
 
 ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int format, const int m) {
-    const int rows = m < 3 ? 4 : 2; /* registers */
+    const int rows = V_AVX512 || m < 3 ? 4 : 2; /* registers */
     for (; i + rows <= end; i += rows) { row_lanes(g, i, format, rows, m); }
     for (; i < end; i++) { row_lanes(g, i, format, 1, m); }
 }

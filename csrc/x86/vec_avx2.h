@@ -24,8 +24,7 @@ static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline vf v_load_tail(const float *p, int64_t n) { return _mm256_maskload_ps(p, _mm256_castps_si256(vm_first(n))); }
 static inline void v_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 static inline void v_store_tail(float *p, vf a, int64_t n) { _mm256_maskstore_ps(p, _mm256_castps_si256(vm_first(n)), a); }
-static inline void v_prefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-static inline void v_fetch(const void *p) { _mm_prefetch(p, _MM_HINT_T0); } /* any address */
+#define v_prefetch(p) __builtin_prefetch(p, 0, 3) /* gcc drops calls of a function that does nothing else */
 static inline void v_stream(float *p, vf a) { _mm256_stream_ps(p, a); } /* past the caches; p on 32 bytes */
 static inline void v_stream_end(void) { _mm_sfence(); }
 
