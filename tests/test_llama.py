@@ -5,6 +5,7 @@ import pytest
 from models import TINY, tiny_model, tiny_parts
 from reference import attention, rmsnorm, rope, swiglu
 
+import quantlab as ql
 from quantlab import _core
 from quantlab.classify import LlamaForSequenceClassification, pooled_position
 from quantlab.generate import pick
@@ -269,3 +270,20 @@ def test_sequences_are_ragged_rows():
     assert [row.tolist() for row in to_sequences([[1, 2], [3]])] == [[1, 2], [3]]
     assert to_sequences(np.array([4, 5]))[0].dtype == np.int32
     assert isinstance(tiny_model(), LlamaForCausalLM)
+
+
+def test_output_matrix_in_eight_bits():
+    """Beside the weights, not in their place: what is saved and the embedding stay as they were."""
+    model = tiny_model(tie_word_embeddings=True)
+    small = ql.LlamaForCausalLM(model.config, model.weights, model.vectors, lm_head="int8")
+    assert small.lm_head.format == "int8" and small.saved_weights() == model.saved_weights()
+    assert small.size_report()["memory"] == model.size_report()["memory"] + small.lm_head.nbytes
+    expected = ql.QuantWeight.from_float(model.lm_head.dequantize(), ql.Int8Config())
+    assert small.lm_head.equals(expected)
+    hidden = model.hidden_states([5, 9, 3])[0]
+    np.testing.assert_allclose(small.logits(hidden), hidden @ expected.dequantize().T, rtol=0, atol=1e-5)
+    again = small.replace({"model.embed_tokens": ql.QuantWeight.from_float(expected.dequantize(), ql.NF4Config())})
+    assert again.lm_head.format == "int8" and not again.lm_head.equals(expected)
+    assert small.replace({}).lm_head is small.lm_head
+    with pytest.raises(ValueError, match="lm_head: got 'int4', accepted are"):
+        ql.LlamaForCausalLM(model.config, model.weights, model.vectors, lm_head="int4")
