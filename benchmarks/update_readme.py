@@ -67,19 +67,48 @@ def lines_section(path: Path) -> str:
     return peers_section(path, records) if "peer" in records[0] else bench_section(path, records)
 
 
+def rate(record: dict[str, Any], seconds: float) -> str:
+    """What a case's facts make of its time: tokens, floating-point operations or bytes a second."""
+    if "tokens" in record:
+        return f"{record['tokens'] / seconds:,.0f} tok/s"
+    memory, compute = record.get("bytes", 0), record.get("flops", 0)
+    roof = record["roofs"]
+    if compute and compute / roof["fma_gflop_per_s"] > memory / roof["read_gb_per_s"]:
+        return f"{compute / seconds / 1e9:,.0f} GFLOP/s"
+    return f"{memory / seconds / 1e9:.1f} GB/s"
+
+
 def peers_section(path: Path, records: list[dict[str, Any]]) -> str:
-    """One line a case: both medians, and the ratio of the interleaved rounds with its spread."""
+    """One line a case and peer: both medians, and the ratio of the interleaved rounds with its spread."""
     rows = [
         [
-            record["case"], record["peer"], f"{1e3 * record['quantlab_s']['median']:.1f}",
-            f"{1e3 * record['peer_s']['median']:.1f}",
+            record["case"], record["peer"], str(record["threads"]), f"{1e3 * record['quantlab_s']['median']:.2f}",
+            f"{1e3 * record['peer_s']['median']:.2f}", rate(record, record["quantlab_s"]["median"]),
             "{median:.2f} ({min:.2f} to {max:.2f})".format(**record["ratio"]), str(record["rounds"]),
         ]
         for record in records
     ]  # fmt: skip
-    header = ["case", "peer", "quantlab, ms", "peer, ms", "times faster (least to largest)", "rounds"]
-    machine = f"{records[0]['threads']} threads, {records[0]['isa']}"
-    return f"### Beside the peers: {machine}\n\n{markdown_table(header, rows)}\n\nFrom `{path.relative_to(ROOT)}`."
+    header = [
+        "case",
+        "peer",
+        "threads",
+        "quantlab, ms",
+        "peer, ms",
+        "quantlab",
+        "times faster (least to largest)",
+        "rounds",
+    ]
+    roofs = {record["threads"]: record["roofs"] for record in records}
+    measured = "; ".join(
+        f"{threads} thread{'s' * (threads > 1)}: {roof['read_gb_per_s']:.1f} GB/s read, "
+        f"{roof['fma_gflop_per_s']:.0f} GFLOP/s in float32"
+        for threads, roof in sorted(roofs.items())
+    )
+    table = markdown_table(header, rows)
+    return (
+        f"### Beside the peers: {records[0]['isa']}\n\n{table}\n\n"
+        f"Roofs in the same run: {measured}. From `{path.relative_to(ROOT)}`."
+    )
 
 
 def bench_section(path: Path, records: list[dict[str, Any]]) -> str:

@@ -72,11 +72,19 @@ def test_recorded_lines_become_tables(tmp_path, monkeypatch):
     kernel |= {"gb_per_s": 2.0, "roof_percent": 50.0, "roof": "memory", "machine": "it", "threads": 2, "commit": "abc"}
     quality = {"variant": "gptq-4", "model": "demo", "calibration": {"rows": 32, "tokens": 512}, "context": 512}
     quality |= {"threads": 2, "quantize_s": 9.0, "perplexity": {"test": {"ppl": 12.25}}, "bytes": 1_500_000}
+    peer = {"case": "prompt", "peer": "it", "threads": 2, "isa": "amx", "rounds": 5, "tokens": 100}
+    peer |= {"quantlab_s": {"median": 0.5}, "peer_s": {"median": 1.0}, "ratio": {"median": 2.0, "min": 1.5, "max": 2.5}}
+    peer["roofs"] = {"read_gb_per_s": 10.0, "fma_gflop_per_s": 100.0}
+    product = {**peer, "case": "linear", "flops": 10**9, "bytes": 10**6}
+    del product["tokens"]
+    (tmp_path / "peers.jsonl").write_text(f"{json.dumps(peer)}\n{json.dumps(product)}\n")
     (tmp_path / "cpu.jsonl").write_text(json.dumps(kernel) + "\n")
     (tmp_path / "quality.jsonl").write_text(json.dumps(quality) + "\n")
     section = update_readme.results_section(tmp_path)
     assert "| linear | nf4 | m1 n2 k3 | avx2 | 1.000 | 2.0 | 50 (memory) |" in section
     assert "| gptq-4 | 12.25 | 1.5 | 9.0 |" in section
+    assert "| prompt | it | 2 | 500.00 | 1000.00 | 200 tok/s | 2.00 (1.50 to 2.50) | 5 |" in section
+    assert "| linear | it | 2 | 500.00 | 1000.00 | 2 GFLOP/s | 2.00 (1.50 to 2.50) | 5 |" in section
     text = f"a\n{update_readme.BEGIN}\nold\n{update_readme.END}\nb\n"
     once = update_readme.updated(text, section)
     assert "old" not in once and update_readme.updated(once, section) == once
