@@ -248,11 +248,13 @@ def cases(op: str, models: Iterable[Sizes] = MODELS) -> list[Case]:
 
 @dataclass(frozen=True)
 class Roofs:
-    """What this machine reaches with the ISA and threads in use: bytes/s read and copied, operations/s in registers."""
+    """What this machine reaches with the ISA and threads in use: bytes/s read and copied, operations/s in registers:
+    float32, and bfloat16 tiles (without AMX: float32)."""
 
     read: float
     copy: float
     fma: float
+    tile: float
 
 
 @lru_cache
@@ -260,11 +262,12 @@ def _roofs(isa: str, threads: int) -> Roofs:
     x, out = np.ones(COPY_BYTES // 4, np.float32), np.empty(COPY_BYTES // 4, np.float32)
     _core.roof_copy(out, x)  # touches the pages
     rounds = 20_000
-    flops = _core.roof_fma(8 * threads, rounds)
+    flops, tile_flops = _core.roof_fma(8 * threads, rounds), _core.roof_tile(8 * threads, rounds)
     return Roofs(
         read=x.nbytes / min(_seconds(lambda: _core.roof_read(x)) for _ in range(9)),
         copy=2 * x.nbytes / min(_seconds(lambda: _core.roof_copy(out, x)) for _ in range(9)),
         fma=flops / min(_seconds(lambda: _core.roof_fma(8 * threads, rounds)) for _ in range(9)),
+        tile=tile_flops / min(_seconds(lambda: _core.roof_tile(8 * threads, rounds)) for _ in range(9)),
     )
 
 
@@ -324,10 +327,16 @@ def flush_caches() -> None:
     _core.roof_read(_flush_buffer())
 
 
+def limits(case: Case) -> tuple[float, float]:
+    """Seconds that memory and computation need at least for a case."""
+    roof = roofs()
+    return case.nbytes / roof.read, case.flops / (roof.tile if variant(case) == "amx" else roof.fma)
+
+
 def is_cold(case: Case) -> bool:
     """Cases that memory limits are measured with their arrays out of the caches, as a model's next layer finds them."""
-    limits = roofs()
-    return case.nbytes / limits.read > case.flops / limits.fma
+    memory, compute = limits(case)
+    return memory > compute
 
 
 def repeats(case: Case) -> int:
@@ -356,8 +365,7 @@ def variant(case: Case) -> str:
 def record(case: Case, samples: Sequence[float], error: float | None) -> dict[str, Any]:
     """One JSON line: see the head of this file."""
     p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
-    limits = roofs()
-    memory, compute = case.nbytes / limits.read, case.flops / limits.fma
+    memory, compute = limits(case)
     return {
         **environment(),
         "op": case.op,

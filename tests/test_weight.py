@@ -211,7 +211,7 @@ def test_linear(config, isa, rng):
             y = ql.linear(x, w)
         dense = w.dequantize().astype(np.float64)
         assert y.shape == (*shape[:-1], 19) and y.dtype == np.float32
-        error = 3 * 2.0**-16 if isa == "amx" else 1e-6  # two bfloat16 parts of x and of w
+        error = 2.1 * 2.0**-16 if isa == "amx" else 1e-6  # two bfloat16 parts of x and of w
         bound = error * (np.abs(x.astype(np.float64)) @ np.abs(dense).T)
         assert (np.abs(y - x.astype(np.float64) @ dense.T) <= bound + 1e-30).all()
 

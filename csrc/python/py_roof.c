@@ -21,8 +21,7 @@ static roof_table selected_roof(void) {
     return (roof_table){ql_roof_fma_scalar, ql_roof_read_scalar, ql_roof_copy_scalar};
 }
 
-static PyObject *roof_fma(PyObject *self, PyObject *arguments) {
-    (void)self;
+static PyObject *count_operations(PyObject *arguments, int64_t (*run)(int64_t tasks, int64_t rounds)) {
     long long tasks, rounds;
     if (!PyArg_ParseTuple(arguments, "LL", &tasks, &rounds)) { return NULL; }
     if (tasks < 1 || rounds < 1 || tasks > 1000000 || rounds > 1000000000) {
@@ -31,9 +30,23 @@ static PyObject *roof_fma(PyObject *self, PyObject *arguments) {
     int64_t flops = 0;
     int stopped;
     QL_CALL_BEGIN
-    flops = selected_roof().fma(tasks, rounds);
+    flops = run(tasks, rounds);
     QL_CALL_END(stopped)
     return stopped ? NULL : PyLong_FromLongLong(flops);
+}
+
+static PyObject *roof_fma(PyObject *self, PyObject *arguments) {
+    (void)self;
+    return count_operations(arguments, selected_roof().fma);
+}
+
+/* bfloat16 products: of tiles where the selected ISA has them, else there is nothing faster than float32 */
+static PyObject *roof_tile(PyObject *self, PyObject *arguments) {
+    (void)self;
+#ifdef QL_BUILT_AMX
+    if (ql_isa_selected() >= QL_ISA_AMX) { return count_operations(arguments, ql_roof_tile_amx); }
+#endif
+    return count_operations(arguments, selected_roof().fma);
 }
 
 static PyObject *roof_read(PyObject *self, PyObject *object) {
@@ -65,6 +78,7 @@ static PyObject *roof_copy(PyObject *self, PyObject *arguments) {
 
 static PyMethodDef methods[] = {
     {"roof_fma", roof_fma, METH_VARARGS, "roof_fma(tasks, rounds) -> floating-point operations done, all of them in registers"},
+    {"roof_tile", roof_tile, METH_VARARGS, "roof_tile(tasks, rounds): the same for bfloat16 tiles; without AMX, roof_fma"},
     {"roof_read", roof_read, METH_O, "roof_read(x (count,)): loads every element once"},
     {"roof_copy", roof_copy, METH_VARARGS, "roof_copy(out, x (count,)) -> out = x, past the caches where the ISA can"},
     {NULL, NULL, 0, NULL},

@@ -81,29 +81,56 @@ static inline __m512i group_table(const decoder *d, int64_t g) {
 
 static inline __mmask32 first_words(int64_t count) { return (__mmask32)((1ull << at_most(count, SIDE)) - 1); }
 
+/* the values of 32 codes */
+static inline __m512i look_up(__m128i codes, const code_layout *layout, __m512i table) {
+    __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), layout->pick);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(index, layout->shift), table);
+}
+
 static void decode_by_table(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const ql_weight *w = d->w;
     int64_t row_bytes = w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k / 2;
-    int64_t group = j0 / w->group, first_group = i * ql_groups_per_row(w), offset = j0 / SIDE * d->layout.bytes;
+    const code_layout layout = d->layout;
+    const int64_t bytes = layout.bytes;
+    int64_t group = j0 / w->group, first_group = i * ql_groups_per_row(w), offset = j0 / SIDE * bytes;
     const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
     for (int64_t j = j0; j < j1; group++) {
         int64_t end = at_most((group + 1) * w->group, j1);
         __m512i table = group_table(d, first_group + group);
-        for (; j < end; j += SIDE, out += SIDE, offset += d->layout.bytes) {
-            int64_t left = row_bytes - offset;
-            __m128i codes = left >= 16 ? _mm_loadu_si128((const __m128i *)(const void *)(row + offset))
-                                       : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), row + offset);
-            __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), d->layout.pick);
-            index = _mm512_srlv_epi16(index, d->layout.shift);
-            _mm512_storeu_si512(out, _mm512_maskz_permutexvar_epi16(first_words(end - j), index, table));
+        for (; j + SIDE <= end && offset + 16 <= row_bytes; j += SIDE, out += SIDE, offset += bytes) {
+            __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)(row + offset));
+            _mm512_storeu_si512(out, look_up(codes, &layout, table));
+        }
+        for (; j < end; j += SIDE, out += SIDE, offset += bytes) { /* the end of a row */
+            __m128i codes = _mm_maskz_loadu_epi8((__mmask16)((1u << at_most(row_bytes - offset, 16)) - 1), row + offset);
+            _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(first_words(end - j), look_up(codes, &layout, table)));
         }
     }
 }
 
-static inline vf byte_values(const ql_weight *w, __m128i bytes, int64_t g) {
-    if (w->format == QL_INT8) { return v_mul(v_mul(vi_to_vf(_mm512_cvtepi8_epi32(bytes)), v_set1(QL_INT8_STEP)), v_set1(w->scales[g])); }
+/* how a group of 8-bit codes is scaled: (code ^ flip) - offset, then times step (int8 has it), then times scale */
+typedef struct {
+    __m256i flip;
+    vi offset;
+    vf step, scale;
+    int has_step;
+} byte_scale;
+
+static inline byte_scale byte_scale_of(const ql_weight *w, int64_t g) {
+    int is_int8 = w->format == QL_INT8;
     int32_t zero = w->zeros != NULL ? w->zeros[g] : (int32_t)ql_affine_symmetric_zero(8);
-    return v_mul(vi_to_vf(vi_sub(_mm512_cvtepu8_epi32(bytes), vi_set1(zero))), v_set1(w->scales[g]));
+    return (byte_scale){_mm256_set1_epi8((char)(is_int8 ? -128 : 0)), vi_set1(is_int8 ? 128 : zero), v_set1(QL_INT8_STEP),
+                        v_set1(w->scales[g]), is_int8};
+}
+
+static inline vf scale_half(__m128i bytes, const byte_scale *s) {
+    vf value = vi_to_vf(vi_sub(_mm512_cvtepu8_epi32(bytes), s->offset));
+    return v_mul(s->has_step ? v_mul(value, s->step) : value, s->scale);
+}
+
+static inline __m512i scale_bytes(__m256i codes, const byte_scale *s) {
+    codes = _mm256_xor_si256(codes, s->flip);
+    return to_bf16(scale_half(_mm256_castsi256_si128(codes), s), scale_half(_mm256_extracti128_si256(codes, 1), s));
 }
 
 static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
@@ -114,19 +141,24 @@ static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j
     const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
     for (int64_t j = j0; j < j1; group++) {
         int64_t end = at_most((group + 1) * width, j1);
-        for (; j < end; j += SIDE, out += SIDE) {
+        byte_scale s = byte_scale_of(w, first_group + group);
+        for (; j + SIDE <= end; j += SIDE, out += SIDE) {
+            _mm512_storeu_si512(out, scale_bytes(_mm256_loadu_si256((const __m256i *)(const void *)(row + j)), &s));
+        }
+        if (j < end) {
             __mmask32 lanes = first_words(end - j);
-            __m256i codes = _mm256_maskz_loadu_epi8(lanes, row + j);
-            vf low = byte_values(w, _mm256_castsi256_si128(codes), first_group + group);
-            vf high = byte_values(w, _mm256_extracti128_si256(codes, 1), first_group + group);
-            _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(lanes, to_bf16(low, high)));
+            __m512i values = scale_bytes(_mm256_maskz_loadu_epi8(lanes, row + j), &s);
+            _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(lanes, values));
+            j = end;
         }
     }
 }
 
 static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const uint16_t *row = (const uint16_t *)d->w->codes + i * d->w->k;
-    for (int64_t j = j0; j < j1; j += SIDE, out += SIDE) {
+    int64_t j = j0;
+    for (; d->way == BY_BF16 && j + SIDE <= j1; j += SIDE, out += SIDE) { _mm512_storeu_si512(out, _mm512_loadu_si512(row + j)); }
+    for (; j < j1; j += SIDE, out += SIDE) {
         __m512i halves = _mm512_maskz_loadu_epi16(first_words(j1 - j), row + j);
         if (d->way == BY_F16) {
             halves = to_bf16(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
@@ -137,9 +169,9 @@ static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, 
 
 /* any format; low: what rounding left over, or NULL */
 static void decode_by_float(uint16_t *out, uint16_t *low, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
-    alignas(64) float values[BLOCK_STEPS];
+    alignas(64) float values[SHORT_K];
     int64_t count = j1 - j0;
-    ql_decode_forward_avx512(values, BLOCK_STEPS, w, i, i + 1, j0, j1);
+    ql_decode_forward_avx512(values, SHORT_K, w, i, i + 1, j0, j1);
     memset(values + count, 0, (size_t)(round_up(count, SIDE) - count) * sizeof *values);
     for (int64_t j = 0; j < count; j += SIDE) {
         vf first = v_load(values + j), second = v_load(values + j + VL);
@@ -149,13 +181,23 @@ static void decode_by_float(uint16_t *out, uint16_t *low, const ql_weight *w, in
     }
 }
 
-/* stored row i, columns [j0, j1), at most BLOCK_STEPS, j0 a multiple of 32; zeros up to the next multiple of 32 */
+/* stored row i, columns [j0, j1), at most SHORT_K, j0 a multiple of 32; zeros up to the next multiple of 32 */
 static void decode_row(uint16_t *out, uint16_t *low, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     switch (d->way) {
     case BY_FLOAT: decode_by_float(out, low, d->w, i, j0, j1); break;
     case BY_TABLE: decode_by_table(out, d, i, j0, j1); break;
     case BY_BYTE: decode_by_byte(out, d, i, j0, j1); break;
     case BY_F16: case BY_BF16: decode_half(out, d, i, j0, j1); break;
+    }
+}
+
+/* asks for the codes of rows [i0, i1), columns [j0, j1): short pieces of rows are not foreseen by the processor */
+static void fetch_codes(const ql_weight *w, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    int64_t bits = w->format == QL_NF4 || w->format == QL_FP4 ? 4 : w->bits;
+    int64_t row_bits = w->format == QL_AFFINE ? 32 * ql_words_per_row(w->k, w->bits) : w->k * bits;
+    for (int64_t i = i0; i < i1; i++) {
+        const char *row = (const char *)w->codes + i * row_bits / 8;
+        for (int64_t byte = j0 * bits / 8; byte < j1 * bits / 8; byte += 64) { _mm_prefetch(row + byte, _MM_HINT_T1); }
     }
 }
 

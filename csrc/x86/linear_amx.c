@@ -38,7 +38,7 @@ static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, 
     pack_rows(panel, g, NULL, i, k0, k1, plane);
 }
 
-enum { LD_ROWS = BLOCK_STEPS + SIDE };
+enum { LD_ROWS = SHORT_K + SIDE };
 
 /* b = W^T: 16 rows of W at a time are decoded, then their pairs of steps are transposed */
 static void pack_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
@@ -47,6 +47,8 @@ static void pack_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int
     int64_t steps = k1 - k0, plane = plane_size(steps);
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
+        if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
+        fetch_codes(d->w, j, j + count, k1, at_most(k1 + steps, g->k)); /* the next block */
         if (count < 16) { memset(rows, 0, sizeof rows); }
         for (int64_t r = 0; r < count; r++) {
             decode_row(rows[0] + r * LD_ROWS, g->b_planes > 1 ? rows[1] + r * LD_ROWS : NULL, d, j + r, k0, k1);

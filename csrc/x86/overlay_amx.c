@@ -2,6 +2,7 @@
 #include "overlay.h"
 
 void ql_overlay_amx(ql_backend *table) {
+    table->gram_forward = ql_gram_forward_amx;
     for (int f = 0; f < QL_FORMAT_COUNT; f++) {
         if (f == QL_F32) { continue; }
         table->linear_forward[f] = ql_linear_forward_amx;

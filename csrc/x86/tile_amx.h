@@ -2,7 +2,8 @@
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
  * two steps of a pair side by side. An operand has one plane, its values as bf16, or two, high and low, with high + low the
- * value to 2^-16; then c = high high + low high + high low. All tiles beyond an edge are filled with zeros.
+ * value to 2^-16; then every plane of a meets every plane of b: what low low adds is small, but on the diagonal of a^T a it has
+ * one sign. All tiles beyond an edge are filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
  *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache
@@ -16,6 +17,7 @@
 #define QL_TILE_AMX_H
 
 #include "../quantlab.h"
+#include "config_amx.h"
 #include "vec_avx512.h"
 
 #include <stdatomic.h>
@@ -24,13 +26,15 @@
 enum {
     SIDE = 32,                /* rows, columns and steps of a 2 x 2 of tiles */
     TILE = 512,               /* bf16 elements of a tile */
-    BLOCK_STEPS = 512,        /* steps of k in a block, all planes together */
-    MAX_WIDTH = 256,          /* columns of a task */
-    MAX_CHUNK = 1024,         /* rows of a task: its sums are at most 1 MiB */
+    BLOCK_STEPS = 256,        /* steps of k in a block, all planes together: 32 rows and 32 columns fit the first-level cache */
+    SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
+    MAX_WIDTH = 512,          /* columns of a task */
+    MAX_SUMS = 512 * 512,     /* of a task, 1 MiB; also bounds its rows times its columns */
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
-    BLOCK_SIZE = MAX_WIDTH * BLOCK_STEPS,
-    QUAD = SIDE * SIDE        /* sums of 2 x 2 tiles */
+    BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
+    QUAD = SIDE * SIDE,       /* sums of 2 x 2 tiles */
+    FETCH = 4                 /* cache lines of the next rows of a to fetch for each 32 steps */
 };
 
 typedef struct tile_gemm tile_gemm;
@@ -50,6 +54,7 @@ struct tile_gemm {
     int64_t m, n, k;
     /* filled by tile_gemm_run */
     int64_t i0, i1;         /* the rows of this pass */
+    int planes;             /* the larger of both */
     int64_t block_k;        /* steps of a block of k, a multiple of 32 */
     int64_t chunk, width;
     uint16_t *packed_a;
@@ -98,33 +103,34 @@ static inline void transpose_tile(uint16_t *tile, const uint16_t *rows, int64_t 
 
 /* ---- the 2 x 2 tiles ------------------------------------------------------------------------------------------- */
 
-/* gcc 12's tile intrinsics do not tell the compiler that they read and write memory */
-#define MEMORY_BARRIER() __asm__ volatile("" : : : "memory")
-
 typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
+    const uint16_t *a, *b;
+    int64_t steps, plane; /* elements between the planes of an operand */
+    int a_planes, b_planes;
+    const float *before;  /* 2 x 2 tiles to add to, or NULL */
+    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
+    int64_t ld, down, right;
+    const char *fetch, *fetch_end; /* memory that is needed soon */
+    const char *line;              /* and the lines of c, `line_ld` bytes apart, `lines` of them */
+    int64_t line_ld, lines;
+} quad;
 
-/* *before = what the thread had: llama.cpp configures its tiles once a thread and would meet an illegal instruction */
-static void configure_tiles(tile_config *before) {
-    tile_config config = {.palette = 1};
-    _tile_storeconfig(before);
-    for (int t = 0; t < 8; t++) { config.row_bytes[t] = 64, config.rows[t] = 16; }
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* the intrinsic claims to read 8 bytes only */
-    _tile_loadconfig(&config);
-}
-
-static void restore_tiles(const tile_config *before) {
-    MEMORY_BARRIER();
-    _tile_loadconfig(before); /* releases the tiles where there was no configuration */
+/* asks for a few lines of memory; called between tile products, which take much longer */
+static inline __attribute__((always_inline)) void fetch(quad *q) {
+    if (q->fetch < q->fetch_end) {
+        for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
+        q->fetch += 64 * FETCH;
+    }
+    for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
+        __builtin_prefetch(q->line, 1);
+        __builtin_prefetch(q->line + 64, 1);
+    }
 }
 
 /* sums (2 x 2 tiles of 16 x 16) = or += the products of `steps` / 32 tiles of a and b: tiles 4, 5 of a, 6, 7 of b */
-static inline __attribute__((always_inline)) void multiply_plane(const uint16_t *a, const uint16_t *b, int64_t steps,
+static inline __attribute__((always_inline)) void multiply_plane(quad *q, const uint16_t *a, const uint16_t *b,
                                                                  const int rows, const int columns) {
-    for (int64_t s = 0; s < steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
         _tile_loadd(6, b, 64);
         _tile_loadd(4, a, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -137,19 +143,11 @@ static inline __attribute__((always_inline)) void multiply_plane(const uint16_t 
             _tile_dpbf16ps(2, 5, 6);
             if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
         }
+        fetch(q);
     }
 }
 
-typedef struct {
-    const uint16_t *a, *b;
-    int64_t steps, plane; /* elements between the planes of an operand */
-    int a_planes, b_planes;
-    const float *before;  /* 2 x 2 tiles to add to, or NULL */
-    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
-    int64_t ld, down, right;
-} quad;
-
-static inline __attribute__((always_inline)) void multiply_tiles(const quad *q, const int rows, const int columns) {
+static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const int rows, const int columns) {
     if (q->before == NULL) {
         _tile_zero(0);
         _tile_zero(1);
@@ -161,9 +159,9 @@ static inline __attribute__((always_inline)) void multiply_tiles(const quad *q, 
         if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
         if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
     }
-    multiply_plane(q->a, q->b, q->steps, rows, columns);
-    if (q->a_planes > 1) { multiply_plane(q->a + q->plane, q->b, q->steps, rows, columns); }
-    if (q->b_planes > 1) { multiply_plane(q->a, q->b + q->plane, q->steps, rows, columns); }
+    for (int pb = 0; pb < q->b_planes; pb++) {
+        for (int pa = 0; pa < q->a_planes; pa++) { multiply_plane(q, q->a + pa * q->plane, q->b + pb * q->plane, rows, columns); }
+    }
     int64_t stride = q->ld * (int64_t)sizeof(float);
     _tile_stored(0, q->after, stride);
     if (columns > 1) { _tile_stored(1, q->after + q->right, stride); }
@@ -171,7 +169,7 @@ static inline __attribute__((always_inline)) void multiply_tiles(const quad *q, 
     if (rows > 1 && columns > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
 }
 
-static void multiply_quad(const quad *q, int rows, int columns) {
+static void multiply_quad(quad *q, int rows, int columns) {
     MEMORY_BARRIER();
     if (rows > 1 && columns > 1) {
         multiply_tiles(q, 2, 2);
@@ -234,6 +232,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
     quad q = {.a = panel_at(packed_block(g, k0), (i - g->i0) / SIDE, g->a_planes, steps), .steps = steps,
               .plane = plane_size(steps), .a_planes = g->a_planes, .b_planes = g->b_planes};
+    q.fetch = (const char *)(q.a + g->a_planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->a_planes * q.plane);
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
@@ -241,6 +240,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
         q.before = k0 > 0 ? sums : NULL;
         if (k1 == g->k && inside) {
             q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
+            q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
         } else {
             q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
         }
@@ -289,8 +289,9 @@ static double balance(const tile_gemm *g, int64_t threads) {
 
 static void choose_tasks(tile_gemm *g, int64_t threads) {
     const double enough = 0.9;
-    g->width = round_up(pieces(g->n, pieces(g->n, MAX_WIDTH)), SIDE);
-    g->chunk = round_up(pieces(g->i1 - g->i0, pieces(g->i1 - g->i0, MAX_CHUNK)), SIDE);
+    int64_t rows = g->i1 - g->i0, most = rows <= MAX_SUMS / MAX_WIDTH && g->planes * g->block_k <= BLOCK_STEPS ? MAX_WIDTH : MAX_WIDTH / 2;
+    g->width = round_up(pieces(g->n, pieces(g->n, most)), SIDE);
+    g->chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
     while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
     while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = round_up(pieces(g->chunk, 2), SIDE); }
     while (balance(g, threads) < enough && g->width > SIDE) { g->width -= SIDE; }
@@ -299,12 +300,13 @@ static void choose_tasks(tile_gemm *g, int64_t threads) {
 /* 0: no memory for the packed operands, nothing is written */
 static int tile_gemm_run(tile_gemm *g) {
     if (g->m < 1 || g->n < 1) { return 1; }
-    int planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
+    g->planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
     g->workers = ql_threads();
-    g->block_k = round_up(pieces(g->k, pieces(g->k, BLOCK_STEPS / planes)), SIDE);
-    int64_t pass = at_most(g->m, PASS_ROWS), blocks = pieces(g->k, g->block_k);
+    int64_t most = g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS;
+    g->block_k = round_up(pieces(g->k, pieces(g->k, most / g->planes)), SIDE);
+    int64_t pass = at_most(g->m, PASS_ROWS);
     int64_t a_size = round_up(pass, SIDE) * round_up(g->k, SIDE) * g->a_planes;
-    g->sums_size = blocks > 1 ? round_up(at_most(pass, MAX_CHUNK), SIDE) * MAX_WIDTH : MAX_WIDTH * SIDE;
+    g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
     int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */
     char *memory = ql_scratch((size_t)(a_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
                               (size_t)(g->workers * g->sums_size) * sizeof *g->sums + (size_t)busy_size * sizeof *g->busy);
