@@ -221,11 +221,12 @@ ALWAYS_INLINE vf row_values(const int format, const char *row, int64_t j, int64_
 ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, int64_t end,
                                 const int format, const int rows, const int m) {
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
+    const int64_t ahead = rows * stride > AHEAD ? rows * stride : AHEAD; /* rows lie one after another */
     for (; j + VL <= end; j += VL) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             vf value = row_values(format, codes + a * stride, j, VL);
-            v_prefetch(codes + (a + rows) * stride + j * size);
+            v_prefetch(codes + a * stride + j * size + ahead);
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
         }
