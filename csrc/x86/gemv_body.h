@@ -205,7 +205,7 @@ ALWAYS_INLINE vf row_values(const int format, const char *row, int64_t j, int64_
     const char *p = row + j * size;
     if (count < VL) {
         if (format == QL_AFFINE) { memset(some, 128, VL); } /* the code of 0 */
-        memcpy(some, p, (size_t)(count * size));
+        memcpy(some, p, count > 0 ? (size_t)(count * size) : 0);
         p = some;
     }
     switch (format) {
