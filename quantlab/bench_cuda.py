@@ -166,8 +166,8 @@ def seconds_of(run: Callable[[], Any], samples: int = SAMPLES) -> list[float]:
 
 
 def model(format: str) -> list[Record]:
-    """Forward passes to each row's last hidden state, and greedy generation of 128 tokens after 32: seconds a step,
-    prompts left out. gb_per_s counts the layers' weights once."""
+    """Forward passes to each row's last hidden state (tweets one at a time: seconds a tweet), and greedy generation of
+    128 tokens after 32: seconds a step, prompts left out. gb_per_s counts the layers' weights once."""
     llama = build_model(format)
     nbytes = sum(w.nbytes for name, w in llama.weights.items() if name.startswith("model.layers"))
     matrices = sum(w.shape[0] * w.shape[1] for name, w in llama.weights.items() if name.startswith("model.layers"))
@@ -184,6 +184,9 @@ def model(format: str) -> list[Record]:
     tokens = sum(map(len, rows))
     one = record("model_tweets", format, f"{len(rows)} rows", samples, nbytes, 2 * tokens * matrices, read)
     found.append({**one, "tokens_per_s": tokens / one["median_s"]})
+    few = rows[:512]
+    samples = [s / len(few) for s in seconds_of(lambda: [predict(llama, [row]) for row in few], 3)]
+    found.append(record("model_tweets", format, "1 row at a time", samples, nbytes, 0, read))
     for b in (1, 8, 32):
         samples = steps_of(llama, [ids[i, :32] for i in range(b)], 128)
         one = record("model_generate", format, f"b{b}", samples, nbytes, 2 * b * matrices, read)
