@@ -105,6 +105,13 @@ typedef struct {
     int64_t lda, count;
 } ql_gptq_steps;
 
+/* what a step of AdamW (Loshchilov and Hutter 2019) takes beside its arrays */
+typedef struct {
+    float lr, beta1, beta2, eps, weight_decay;
+    float correction1, correction2; /* 1 - beta1^t, 1 - beta2^t of step t, from 1 */
+    float max_norm;                 /* gradients longer than it are scaled down to it; 0: they are taken as they are */
+} ql_adamw_step;
+
 /* ---- ops --------------------------------------------------------------------------------------------------- */
 
 /* One line an op: name, parameters. Each is void: arguments are validated above (model, python). */
@@ -133,7 +140,7 @@ typedef struct {
     X(gather_rows_forward, (float *out, const float *x, const int32_t *rows, int64_t t, int64_t c))                     \
     /* tokens[i] = a choice from row i of logits (b, v). temperature 0: the largest, the first of equals. Else a draw   \
      * from softmax(logits / temperature) over the top_k largest (0: all), of them the smallest set of largest with a   \
-     * share of at least top_p; what equals the last of a set belongs to it. The draw walks the set in order of index  \
+     * share of at least top_p; what equals the last of a set belongs to it. The draw walks the set in order of index   \
      * until its share passes ql_uniform(seed, streams[i], step[0]) (core/random.h); streams (b,), step (1,) */         \
     X(sample_forward, (int32_t *tokens, const float *logits, const int32_t *streams, const int64_t *step, int64_t b,    \
                        int64_t v, float temperature, int64_t top_k, float top_p, uint64_t seed))                        \
@@ -145,6 +152,27 @@ typedef struct {
      * NULL is set to softmax - onehot (0 in ignored rows) */                                                           \
     X(cross_entropy_forward,                                                                                            \
       (float *loss, float *dlogits, const float *logits, const int32_t *targets, int64_t t, int64_t v))                 \
+    /* dx (t, c) = the gradient of x from dy, that of out, or += where accumulate is set; dx may be dy */               \
+    X(rmsnorm_backward, (float *dx, const float *dy, const float *x, const float *gain, const float *inv_rms,           \
+                         int64_t t, int64_t c, int accumulate))                                                         \
+    /* dq, dk, dv = the gradients of q, k, v from dout (t, hq, d); out and lse are those of attention_forward. Rows of  \
+     * no sequence are left as they are; no key row may belong to two sequences */                                      \
+    X(attention_backward, (float *dq, float *dk, float *dv, const float *dout, const float *q, const float *k,          \
+                           const float *v, const float *out, const float *lse, const int64_t *q_start,                  \
+                           const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv,          \
+                           int64_t d, float scale))                                                                     \
+    /* dgate, dup = the gradients of gate, up from dy; each may be any of the inputs */                                 \
+    X(swiglu_backward, (float *dgate, float *dup, const float *dy, const float *gate, const float *up, int64_t count))  \
+    /* out[i] = x[i] / (1 - p) where ql_uniform(seed, stream, i) >= p, else 0 (Srivastava et al. 2014); out may be x */ \
+    X(dropout_forward, (float *out, const float *x, int64_t count, float p, uint64_t seed, int64_t stream))             \
+    /* x *= factor, count elements */                                                                                   \
+    X(scale_forward, (float *x, float factor, int64_t count))                                                           \
+    /* sum (1,) = the sum of x[i]^2 */                                                                                  \
+    X(square_sum_forward, (double *sum, const float *x, int64_t count))                                                 \
+    /* a step of AdamW on w with gradient g and moments m, v (count,). squares (1,): the sum of g's squares, or that of \
+     * a larger g which this is a part of; where it is not finite nothing changes */                                    \
+    X(adamw_forward, (float *w, float *m, float *v, const float *g, const double *squares, int64_t count,               \
+                      const ql_adamw_step *s))                                                                          \
     /* h += a^T b; a (t, ka), b (t, kb), h (ka, kb). lower: only elements with row >= column are written (ka == kb) */  \
     X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))           \
     /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: GPTQ's error feedback */          \
