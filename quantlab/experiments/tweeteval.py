@@ -8,21 +8,19 @@ any moment.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from quantlab.cuda import device_number
 from quantlab.io.datasets import TASKS
 
+from . import study
 from .data import Examples, fingerprint, load_examples
-from .record import Cell, RecordError, Run, cell_id, key_of, read_json
+from .record import key_of
 from .stages import Stages
-from .tracking import event_sink
-from .variants import Variant, parse_variant
+from .study import Job, Outcome, StudyConfig, StudyError, Tell, check_counts, text_of
 
 EXPERIMENT = "tweeteval"
 SELECTION = ("variants", "wandb", "keep_models", "local_files_only")  # may differ between the runs of one directory
@@ -44,22 +42,27 @@ SEED_VARIANTS = ("fp32", "gptq-8", "gptq-4", "gptq-3")
 
 
 @dataclass(frozen=True)
-class TweetEvalConfig:
-    """Settings of the study. `preset()` gives the two sets of defaults, `from_dict` reads a file's content."""
+class TweetEvalConfig(StudyConfig):
+    """Settings of the study.
 
-    preset: str = "corrected"
-    model: str = "demo"  # directory, .gguf file, hub id or "demo"
+    The preset "corrected" evaluates batches sorted by length and calibrates on the task's text. "seed" has the
+    published study's own settings where they are known: an fp32 base, GPTQ at 8, 4 and 3 bits, group 128, damping 0.1,
+    symmetric, no activation order, 128 rows of up to 4,028 tokens, one tweet at a time, Spain's carbon factor. Its
+    calibration text (c4) is replaced by what is at hand.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "corrected": {},
+        "seed": {
+            "variants": SEED_VARIANTS, "group_size": 128, "damp_percent": 0.1, "calibration_rows": 128,
+            "calibration_length": 4028, "one_at_a_time": True, "country": "ESP", "perplexity_text": None,
+        },
+    }  # fmt: skip
+    CELLS: ClassVar[str] = "variants"
+
     task: str = "demo"  # "demo", or a TweetEval task: emoji emotion hate irony offensive sentiment stance_*
     data_root: str | None = None  # folder of the data set; None looks where quantlab.io.datasets looks
     variants: tuple[str, ...] = CORRECTED_VARIANTS
-    # GPTQ and RTN
-    group_size: int = 64
-    sym: bool = True
-    desc_act: bool = False
-    damp_percent: float = 0.01
-    calibration: str = "task"  # "task": the training tweets; or a text file
-    calibration_rows: int = 32
-    calibration_length: int = 512  # tokens a row
     # examples: None takes all
     train_limit: int | None = None
     val_limit: int | None = None
@@ -74,100 +77,24 @@ class TweetEvalConfig:
     batch_tokens: int = 4096
     timing_tweets: int = 64  # a sample of the test tweets, timed again and again
     timing_repeats: int = 10
-    perplexity_text: str | None = "task"  # None; "task": the test tweets joined by line breaks; or a text file
-    perplexity_context: int = 512
-    perplexity_tokens: int | None = 16_384
-    # energy
-    energy: bool = True
-    country: str = "ESP"
-    intensity_g_kwh: float | None = None
-    # the rest
-    seed: int = 0
-    keep_models: bool = False  # save each quantized model under models/
-    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N; quantization is on the CPU
-    local_files_only: bool = False
-    wandb: str = "off"  # off, offline, online: needs the extra `wandb`
+    perplexity_text: str | None = "task"  # "task": the test tweets joined by line breaks
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "variants", tuple(dict.fromkeys(self.variants)))
-        check_config(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TweetEvalConfig:
-        """A configuration from a mapping: `preset` chooses the defaults, the other fields replace them."""
-        values = dict(values)
-        return preset(values.pop("preset", "corrected"), **values)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], **overrides: Any) -> TweetEvalConfig:
-        """A configuration from a JSON file of `from_dict`'s fields (a run's own config.json is one)."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"config {path}: not a readable JSON file ({error})") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"config {path}: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict({**values.get("config", values), **overrides})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def check_config(config: TweetEvalConfig) -> None:
-    """Raises ValueError naming the first field that cannot be."""
-    for name in (
-        "calibration_rows",
-        "calibration_length",
-        "epochs",
-        "batch_size",
-        "patience",
-        "batch_tokens",
-        "timing_tweets",
-        "timing_repeats",
-    ):
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-            raise ValueError(f"{name}: got {getattr(config, name)!r}, expected an integer of at least 1")
-    for name in ("train_limit", "val_limit", "test_limit", "perplexity_tokens"):
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}, expected None or an integer of at least 1")
-    if config.task not in ("demo", *TASKS):
-        raise ValueError(f"task: got {config.task!r}, accepted are demo, {', '.join(TASKS)}")
-    if not isinstance(config.perplexity_context, int) or config.perplexity_context < 2:
-        raise ValueError(f"perplexity_context: got {config.perplexity_context!r}, expected an integer of at least 2")
-    if not (isinstance(config.lr, (int, float)) and config.lr > 0):
-        raise ValueError(f"lr: got {config.lr!r}, expected a positive number")
-    if config.wandb not in ("off", "offline", "online"):
-        raise ValueError(f"wandb: got {config.wandb!r}, accepted are off, offline, online")
-    device_number(config.device)
-    if not config.variants:
-        raise ValueError("variants: got none, expected at least one")
-    for name in config.variants:
-        variant_of(config, name)
+        """Raises ValueError naming the first field that cannot be."""
+        super().__post_init__()
+        check_counts(self, "epochs", "batch_size", "patience", "batch_tokens", "timing_tweets", "timing_repeats")
+        check_counts(self, "train_limit", "val_limit", "test_limit", optional=True)
+        if self.task not in ("demo", *TASKS):
+            raise ValueError(f"task: got {self.task!r}, accepted are demo, {', '.join(TASKS)}")
+        if not (isinstance(self.lr, (int, float)) and self.lr > 0):
+            raise ValueError(f"lr: got {self.lr!r}, expected a positive number")
+        for name in self.variants:
+            self.variant(name)
 
 
 def preset(name: str, **overrides: Any) -> TweetEvalConfig:
-    """The configuration of a preset with some fields replaced.
-
-    "corrected" evaluates batches sorted by length and calibrates on the task's text. "seed" has the published study's
-    own settings where they are known: an fp32 base, GPTQ at 8, 4 and 3 bits, group 128, damping 0.1, symmetric, no
-    activation order, 128 rows of up to 4,028 tokens, one tweet at a time, Spain's carbon factor. Its calibration text
-    (c4) is replaced by what is at hand.
-    """
-    defaults: dict[str, dict[str, Any]] = {
-        "corrected": {},
-        "seed": {
-            "variants": SEED_VARIANTS, "group_size": 128, "damp_percent": 0.1, "calibration_rows": 128,
-            "calibration_length": 4028, "one_at_a_time": True, "country": "ESP", "perplexity_text": None,
-        },
-    }  # fmt: skip
-    if name not in defaults:
-        raise ValueError(f"preset: got {name!r}, accepted are {', '.join(defaults)}")
-    known = {item.name for item in fields(TweetEvalConfig)}
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(f"config: no field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
-    return TweetEvalConfig(preset=name, **{**defaults[name], **overrides})
+    """The configuration of a preset with some fields replaced."""
+    return TweetEvalConfig.from_preset(name, **overrides)
 
 
 def demo_config(**overrides: Any) -> TweetEvalConfig:
@@ -182,10 +109,6 @@ def demo_config(**overrides: Any) -> TweetEvalConfig:
 def limited(config: TweetEvalConfig, limit: int) -> TweetEvalConfig:
     """The same study on at most `limit` examples of every split."""
     return replace(config, train_limit=limit, val_limit=limit, test_limit=limit)
-
-
-def variant_of(config: TweetEvalConfig, name: str) -> Variant:
-    return parse_variant(name, config.group_size, config.sym, config.desc_act, config.damp_percent)
 
 
 @dataclass(frozen=True)
@@ -240,7 +163,7 @@ def resolve(config: TweetEvalConfig) -> Plan:
         shared["head"] = key_of(head)
     cells = {}
     for name in config.variants:
-        variant = variant_of(config, name)
+        variant = config.variant(name)
         cells[name] = {
             **shared,
             "variant": variant.to_dict(),
@@ -249,46 +172,14 @@ def resolve(config: TweetEvalConfig) -> Plan:
     return Plan(config, examples, head, cells, calibration_texts, perplexity_texts)
 
 
-def text_of(choice: str, task_texts: list[str]) -> list[str]:
-    """The task's own texts, or the content of a text file."""
-    if choice == "task":
-        return task_texts
-    from quantlab.io.datasets import load_text
-
-    return [load_text(choice)]
-
-
 def listing(config: TweetEvalConfig, out: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The dry run: every cell of the study with its id and whether it is done, failed or still to do."""
-    plan, rows = resolve(config), []
-    cells = {"head": plan.head, **plan.variants}
-    for name, cell_config in cells.items():
-        identity = cell_id(EXPERIMENT, name, cell_config)
-        path = Path(out) / "cells" / f"{identity}.json"
-        rows.append(
-            {"cell": name, "cell_id": identity, "status": read_json(path)["status"] if path.exists() else "to do"}
-        )
-    return rows
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run of the study left: the records of its cells, by name, and how many were worked on now."""
-
-    path: Path
-    cells: dict[str, dict[str, Any]]
-    worked: int
-
-    @property
-    def failed(self) -> list[str]:
-        return [name for name, cell in self.cells.items() if cell["status"] != "done"]
+    plan = resolve(config)
+    return study.listing(EXPERIMENT, {"head": plan.head, **plan.variants}, Path(out))
 
 
 def run(
-    config: TweetEvalConfig,
-    out: str | os.PathLike[str],
-    progress: bool = True,
-    on_cell: Callable[[str, str], None] | None = None,
+    config: TweetEvalConfig, out: str | os.PathLike[str], progress: bool = True, on_cell: Tell | None = None
 ) -> Outcome:
     """Runs the study into the directory `out`, skipping finished cells. A failing variant is recorded and the rest
     goes on.
@@ -297,54 +188,21 @@ def run(
     Raises RecordError when `out` holds a run of another configuration, and StudyError when the head cannot be trained.
     """
     plan = resolve(config)
-    energy = {"enabled": config.energy, "country": config.country, "intensity_g_kwh": config.intensity_g_kwh}
-    settings = merged_variants(config, Path(out)).to_dict()
-    with (
-        event_sink(config.wandb, Path(out), EXPERIMENT, settings) as sink,
-        Run(out, EXPERIMENT, settings, SELECTION, energy, sink) as study,
-    ):
-        cells, worked = run_cells(study, plan, progress, on_cell or (lambda name, status: None))
+    with study.open_run(config, EXPERIMENT, Path(out), SELECTION) as opened:
+        cells, worked = study.run_jobs(opened, jobs(Stages(opened, plan, progress)), on_cell or (lambda *_: None))
+    if cells["head"]["status"] != "done":
+        error, records = cells["head"]["error"], Path(out) / "cells"
+        raise StudyError(
+            f"the head could not be trained ({error['type']}: {error['message']}); its record is in {records}"
+        )
     return Outcome(Path(out), cells, worked)
 
 
-def run_cells(
-    study: Run, plan: Plan, progress: bool, tell: Callable[[str, str], None]
-) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records of the head and of every variant, and how many cells were not finished before."""
-    stages = Stages(study, plan, progress)
-    work: dict[str, tuple[dict[str, Any], Callable[[Cell], None]]] = {"head": (plan.head, stages.train_head)}
-    work |= {name: (config, stages.measure(variant_of(plan.config, name))) for name, config in plan.variants.items()}
-    if not stages.head_path.exists():
-        study.forget("head", plan.head)  # a record without its head is of no use to the variants
-    cells: dict[str, dict[str, Any]] = {}
-    worked = 0
-    for name, (config, function) in work.items():
-        skipped = study.finished(name, config) is not None
-        tell(name, "skipped" if skipped else "started")
-        cells[name] = study.cell(name, config, function)
-        if not skipped:
-            worked += 1
-            tell(name, cells[name]["status"])
-        if name == "head" and cells[name]["status"] != "done":
-            error = cells[name]["error"]
-            raise StudyError(
-                f"the head could not be trained ({error['type']}: {error['message']}); "
-                f"its record is in {study.path / 'cells'}"
-            )
-    return cells, worked
-
-
-class StudyError(RuntimeError):
-    """A study that cannot go on, because the cell that the others need has failed."""
-
-
-def merged_variants(config: TweetEvalConfig, out: Path) -> TweetEvalConfig:
-    """The configuration with the variants that the directory already holds put first: a run may be extended."""
-    path = out / "config.json"
-    if not path.exists():
-        return config
-    try:
-        held = json.loads(path.read_text())["config"]["variants"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path}: not a readable run configuration ({error})") from error
-    return replace(config, variants=(*held, *config.variants))
+def jobs(stages: Stages) -> list[Job]:
+    plan = stages.plan
+    head = Job("head", plan.head, stages.train_head, artifact=stages.head_path)
+    variants = [
+        Job(name, config, stages.measure(plan.config.variant(name)), needs=("head",))
+        for name, config in plan.variants.items()
+    ]
+    return [head, *variants]

@@ -1,0 +1,224 @@
+"""What all studies share: configurations with presets, the loop over cells, the dry run, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from quantlab.cuda import device_number
+
+from .record import Cell, RecordError, Run, cell_id, read_json
+from .tracking import event_sink
+from .variants import Variant, parse_variant
+
+C = TypeVar("C", bound="StudyConfig")
+Tell = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings that every study has. A study adds its own, and the defaults of its presets in `PRESETS`."""
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corrected": {}}
+    CELLS: ClassVar[str]  # the field that chooses the cells: a run may be extended by it
+
+    preset: str = "corrected"
+    model: str = "demo"  # directory, .gguf file, hub id or "demo"
+    # GPTQ (and RTN, the first two)
+    group_size: int = 64
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.01
+    calibration: str = "task"  # "task": the training text; or a text file
+    calibration_rows: int = 32
+    calibration_length: int = 512  # tokens a row
+    # perplexity
+    perplexity_text: str | None = None  # None; a text file; or "task", where the study says so
+    perplexity_context: int = 512
+    perplexity_tokens: int | None = 16_384
+    # energy
+    energy: bool = True
+    country: str = "ESP"
+    intensity_g_kwh: float | None = None
+    # the rest
+    seed: int = 0
+    keep_models: bool = False  # leave quantized models under models/
+    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N
+    local_files_only: bool = False
+    wandb: str = "off"  # off, offline, online: needs the extra `wandb`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, self.CELLS, tuple(dict.fromkeys(getattr(self, self.CELLS))))
+        if not getattr(self, self.CELLS):
+            raise ValueError(f"{self.CELLS}: got none, expected at least one")
+        check_counts(self, "calibration_rows", "calibration_length")
+        check_counts(self, "perplexity_context", least=2)
+        check_counts(self, "perplexity_tokens", optional=True)
+        if self.wandb not in ("off", "offline", "online"):
+            raise ValueError(f"wandb: got {self.wandb!r}, accepted are off, offline, online")
+        device_number(self.device)
+
+    @classmethod
+    def from_preset(cls: type[C], name: str, **overrides: Any) -> C:
+        """The configuration of a preset with some fields replaced."""
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset: got {name!r}, accepted are {', '.join(cls.PRESETS)}")
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ValueError(f"config: no field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
+        return cls(preset=name, **{**cls.PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """A configuration from a mapping: `preset` chooses the defaults, the other fields replace them."""
+        values = dict(values)
+        return cls.from_preset(values.pop("preset", "corrected"), **values)
+
+    @classmethod
+    def from_file(cls: type[C], path: str | os.PathLike[str], **overrides: Any) -> C:
+        """A configuration from a JSON file of `from_dict`'s fields (a run's own config.json is one)."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"config {path}: not a readable JSON file ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config {path}: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict({**values.get("config", values), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def energy_settings(self) -> dict[str, Any]:
+        """What `energy.track` takes."""
+        return {"enabled": self.energy, "country": self.country, "intensity_g_kwh": self.intensity_g_kwh}
+
+    def variant(self, name: str) -> Variant:
+        """A variant by its name, with this study's settings of GPTQ and RTN."""
+        return parse_variant(name, self.group_size, self.sym, self.desc_act, self.damp_percent)
+
+
+def check_counts(config: StudyConfig, *names: str, least: int = 1, optional: bool = False) -> None:
+    """Raises ValueError naming the first of these fields that is no integer of at least `least` (nor None)."""
+    for name in names:
+        value = getattr(config, name)
+        if not (optional and value is None) and (not isinstance(value, int) or value < least):
+            kind = "None or an integer" if optional else "an integer"
+            raise ValueError(f"{name}: got {value!r}, expected {kind} of at least {least}")
+
+
+def text_of(choice: str, task_texts: list[str]) -> list[str]:
+    """The task's own texts, or the content of a text file."""
+    if choice == "task":
+        return task_texts
+    from quantlab.io.datasets import load_text
+
+    return [load_text(choice)]
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+class StudyError(RuntimeError):
+    """A study that cannot go on, because the cell that all others need has failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to be worked on.
+
+    needs: names of the cells before it that it builds on. artifact: a file or directory that the cell leaves for
+    those: without it the record is of no use to them, and the cell is run again.
+    """
+
+    name: str
+    config: dict[str, Any]
+    work: Callable[[Cell], None]
+    needs: tuple[str, ...] = ()
+    artifact: Path | None = None
+
+
+def run_jobs(run: Run, jobs: Sequence[Job], tell: Tell) -> tuple[dict[str, dict[str, Any]], int]:
+    """The records of the jobs by name, and how many were not finished before. What fails is recorded and the rest goes
+    on, but for what needs it: that is left out.
+
+    tell: called with a cell's name and "skipped", "left out" or "started", then "done" or "failed".
+    """
+    cells: dict[str, dict[str, Any]] = {}
+    worked = 0
+    forget_what_lacks_its_artifact(run, jobs)
+    for job in jobs:
+        if any(cells.get(name, {}).get("status") != "done" for name in job.needs):
+            tell(job.name, "left out")
+            continue
+        skipped = run.finished(job.name, job.config) is not None
+        tell(job.name, "skipped" if skipped else "started")
+        cells[job.name] = run.cell(job.name, job.config, job.work)
+        if not skipped:
+            worked += 1
+            tell(job.name, cells[job.name]["status"])
+    return cells, worked
+
+
+def forget_what_lacks_its_artifact(run: Run, jobs: Sequence[Job]) -> None:
+    """Removes the records of cells whose artifact is gone, where a cell that is not finished needs it."""
+    wanted: set[str] = set()
+    for job in reversed(jobs):
+        if job.name in wanted and job.artifact is not None and not job.artifact.exists():
+            run.forget(job.name, job.config)
+        if run.finished(job.name, job.config) is None:
+            wanted |= set(job.needs)
+
+
+def listing(experiment: str, cells: Mapping[str, Mapping[str, Any]], out: Path) -> list[dict[str, str]]:
+    """The dry run: every cell with its id and whether it is done, failed or still to do."""
+    rows = []
+    for name, config in cells.items():
+        identity = cell_id(experiment, name, config)
+        path = out / "cells" / f"{identity}.json"
+        status = read_json(path)["status"] if path.exists() else "to do"
+        rows.append({"cell": name, "cell_id": identity, "status": status})
+    return rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the study left: the records of its cells, by name, and how many were worked on now."""
+
+    path: Path
+    cells: dict[str, dict[str, Any]]
+    worked: int
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, cell in self.cells.items() if cell["status"] != "done"]
+
+
+def extended(config: C, out: Path) -> C:
+    """The configuration with the cells that the directory already holds put first: a run may be extended."""
+    path = out / "config.json"
+    if not path.exists():
+        return config
+    try:
+        held = json.loads(path.read_text())["config"][config.CELLS]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path}: not a readable run configuration ({error})") from error
+    changes: dict[str, Any] = {config.CELLS: (*held, *getattr(config, config.CELLS))}
+    return replace(config, **changes)
+
+
+@contextmanager
+def open_run(config: StudyConfig, experiment: str, out: Path, selection: Sequence[str]) -> Iterator[Run]:
+    """The run directory of a study, with its energy meter and its Weights & Biases sink. selection: fields that may
+    differ between the runs of one directory."""
+    settings = extended(config, out).to_dict()
+    with (
+        event_sink(config.wandb, out, experiment, settings) as sink,
+        Run(out, experiment, settings, selection, config.energy_settings(), sink) as run,
+    ):
+        yield run
