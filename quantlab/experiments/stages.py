@@ -15,7 +15,7 @@ import numpy as np
 from quantlab.progress import progress
 
 from . import statistics
-from .data import calibration_rows
+from .model_stages import REST_DTYPE, ModelStages
 from .record import Cell, Run, key_of, write_bytes
 from .variants import Variant
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     from .tweeteval import Plan
 
 WARM_UP_TWEETS = 8
-REST_DTYPE = "float16"  # of a quantized variant's embedding and output matrix, as in the published layouts
 
 
-class Stages:
+class Stages(ModelStages):
     """The work of the cells of one study."""
 
+    task_text = "training tweets"
+
     def __init__(self, run: Run, plan: Plan, show: bool = True):
-        self.run, self.plan, self.config, self.show = run, plan, plan.config, show
+        super().__init__(run, plan.config, plan.calibration_texts, show)
+        self.plan, self.config = plan, plan.config
 
     @property
     def head_path(self) -> Path:
@@ -115,72 +117,13 @@ class Stages:
             self.predict(cell, model)
             self.time_repeats(cell, model)
             if self.plan.perplexity_texts is not None:
-                self.perplexity(cell, model, self.plan.perplexity_texts)
+                self.perplexity(cell, causal(model), self.plan.perplexity_texts)
             cell.record["seeds"] = {"examples": self.config.seed, "bootstrap": 0}
             if self.config.keep_models and variant.config is not None:
                 model.save_pretrained(self.run.path / "models" / variant.name)
             shutil.rmtree(self.work_path(cell), ignore_errors=True)
 
         return work
-
-    def work_path(self, cell: Cell) -> Path:
-        """Where the quantizer keeps finished layers until the cell is done: a killed run goes on from them."""
-        return self.run.path / "work" / cell.id
-
-    def quantize(self, cell: Cell, variant: Variant, model: Any) -> Any:
-        """The quantized model; its float matrices other than the head in float16, as the published layouts hold
-        them.
-        """
-        import quantlab
-        from quantlab.llama import cast_weight
-
-        calibration = self.calibrate(cell, model) if variant.method == "gptq" else None
-        work = self.work_path(cell)
-        if work.exists() and any(work.iterdir()):
-            cell.record["quantization_resumed"] = True
-            cell.note(
-                "Quantization went on from the layers of a run that was stopped: time and energy are the rest's only."
-            )
-        resume = work if variant.method == "gptq" else None  # the other methods take seconds
-        with cell.phase("quantization") as reading:
-            model = quantlab.quantize(model, variant.config, calibration, progress=self.show, resume_dir=resume)
-        cell.metric("quantization_time", reading.duration_s, "s", 1, higher_is_better=False)
-        cell.record["quantization_report"] = model.quantization_report
-        rest = {name: cast_weight(weight, REST_DTYPE) for name, weight in model.weights.items() if name != "score"}
-        return model.replace({name: weight for name, weight in rest.items() if weight is not model.weights[name]})
-
-    def calibrate(self, cell: Cell, model: Any) -> np.ndarray:
-        """Rows of token ids for GPTQ, and what they are in the record."""
-        config = self.config
-        length = min(config.calibration_length, int(model.config.max_position_embeddings))
-        rows, at_hand = calibration_rows(model.encode, self.plan.calibration_texts, config.calibration_rows, length)
-        kind = (
-            "training tweets joined by line breaks"
-            if config.calibration == "task"
-            else f"the text file {Path(config.calibration).name}"
-        )
-        text = f"GPTQ calibration: {rows.shape[0]} rows of {rows.shape[1]} tokens of the {kind}"
-        text += f" ({at_hand:,} tokens at hand)."
-        if config.preset == "seed":
-            text += " The published study took 128 rows of 4,028 tokens of c4, which this text replaces."
-        elif rows.shape[0] < config.calibration_rows:
-            text += f" {config.calibration_rows} rows of {config.calibration_length} were asked for."
-        cell.note(text)
-        cell.record["calibration"] = {
-            "rows": rows.shape[0],
-            "length": rows.shape[1],
-            "tokens_at_hand": at_hand,
-            "text": kind,
-        }
-        return rows
-
-    def weigh(self, cell: Cell, model: Any) -> None:
-        """Size of the weights in memory and as a checkpoint holds them, in bytes."""
-        report = model.size_report()
-        cell.metric("size_checkpoint", report["total"], "B", 1, higher_is_better=False)
-        cell.metric("size_memory", report["memory"], "B", 1, higher_is_better=False)
-        cell.record["memory"]["weights"] = {"value": report["memory"], "unit": "B"}
-        cell.record["memory"]["checkpoint"] = {"value": report["total"], "unit": "B", "parts": report["parts"]}
 
     def predict(self, cell: Cell, model: Any) -> None:
         """Predicts the test tweets once, under the energy meter, and records every measure of the predictions."""
@@ -268,27 +211,6 @@ class Stages:
             range=span(each),
         )
         cell.metric("tokens_per_s", tokens / float(np.median(seconds)), "1/s", len(each), higher_is_better=True)
-
-    def perplexity(self, cell: Cell, model: Any, texts: list[str]) -> None:
-        """Perplexity of the text with the variant's backbone and the language model's own output matrix."""
-        started = time.perf_counter()
-        result = causal(model).perplexity(
-            "\n".join(texts), context=self.config.perplexity_context, max_tokens=self.config.perplexity_tokens
-        )
-        cell.timing("perplexity", [time.perf_counter() - started])
-        stderr = result["stderr"] if np.isfinite(result["stderr"]) else None
-        half = None if stderr is None else statistics.Z95 * stderr
-        ends = None if half is None else (result["ppl"] - half, result["ppl"] + half)
-        cell.metric(
-            "perplexity",
-            result["ppl"],
-            "1",
-            result["tokens"],
-            higher_is_better=False,
-            stderr=stderr,
-            ci95=ends,
-            context=self.config.perplexity_context,
-        )
 
 
 def causal(model: Any) -> Any:
