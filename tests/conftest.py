@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -18,6 +19,12 @@ ON_CUDA = {
     "test_attention", "test_cross_entropy", "test_decode", "test_gram", "test_quantize_forward", "test_rmsnorm",
     "test_rope", "test_swiglu",
 }  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard by the processes that tests start, also where the tests themselves run as a job in the background:
+    such a job ignores it, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
