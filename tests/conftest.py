@@ -22,7 +22,7 @@ ON_CUDA = {
 
 
 def pytest_configure() -> None:
-    """Ctrl-C is heard by the processes that tests start, also where the tests themselves run as a job in the background:
+    """Ctrl-C is heard by the processes that tests start, also where they run as a job in the background:
     such a job ignores it, and so would its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
