@@ -21,7 +21,7 @@ import numpy as np
 
 import quantlab as ql
 from quantlab import _core, bench
-from quantlab.llama import LINEARS, LlamaConfig
+from quantlab.llama_config import LINEARS, LlamaConfig
 
 SEVEN_B = {
     "hidden_size": 4096,

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from quantlab._core import CudaError, NumericError
     from quantlab.backend import info
     from quantlab.classify import LlamaForSequenceClassification
-    from quantlab.config import FP4Config, GPTQConfig, Int8Config, NF4Config, RTNConfig
+    from quantlab.config import FP4Config, GPTQConfig, Int8Config, LoraConfig, NF4Config, RTNConfig
     from quantlab.io import Checkpoint, open_checkpoint
     from quantlab.llama import LlamaForCausalLM
+    from quantlab.lora import Adapter, load_adapter
     from quantlab.quantize import quantize
+    from quantlab.training import TrainingConfig
     from quantlab.weight import QuantWeight, linear
 
 __version__ = "0.1.0"
@@ -38,6 +40,10 @@ _HOMES = {
     "FP4Config": "config",
     "RTNConfig": "config",
     "Int8Config": "config",
+    "LoraConfig": "config",
+    "TrainingConfig": "training",
+    "Adapter": "lora",
+    "load_adapter": "lora",
     "QuantWeight": "weight",
     "linear": "weight",
     "Checkpoint": "io",
@@ -48,6 +54,7 @@ _HOMES = {
 _MODULES = {"backend", "cuda", "gptq"}
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "CudaError",
     "FP4Config",
@@ -55,16 +62,19 @@ __all__ = [
     "Int8Config",
     "LlamaForCausalLM",
     "LlamaForSequenceClassification",
+    "LoraConfig",
     "NF4Config",
     "NumericError",
     "QuantWeight",
     "RTNConfig",
+    "TrainingConfig",
     "__version__",
     "backend",
     "cuda",
     "gptq",
     "info",
     "linear",
+    "load_adapter",
     "open_checkpoint",
     "quantize",
 ]
@@ -92,11 +102,11 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`quantlab.quantize` is the function, although a module has that name: the import system's binding of the
-    submodule is not taken."""
+    """`quantlab.quantize` and `finetune` are the functions, although modules have these names: the import system's
+    binding of the submodule is not taken."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "quantize" or not isinstance(value, ModuleType):
+        if name not in ("quantize", "finetune") or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from quantlab import _core, cuda
 from quantlab.bench import environment
 from quantlab.generate import device_steps
-from quantlab.llama import BATCH_TOKENS, LINEARS, LlamaConfig, LlamaForCausalLM
+from quantlab.llama import BATCH_TOKENS, LlamaForCausalLM
+from quantlab.llama_config import LINEARS, LlamaConfig
 from quantlab.progress import progress
 from quantlab.size import KNOWN_CONFIGS
 from quantlab.weight import QuantWeight

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from quantlab.io import Checkpoint
+    from quantlab.lora import Adapter
 
 Texts = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
 
@@ -48,6 +49,7 @@ class LlamaForSequenceClassification(Llama):
         checkpoint: Checkpoint | None = None,
         num_labels: int | None = None,
         device: str = "cpu",
+        adapter: Adapter | None = None,
     ):
         values = (config if isinstance(config, LlamaConfig) else LlamaConfig(config)).to_dict()
         found = weights["score"].shape[0] if "score" in weights else None
@@ -68,7 +70,7 @@ class LlamaForSequenceClassification(Llama):
                 0.0, values["initializer_range"], (num_labels, values["hidden_size"])
             )
             weights["score"] = QuantWeight.from_array(draw.astype(np.float32))
-        super().__init__(values, weights, vectors, tokenizer, checkpoint, device)
+        super().__init__(values, weights, vectors, tokenizer, checkpoint, device, adapter)
 
     @property
     def num_labels(self) -> int:

@@ -1,27 +1,37 @@
-"""What to do with a weight: one frozen configuration a method, checked when it is made."""
+"""What to do with a weight: one frozen configuration a method, checked when it is made; and what a LoRA adapter is."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+MAX_RANK = 4096  # of a LoRA adapter
 
 _Config = TypeVar("_Config", bound="QuantizationConfig")
 
 
-def _check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object) -> None:
+    """ValueError unless it is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}: got {value!r}, expected True or False")
 
 
-def _check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
+    """ValueError unless it is one of `choices`."""
     if isinstance(value, bool) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: object, least: float, below: float = math.inf) -> None:
+    """ValueError unless it is a number of `least` or more, and less than `below`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < below:
+        wanted = f"a number of {least:g} or more" + ("" if below == math.inf else f", less than {below:g}")
+        raise ValueError(f"{name}: got {value!r}, expected {wanted}")
 
 
 def check_group_size(value: object) -> None:
@@ -88,18 +98,16 @@ class GPTQConfig(QuantizationConfig):
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("bits", self.bits, BITS)
+        check_choice("bits", self.bits, BITS)
         check_group_size(self.group_size)
         for name in (
             "sym", "desc_act", "static_groups", "true_sequential", "act_group_aware", "drift_correction",
             "residual_correction", "block_stale_scales",
         ):  # fmt: skip
-            _check_flag(name, getattr(self, name))
-        damp = self.damp_percent
-        if isinstance(damp, bool) or not isinstance(damp, (int, float)) or not (math.isfinite(damp) and 0 <= damp < 1):
-            raise ValueError(f"damp_percent: got {damp!r}, expected a number of 0 to 1, 1 excluded")
-        _check_choice("scale_search", self.scale_search, (None, "mse", "hessian"))
-        _check_choice("checkpoint_format", self.checkpoint_format, (None, "gptq", "gptq_v2"))
+            check_flag(name, getattr(self, name))
+        check_number("damp_percent", self.damp_percent, 0.0, 1.0)
+        check_choice("scale_search", self.scale_search, (None, "mse", "hessian"))
+        check_choice("checkpoint_format", self.checkpoint_format, (None, "gptq", "gptq_v2"))
         if self.act_group_aware and self.desc_act:
             raise ValueError("act_group_aware: got True beside desc_act=True, expected one of the two orders")
 
@@ -107,7 +115,7 @@ class GPTQConfig(QuantizationConfig):
     def recommended(cls, bits: int, group_size: int = 64, sym: bool = False) -> GPTQConfig:
         """The settings measured best on SmolLM2: asymmetric, Hessian-weighted scales, group-aware order; at 3 and 2
         bits also drift and residual correction. sym=True for readers that take only symmetric codes."""
-        _check_choice("bits", bits, BITS)
+        check_choice("bits", bits, BITS)
         return cls(
             bits=bits, group_size=group_size, sym=sym, act_group_aware=True, scale_search="hessian",
             drift_correction=bits <= 3, residual_correction=bits <= 3, block_stale_scales=False,
@@ -125,8 +133,8 @@ class NF4Config(QuantizationConfig):
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("block_size", self.block_size, BLOCK_SIZES)
-        _check_flag("double_quant", self.double_quant)
+        check_choice("block_size", self.block_size, BLOCK_SIZES)
+        check_flag("double_quant", self.double_quant)
 
 
 @dataclass(frozen=True)
@@ -147,9 +155,9 @@ class RTNConfig(QuantizationConfig):
     sym: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("bits", self.bits, BITS)
+        check_choice("bits", self.bits, BITS)
         check_group_size(self.group_size)
-        _check_flag("sym", self.sym)
+        check_flag("sym", self.sym)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,46 @@ class Int8Config(QuantizationConfig):
     """Row-wise int8 weights as LLM.int8() keeps them (Dettmers et al. 2022, arXiv:2208.07339)."""
 
     method: ClassVar[str] = "int8"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter (Hu et al. 2021, arXiv:2106.09685), with peft's names: W + lora_alpha / r * B A.
+
+    r: rank; A is (r, k), B (n, r). lora_dropout: share of the inputs of A that training zeroes. target_modules: names
+    of linear modules ("q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj"), or "all-linear": all seven of
+    every layer. use_rslora: the factor is lora_alpha / sqrt(r) (arXiv:2312.03732). task_type: CAUSAL_LM or SEQ_CLS;
+    None: the model's.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Collection[str] | Literal["all-linear"] = ("q_proj", "v_proj")
+    use_rslora: bool = False
+    bias: Literal["none"] = "none"
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
+            raise ValueError(f"r: got {self.r!r}, expected an integer of 1 to {MAX_RANK}")
+        check_number("lora_alpha", self.lora_alpha, 0.0)
+        check_number("lora_dropout", self.lora_dropout, 0.0, 1.0)
+        check_flag("use_rslora", self.use_rslora)
+        check_choice("bias", self.bias, ("none",))
+        check_choice("task_type", self.task_type, (None, "CAUSAL_LM", "SEQ_CLS"))
+        targets = self.target_modules
+        if targets == "all-linear":
+            return
+        listed = isinstance(targets, Collection) and not isinstance(targets, str) and len(targets) > 0
+        if not listed or not all(isinstance(name, str) and name for name in targets):
+            raise ValueError(f"target_modules: got {targets!r}, expected a list of module names or 'all-linear'")
+        object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 CONFIGS: dict[str, type[QuantizationConfig]] = {

@@ -12,6 +12,7 @@ from quantlab import _core
 from quantlab.arrays import as_array
 from quantlab.config import Int8Config
 from quantlab.cuda import device_number
+from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
 from quantlab.weight import QuantWeight
@@ -21,84 +22,17 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from quantlab.config import QuantizationConfig
     from quantlab.io import Checkpoint
+    from quantlab.lora import Adapter
 
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DTYPES = (*DTYPE_NAMES.values(), "auto")
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-LINEARS = ATTENTION + MLP
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
 DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 Self = TypeVar("Self", bound="Llama")
-
-
-class LlamaConfig:
-    """A Hugging Face `config.json` with the defaults of `LlamaConfig` filled in, read by attribute.
-
-    Raises ValueError where a size is missing or does not fit the others, naming the field.
-    """
-
-    DEFAULTS: Mapping[str, Any] = {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "pad_token_id": None,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "num_labels": 2,
-        "quantization_config": None,
-    }
-    REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-                "max_position_embeddings")  # fmt: skip
-
-    def __init__(self, values: Mapping[str, Any]):
-        values = {**self.DEFAULTS, **values}
-        if values["max_position_embeddings"] is None:
-            values["max_position_embeddings"] = self.DEFAULTS["max_position_embeddings"]
-        missing = [name for name in self.REQUIRED if not isinstance(values.get(name), int) or values[name] < 1]
-        if missing:
-            raise ValueError(f"config: {missing[0]} is {values.get(missing[0])!r}, expected a positive integer")
-        heads = values["num_attention_heads"]
-        kv_heads = values.get("num_key_value_heads") or heads
-        if values.get("head_dim") is None and values["hidden_size"] % heads:
-            raise ValueError(f"config: hidden_size {values['hidden_size']} is no multiple of {heads} attention heads")
-        head_dim = values.get("head_dim") or values["hidden_size"] // heads
-        if heads % kv_heads or head_dim % 2:
-            raise ValueError(
-                f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together"
-            )
-        self._values = {**values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
-        rope_parameters(self._values)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["_values"][name]
-        except KeyError:
-            raise AttributeError(f"config has no field {name!r}") from None
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._values.get(name, default)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`."""
-        return dict(self._values)
-
-    def __repr__(self) -> str:
-        return (
-            f"LlamaConfig({self.num_hidden_layers} layers, hidden {self.hidden_size}, heads {self.num_attention_heads}/"
-            f"{self.num_key_value_heads}, intermediate {self.intermediate_size}, vocabulary {self.vocab_size})"
-        )
-
-
-def layer_modules(config: Any) -> Iterator[str]:
-    """Names of every decoder layer's linear modules, in order: `model.layers.0.self_attn.q_proj`, …"""
-    for layer in range(config.num_hidden_layers):
-        for linear in LINEARS:
-            yield f"model.layers.{layer}.{linear}"
 
 
 def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
@@ -162,13 +96,16 @@ class Llama:
         tokenizer: Tokenizer | None = None,
         checkpoint: Checkpoint | None = None,
         device: str = "cpu",
+        adapter: Adapter | None = None,
     ):
         self._device_number = device_number(device)
-        self.device = device
+        self.device, self.adapter = device, adapter
         self.config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
         self.weights, self.vectors = dict(weights), dict(vectors)
         self.tokenizer, self.checkpoint = tokenizer, checkpoint
         self.quantization_report: list[dict[str, Any]] = []
+        self.merge_report: list[dict[str, Any]] = []
+        self.training_log: list[dict[str, Any]] = []
         self._core = self._build_core()
         self._rope: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -192,6 +129,7 @@ class Llama:
             self.vector("model.norm"),
             tuple(layer(index) for index in range(config.num_hidden_layers)),
             self._device_number,
+            *([self.adapter.handle] if self.adapter is not None else ()),
         )
 
     # ---- loading and saving ----------------------------------------------------------------------------------
@@ -226,7 +164,7 @@ class Llama:
         the old device is free once this model is no longer used."""
         if device_number(device) == self._device_number:
             return self
-        return self._with(self.weights, device)
+        return self._with(self.weights, device, self.adapter)
 
     @classmethod
     def from_checkpoint(cls: type[Self], checkpoint: Checkpoint, dtype: str = "float32", **extra: Any) -> Self:
@@ -247,10 +185,34 @@ class Llama:
         unknown = set(weights) - set(self.weights)
         if unknown:
             raise ValueError(f"weights: no module named {sorted(unknown)[0]!r} in this model")
-        return self._with({**self.weights, **weights}, self.device)
+        return self._with({**self.weights, **weights}, self.device, self.adapter)
 
-    def _with(self: Self, weights: Mapping[str, QuantWeight], device: str) -> Self:
-        return type(self)(self.config, weights, self.vectors, self.tokenizer, self.checkpoint, device=device)
+    def _with(self: Self, weights: Mapping[str, QuantWeight], device: str, adapter: Adapter | None) -> Self:
+        parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)
+        return type(self)(*parts, device=device, adapter=adapter)
+
+    # ---- LoRA adapters -----------------------------------------------------------------------------------------
+
+    def with_adapter(self: Self, adapter: Adapter) -> Self:
+        """The same model, its weights shared, with a LoRA adapter at work beside them."""
+        adapter.check(self)
+        return self._with({**self.weights, **adapter.trained_weights()}, self.device, adapter)
+
+    def without_adapter(self: Self) -> Self:
+        """The same model, its weights shared, without its adapter."""
+        return self._with(self.weights, self.device, None)
+
+    def save_adapter(self, path: str | Path) -> dict[str, int]:
+        """Writes the adapter as PEFT does (adapter_config.json, adapter_model.safetensors); returns bytes by file."""
+        from quantlab.lora import save_adapter
+
+        return save_adapter(self, path)
+
+    def merge(self: Self, requantize: str | QuantizationConfig | None = None) -> Self:
+        """The model with its adapter added into its weights; see `quantlab.lora.merge`."""
+        from quantlab.lora import merge
+
+        return merge(self, requantize)
 
     def weight(self, module: str) -> QuantWeight:
         """The matrix of a module; KeyError with its name where there is none."""
@@ -268,6 +230,8 @@ class Llama:
         """Writes a checkpoint directory in the layout that the weights ask for; returns the bytes of each file."""
         from quantlab.io import save_checkpoint
 
+        if self.adapter is not None:
+            raise ValueError("adapter: save_pretrained writes a model without one; use merge() first, or save_adapter")
         files = self.checkpoint.tokenizer_files if self.checkpoint is not None else {}
         return save_checkpoint(path, self.saved_config(), self.saved_weights(), self.vectors, files)
 
@@ -400,12 +364,12 @@ class LlamaForCausalLM(Llama):
         if lm_head == "int8":
             self._lm_head = QuantWeight.from_float(self.lm_head.dequantize(), Int8Config())
 
-    def _with(self, weights: Mapping[str, QuantWeight], device: str) -> LlamaForCausalLM:
+    def _with(self, weights: Mapping[str, QuantWeight], device: str, adapter: Adapter | None) -> LlamaForCausalLM:
         head: str | QuantWeight | None = self._lm_head
         if head is not None and weights[self._head_name] is not self.weights[self._head_name]:
             head = "int8"  # of the new one
         parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)
-        return type(self)(*parts, device=device, lm_head=head)
+        return type(self)(*parts, device=device, adapter=adapter, lm_head=head)
 
     @property
     def _head_name(self) -> str:

@@ -84,6 +84,8 @@ def _open(model: Any) -> Any:
 
 
 def _check_float(source: Any, llama: LlamaConfig) -> None:
+    if getattr(source, "adapter", None) is not None:
+        raise ValueError("model: it has an adapter; quantize model.merge(), or model.without_adapter()")
     module = next(layer_modules(llama))
     weight = source.weight(module)
     if weight.format not in FLOAT_BITS:

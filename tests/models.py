@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.llama import LINEARS, LlamaConfig, LlamaForCausalLM
+from quantlab.llama import LlamaConfig, LlamaForCausalLM
+from quantlab.llama_config import LINEARS
 from quantlab.weight import QuantWeight
 
 TINY: dict[str, Any] = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from quantlab.cuda import device_number
+from quantlab.tracking import event_sink
 
 from .record import Cell, RecordError, Run, cell_id, read_json
-from .tracking import event_sink
 from .variants import Variant, parse_variant
 
 C = TypeVar("C", bound="StudyConfig")

@@ -1,0 +1,167 @@
+"""LoRA adapters in the layout of peft: adapter_config.json beside adapter_model.safetensors.
+
+Keys: base_model.model.<module>.lora_A.weight (r, k) and .lora_B.weight (n, r); a trained classification head is
+base_model.model.score.weight. What adapters may hold beyond that (DoRA, biases, ranks by pattern, other trained
+modules) is refused with the field's name. Source: peft, docs/source/developer_guides/checkpoint.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantlab.config import LoraConfig
+from quantlab.io.files import read_json, write_bytes
+from quantlab.io.safetensors import LazyTensor, SafetensorsFile, write_safetensors
+from quantlab.io.tokenizer import dump_config
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SCORE = f"{PREFIX}score.weight"
+MODULE_KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+USED = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "task_type",
+        "modules_to_save", "init_lora_weights")  # fmt: skip
+# fields that change nothing about an adapter that is there, whatever they hold
+WITHOUT_EFFECT = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "megatron_core", "peft_version", "qalora_group_size", "revision",
+)  # fmt: skip
+# ways to begin that leave the base as it is; others (pissa, olora, loftq, corda) change the weights beside the adapter
+BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+HEADS = ({"score"}, {"classifier", "score"})  # what peft saves beside the adapter of a sequence classifier
+
+Matrices = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    config: LoraConfig,
+    matrices: Matrices,
+    score: np.ndarray | None = None,
+    base: str | None = None,
+) -> dict[str, int]:
+    """Writes an adapter directory that peft loads; returns {file name: bytes}.
+
+    matrices: {module: (A float32 (r, k), B float32 (n, r))}. score: the trained head (labels, hidden). base: the name
+    of the model it belongs to. Both files are written beside `path` first, so what was there stays if that fails.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"path: {target} is a file, expected a directory to write the adapter to")
+    tensors = {
+        f"{PREFIX}{module}.lora_{part}.weight": LazyTensor.of(np.ascontiguousarray(array))
+        for module, pair in matrices.items()
+        for part, array in zip("AB", pair, strict=True)
+    }
+    if score is not None:
+        tensors[SCORE] = LazyTensor.of(np.ascontiguousarray(score))
+    target.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=target))
+    try:
+        sizes = {TENSORS: write_safetensors(staging / TENSORS, tensors)}
+        sizes[CONFIG] = write_bytes(staging / CONFIG, dump_config(_fields(config, score is not None, base)))
+        for name in sizes:
+            os.replace(staging / name, target / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sizes
+
+
+def _fields(config: LoraConfig, has_score: bool, base: str | None) -> dict[str, Any]:
+    """adapter_config.json."""
+    targets = config.target_modules
+    return {
+        "peft_type": "LORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "modules_to_save": ["classifier", "score"] if has_score else None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "revision": None,
+    }
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray | None]:
+    """config, {module: (A, B)} as float32, and the trained head or None, of an adapter directory.
+
+    FileNotFoundError where a file is missing, ValueError naming what is not supported or does not fit together.
+    """
+    folder = Path(path)
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            found = " (its adapter_model.bin is a pickle, which is not read)" * (folder / "adapter_model.bin").is_file()
+            raise FileNotFoundError(f"{folder}: holds no {name}{found}")
+    fields = read_json(folder / CONFIG)
+    file = SafetensorsFile(folder / TENSORS)
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    score = None
+    for name, info in file.tensors.items():
+        if info.dtype not in ("F32", "F16", "BF16") or len(info.shape) != 2:
+            raise ValueError(f"{file.path}: tensor {name!r} is {info.dtype} {info.shape}, expected a float matrix")
+        found_key = MODULE_KEY.fullmatch(name)
+        array = file.array(name).astype(np.float32)
+        if found_key is not None:
+            pairs.setdefault(found_key["module"], {})[found_key["part"]] = array
+        elif name == SCORE:
+            score = array
+        else:
+            raise ValueError(f"{file.path}: tensor {name!r} is not supported, only lora_A, lora_B and score are")
+    if not pairs:
+        raise ValueError(f"{file.path}: holds no lora_A and lora_B")
+    config = _config(fields, list(pairs), str(folder / CONFIG))
+    return config, {module: _pair(module, pair, config.r, file.path) for module, pair in pairs.items()}, score
+
+
+def _pair(module: str, pair: Mapping[str, np.ndarray], r: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if set(pair) != {"A", "B"}:
+        raise ValueError(f"{path}: module {module!r} has lora_{next(iter(pair))} alone, expected lora_A and lora_B")
+    a, b = pair["A"], pair["B"]
+    if a.shape[0] != r or b.shape[1] != r:
+        raise ValueError(f"{path}: module {module!r} has lora_A {a.shape} and lora_B {b.shape}, expected rank {r}")
+    return a, b
+
+
+def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraConfig:
+    """The LoraConfig of an adapter_config.json; ValueError for what would make another model of it. modules: those of
+    the tensors, which stand for targets that are given as a regular expression."""
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type is {fields.get('peft_type')!r}, supported: 'LORA'")
+    if "target_modules" not in fields:
+        raise ValueError(f"{where}: lacks target_modules")
+    for name, value in fields.items():
+        if name not in USED and name not in WITHOUT_EFFECT and value:
+            raise ValueError(f"{where}: {name} is {value!r}, which is not supported")
+    if fields.get("init_lora_weights") not in BEGINNINGS:
+        raise ValueError(f"{where}: init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model")
+    saved = fields.get("modules_to_save")
+    if saved and set(saved) not in HEADS:
+        raise ValueError(f"{where}: modules_to_save is {saved!r}, supported: 'score'")
+    targets = fields["target_modules"]
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = modules
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none", "task_type": None}
+    given = {name: fields.get(name, default) for name, default in defaults.items()}
+    try:
+        return LoraConfig(**given, target_modules=sorted(targets) if isinstance(targets, list) else targets)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
