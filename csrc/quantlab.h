@@ -107,9 +107,9 @@ typedef struct {
 
 /* what a step of AdamW (Loshchilov and Hutter 2019) takes beside its arrays */
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay;
-    float correction1, correction2; /* 1 - beta1^t, 1 - beta2^t of step t, from 1 */
-    float max_norm;                 /* gradients longer than it are scaled down to it; 0: they are taken as they are */
+    double lr, beta1, beta2, eps, weight_decay; /* double: float32's 1 - beta2 would have 5 digits */
+    double correction1, correction2; /* 1 - beta1^t, 1 - beta2^t of step t, from 1 */
+    double max_norm;                 /* gradients longer than it are scaled down to it; 0: they are taken as they are */
 } ql_adamw_step;
 
 /* ---- ops --------------------------------------------------------------------------------------------------- */

@@ -136,6 +136,53 @@ def sample(
 ) -> I32: ...  # (b, v), (b,) -> (b,); temperature 0: the largest
 def gram_into(h: F32, a: F32, b: F32, lower: bool, /) -> None: ...  # h (ka, kb) += a^T b
 
+# ---- ops of training; outputs that are not given are new arrays ----------------------------------------------------
+
+def rmsnorm_backward(
+    dy: F32, x: F32, gain: F32, inv_rms: F32, out: F32 | None = None, accumulate: bool = False, /
+) -> F32: ...  # (t, c), (t, c), (c,), (t,) -> (t, c); inv_rms is rmsnorm's
+def attention_backward(
+    dout: F32,  # (t, hq, d)
+    q: F32,  # (t, hq, d)
+    k: F32,  # (rows, hkv, d)
+    v: F32,  # (rows, hkv, d)
+    out: F32,  # (t, hq, d), attention's
+    lse: F32,  # (t, hq), attention's
+    q_start: I64,
+    kv_start: I64,
+    kv_len: I64,
+    scale: float,
+    dq: F32 | None = None,
+    dk: F32 | None = None,
+    dv: F32 | None = None,
+    /,
+) -> tuple[F32, F32, F32]: ...  # rows of no sequence stay as they are, in new arrays 0
+def swiglu_backward(
+    dy: F32, gate: F32, up: F32, dgate: F32 | None = None, dup: F32 | None = None, /
+) -> tuple[F32, F32]: ...  # each output may be one of the inputs
+
+# x / (1 - p), or 0 where random number i of this seed and stream, in [0, 1), is below p
+def dropout(x: F32, p: float, seed: int, stream: int, out: F32 | None = None, /) -> F32: ...
+def scale_into(x: F32, factor: float, /) -> None: ...  # x *= factor
+def square_sum(x: F32, /) -> float: ...
+
+# One step in place, step >= 1; returns the norm of g. Where it is more than max_norm > 0, g is scaled down to that;
+# where it is not finite, nothing changes. Ctrl-C waits for the end of the step.
+def adamw(
+    w: F32,  # (count,), as m, v and g
+    m: F32,
+    v: F32,
+    g: F32,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    max_norm: float,
+    /,
+) -> float: ...
+
 # ---- on a device: what calibration and GPTQ keep there --------------------------------------------------------------
 
 class DeviceArray:

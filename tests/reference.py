@@ -68,9 +68,80 @@ def swiglu(gate, up) -> np.ndarray:
         return gate / (1 + np.exp(-gate)) * _f64(up)
 
 
+def rmsnorm_backward(dy, x, gain, eps) -> np.ndarray:
+    """The gradient of x (t, c) from dy."""
+    x, slopes = _f64(x), _f64(dy) * _f64(gain)
+    inverse = 1 / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps)
+    return inverse * (slopes - x * inverse**2 * np.mean(slopes * x, -1, keepdims=True))
+
+
+def attention_backward(dout, q, k, v, q_start, kv_start, kv_len, scale) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradients of q, k, v (0 in rows of no sequence), by matrices: dS = P (dout v^T - delta), P the weights."""
+    group, heads = q.shape[1] // k.shape[1], q.shape[1]
+    dq, dk, dv = (np.zeros(a.shape) for a in (q, k, v))
+    out, lse = attention(q, k, v, q_start, kv_start, kv_len, scale)
+    for b, (start, length) in enumerate(zip(kv_start, kv_len, strict=True)):
+        rows, keys = slice(q_start[b], q_start[b + 1]), slice(start, start + length)
+        seen = np.tri(rows.stop - rows.start, length, length - (rows.stop - rows.start))
+        for head in range(heads):
+            qh, kh, vh, slopes = (
+                _f64(a) for a in (q[rows, head], k[keys, head // group], v[keys, head // group], dout[rows, head])
+            )
+            weights = np.exp(np.where(seen, qh @ kh.T * scale - lse[rows, head, None], -np.inf))
+            delta = (slopes * out[rows, head]).sum(-1, keepdims=True)
+            dscores = weights * (slopes @ vh.T - delta) * scale
+            dq[rows, head] = dscores @ kh
+            dk[keys, head // group] += dscores.T @ qh
+            dv[keys, head // group] += weights.T @ slopes
+    return dq, dk, dv
+
+
+def swiglu_backward(dy, gate, up) -> tuple[np.ndarray, np.ndarray]:
+    dy, gate, up = _f64(dy), _f64(gate), _f64(up)
+    with np.errstate(over="ignore"):
+        sigmoid = 1 / (1 + np.exp(-gate))
+    return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
+
+
+def uniform(count, seed, stream) -> np.ndarray:
+    """The random numbers of dropout: splitmix64's output function over seed, stream and place; 24 bits, in [0, 1)."""
+
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = z + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    of_stream = mix(mix(np.array([seed], np.uint64)) ^ np.array([stream], np.int64).view(np.uint64))
+    return (mix(of_stream ^ np.arange(count, dtype=np.uint64)) >> np.uint64(40)) / 2.0**24
+
+
+def dropout(x, p, seed, stream) -> np.ndarray:
+    x = _f64(x)
+    return np.where(
+        uniform(x.size, seed, stream).reshape(x.shape) >= np.float32(p), x / (1 - np.float64(np.float32(p))), 0
+    )
+
+
+def adamw(w, m, v, g, lr, beta1, beta2, eps, weight_decay, step, max_norm) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """w, m, v after a step (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW scales it)."""
+    w, m, v, g = (_f64(a) for a in (w, m, v, g))
+    norm = np.sqrt((g * g).sum())
+    g = g * (max_norm / norm if 0 < max_norm < norm else 1)
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    size = (m / (1 - beta1**step)) / (np.sqrt(v / (1 - beta2**step)) + eps)
+    return w * (1 - lr * weight_decay) - lr * size, m, v
+
+
+def slope(f, x, direction, step=2.0**-13) -> float:
+    """The derivative of f at x along `direction` by central differences in float64; errs by about step^2."""
+    x, direction = _f64(x), _f64(direction)
+    return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
 def logsumexp(x) -> np.ndarray:
     """Over the last axis."""
-    maximum = x.max(-1, keepdims=True)
+    maximum = x.max(-1, keepdims=True, initial=-np.inf)
     return (maximum + np.log(np.exp(x - maximum).sum(-1, keepdims=True)))[..., 0]
 
 

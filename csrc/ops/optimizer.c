@@ -17,19 +17,21 @@ typedef struct {
     const float *g;
     int64_t count;
     const ql_adamw_step *s;
-    float factor; /* that cuts g to the largest norm */
+    double factor; /* that cuts g to the largest norm */
 } adamw_context;
 
 static void adamw_task(void *context, int64_t task) {
     const adamw_context *c = context;
     const ql_adamw_step *s = c->s;
     int64_t end = (task + 1) * COUNT_PER_TASK < c->count ? (task + 1) * COUNT_PER_TASK : c->count;
-    float root2 = sqrtf(s->correction2), rate = s->lr / s->correction1, keep = 1.0f - s->lr * s->weight_decay;
+    float factor = (float)c->factor, beta1 = (float)s->beta1, beta2 = (float)s->beta2, eps = (float)s->eps;
+    float new1 = (float)(1.0 - s->beta1), new2 = (float)(1.0 - s->beta2), root2 = (float)sqrt(s->correction2);
+    float rate = (float)(s->lr / s->correction1), keep = (float)(1.0 - s->lr * s->weight_decay);
     for (int64_t i = task * COUNT_PER_TASK; i < end; i++) {
-        float g = c->g[i] * c->factor;
-        c->m[i] = s->beta1 * c->m[i] + (1.0f - s->beta1) * g;
-        c->v[i] = s->beta2 * c->v[i] + (1.0f - s->beta2) * g * g;
-        c->w[i] = c->w[i] * keep - rate * c->m[i] / (sqrtf(c->v[i]) / root2 + s->eps);
+        float g = c->g[i] * factor;
+        c->m[i] = beta1 * c->m[i] + new1 * g;
+        c->v[i] = beta2 * c->v[i] + new2 * g * g;
+        c->w[i] = c->w[i] * keep - rate * c->m[i] / (sqrtf(c->v[i]) / root2 + eps);
     }
 }
 
@@ -37,7 +39,7 @@ void ql_adamw_forward_scalar(float *w, float *m, float *v, const float *g, const
                              const ql_adamw_step *s) {
     if (!isfinite(*squares)) { return; }
     double norm = sqrt(*squares);
-    double factor = s->max_norm > 0.0f && norm > s->max_norm ? s->max_norm / norm : 1.0;
-    adamw_context context = {w, m, v, g, count, s, (float)factor};
+    double factor = s->max_norm > 0.0 && norm > s->max_norm ? s->max_norm / norm : 1.0;
+    adamw_context context = {w, m, v, g, count, s, factor};
     ql_parallel_for((count + COUNT_PER_TASK - 1) / COUNT_PER_TASK, adamw_task, &context);
 }

@@ -3,18 +3,13 @@
 
 #include "../quant/pack.h"
 
-static PyObject *finish(PyArrayObject *out, int stopped, ql_status status) {
-    if (stopped || status != QL_OK) { return Py_DECREF(out), stopped ? NULL : ql_raise(status); }
-    return (PyObject *)out;
+PyObject *ql_finish(PyObject *result, int stopped, ql_status status) {
+    if (stopped || status != QL_OK) { return Py_DECREF(result), stopped ? NULL : ql_raise(status); }
+    return result;
 }
 
-static PyObject *finish_in_place(int stopped, ql_status status) {
-    if (stopped || status != QL_OK) { return stopped ? NULL : ql_raise(status); }
-    Py_RETURN_NONE;
-}
-
-/* calls an op of the selected backend, if it has it: arguments are those of QL_IN, QL_OUT and QL_INOUT */
-#define READY(s, op) ql_stage_ready(s, (s)->be->op != NULL, #op)
+static PyObject *finish(PyArrayObject *out, int stopped, ql_status status) { return ql_finish((PyObject *)out, stopped, status); }
+static PyObject *finish_in_place(int stopped, ql_status status) { return ql_finish(Py_NewRef(Py_None), stopped, status); }
 
 /* every id in [0, limit), or `also`, a negative one (0: none) */
 static int check_ids(PyArrayObject *ids, const char *name, int64_t limit, int32_t also) {
@@ -57,7 +52,7 @@ static PyObject *embedding(PyObject *self, PyObject *arguments) {
     float *to = QL_OUT(&s, out);
     const int32_t *from = QL_IN(&s, ids);
     const ql_weight *staged = ql_stage_weight(&s, table_object);
-    if (READY(&s, embedding_forward)) { s.be->embedding_forward(to, from, staged, ql_dim(ids, 0)); }
+    if (QL_READY(&s, embedding_forward)) { s.be->embedding_forward(to, from, staged, ql_dim(ids, 0)); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish(out, stopped, status);
@@ -82,7 +77,7 @@ static PyObject *rmsnorm(PyObject *self, PyObject *arguments) {
     ql_stage_begin(&s);
     float *to = QL_OUT(&s, out), *also = QL_OUT(&s, inv_rms);
     const float *from = QL_IN(&s, x), *gains = QL_IN(&s, gain);
-    if (READY(&s, rmsnorm_forward)) { s.be->rmsnorm_forward(to, also, from, gains, ql_dim(x, 0), ql_dim(x, 1), eps); }
+    if (QL_READY(&s, rmsnorm_forward)) { s.be->rmsnorm_forward(to, also, from, gains, ql_dim(x, 0), ql_dim(x, 1), eps); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish(out, stopped, status);
@@ -116,7 +111,7 @@ static PyObject *rope(PyObject *self, PyObject *arguments) {
     float *to = QL_INOUT(&s, out);
     const float *cosines = QL_IN(&s, cos), *sines = QL_IN(&s, sin);
     const int32_t *where = QL_IN(&s, positions);
-    if (READY(&s, rope_forward)) {
+    if (QL_READY(&s, rope_forward)) {
         s.be->rope_forward(to, cosines, sines, where, ql_dim(x, 0), ql_dim(x, 1), ql_dim(x, 2));
     }
     status = ql_stage_end(&s);
@@ -124,8 +119,7 @@ static PyObject *rope(PyObject *self, PyObject *arguments) {
     return finish(out, stopped, status);
 }
 
-/* attention(q, k, v, q_start, kv_start, kv_len, scale) -> out (t, hq, d); ranges are checked against q, k, v */
-static int check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *qs, PyArrayObject *ks, PyArrayObject *kl) {
+int ql_check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *qs, PyArrayObject *ks, PyArrayObject *kl) {
     int64_t b = ql_dim(ks, 0);
     const int64_t *q_start = ql_data(qs), *kv_start = ql_data(ks), *kv_len = ql_data(kl);
     if (!ql_check_dim(qs, "q_start", 0, b + 1) || !ql_check_dim(kl, "kv_len", 0, b)) { return 0; }
@@ -153,7 +147,7 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
     PyArrayObject *q_start = v == NULL ? NULL : ql_array(o[3], "q_start", NPY_INT64, 1);
     PyArrayObject *kv_start = q_start == NULL ? NULL : ql_array(o[4], "kv_start", NPY_INT64, 1);
     PyArrayObject *kv_len = kv_start == NULL ? NULL : ql_array(o[5], "kv_len", NPY_INT64, 1);
-    if (kv_len == NULL || !ql_check_dim(k, "k", 2, ql_dim(q, 2)) || !check_ranges(q, k, q_start, kv_start, kv_len)) {
+    if (kv_len == NULL || !ql_check_dim(k, "k", 2, ql_dim(q, 2)) || !ql_check_ranges(q, k, q_start, kv_start, kv_len)) {
         return NULL;
     }
     for (int axis = 0; axis < 3; axis++) {
@@ -176,7 +170,7 @@ static PyObject *attention(PyObject *self, PyObject *arguments) {
     float *to = QL_INOUT(&s, out), *sums = QL_INOUT(&s, lse); /* queries of no sequence keep what is there */
     const float *queries = QL_IN(&s, q), *keys = QL_IN(&s, k), *values = QL_IN(&s, v);
     const int64_t *q_at = QL_IN(&s, q_start), *kv_at = QL_IN(&s, kv_start), *lengths = QL_IN(&s, kv_len);
-    if (READY(&s, attention_forward)) {
+    if (QL_READY(&s, attention_forward)) {
         s.be->attention_forward(to, sums, queries, keys, values, q_at, kv_at, lengths, ql_dim(kv_len, 0), ql_dim(q, 1),
                                 ql_dim(k, 1), ql_dim(q, 2), scale);
     }
@@ -205,7 +199,7 @@ static PyObject *swiglu(PyObject *self, PyObject *arguments) {
     ql_stage_begin(&s);
     float *to = QL_OUT(&s, out);
     const float *gates = QL_IN(&s, gate), *ups = QL_IN(&s, up);
-    if (READY(&s, swiglu_forward)) { s.be->swiglu_forward(to, gates, ups, PyArray_SIZE(gate)); }
+    if (QL_READY(&s, swiglu_forward)) { s.be->swiglu_forward(to, gates, ups, PyArray_SIZE(gate)); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish(out, stopped, status);
@@ -229,7 +223,7 @@ static PyObject *add_into(PyObject *self, PyObject *arguments) {
     ql_stage_begin(&s);
     float *to = QL_INOUT(&s, y);
     const float *from = QL_IN(&s, x);
-    if (READY(&s, add_forward)) { s.be->add_forward(to, from, PyArray_SIZE(y)); }
+    if (QL_READY(&s, add_forward)) { s.be->add_forward(to, from, PyArray_SIZE(y)); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish_in_place(stopped, status);
@@ -255,9 +249,9 @@ PyObject *ql_linear_on(const ql_backend *be, PyObject *x_object, PyObject *w_obj
     float *to = ql_stage_out(&s, ql_data(out), ql_nbytes(out), accumulate);
     const float *from = QL_IN(&s, x);
     const ql_weight *staged = ql_stage_weight(&s, w_object);
-    if (backward && READY(&s, linear_backward_input[w->format])) {
+    if (backward && QL_READY(&s, linear_backward_input[w->format])) {
         s.be->linear_backward_input[w->format](to, from, staged, m, accumulate);
-    } else if (!backward && READY(&s, linear_forward[w->format])) {
+    } else if (!backward && QL_READY(&s, linear_forward[w->format])) {
         s.be->linear_forward[w->format](to, from, staged, m, accumulate);
     }
     status = ql_stage_end(&s);
@@ -297,7 +291,7 @@ static PyObject *cross_entropy(PyObject *self, PyObject *arguments) {
     float *to = QL_OUT(&s, loss), *slopes = QL_OUT(&s, dlogits);
     const float *from = QL_IN(&s, logits);
     const int32_t *wanted = QL_IN(&s, targets);
-    if (READY(&s, cross_entropy_forward)) {
+    if (QL_READY(&s, cross_entropy_forward)) {
         s.be->cross_entropy_forward(to, slopes, from, wanted, ql_dim(logits, 0), ql_dim(logits, 1));
     }
     status = ql_stage_end(&s);
@@ -326,7 +320,7 @@ static PyObject *gram_into(PyObject *self, PyObject *arguments) {
     ql_stage_begin(&s);
     float *to = QL_INOUT(&s, h);
     const float *left = QL_IN(&s, a), *right = QL_IN(&s, b);
-    if (READY(&s, gram_forward)) { s.be->gram_forward(to, left, right, ql_dim(a, 0), ql_dim(a, 1), ql_dim(b, 1), lower); }
+    if (QL_READY(&s, gram_forward)) { s.be->gram_forward(to, left, right, ql_dim(a, 0), ql_dim(a, 1), ql_dim(b, 1), lower); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish_in_place(stopped, status);
@@ -351,8 +345,8 @@ static PyObject *move_rows(PyObject *arguments, int gather) {
     float *to = QL_INOUT(&s, out);
     const float *from = QL_IN(&s, x);
     const int32_t *where = QL_IN(&s, rows);
-    if (gather && READY(&s, gather_rows_forward)) { s.be->gather_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
-    if (!gather && READY(&s, scatter_rows_forward)) { s.be->scatter_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
+    if (gather && QL_READY(&s, gather_rows_forward)) { s.be->gather_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
+    if (!gather && QL_READY(&s, scatter_rows_forward)) { s.be->scatter_rows_forward(to, from, where, ql_dim(rows, 0), ql_dim(x, 1)); }
     status = ql_stage_end(&s);
     QL_CALL_END(stopped)
     return finish_in_place(stopped, status);
@@ -385,7 +379,7 @@ static PyObject *sample(PyObject *self, PyObject *arguments) {
     const float *from = QL_IN(&s, logits);
     const int32_t *stream = QL_IN(&s, streams);
     const int64_t *at = ql_stage_in(&s, &now, sizeof now);
-    if (READY(&s, sample_forward)) {
+    if (QL_READY(&s, sample_forward)) {
         s.be->sample_forward(to, from, stream, at, ql_dim(logits, 0), ql_dim(logits, 1), temperature, top_k, top_p, seed);
     }
     status = ql_stage_end(&s);

@@ -87,7 +87,7 @@ const ql_backend *ql_device_arg(int device); /* -1: the CPU; NULL with an error 
 
 /* ---- stage.c: arrays of the host for one op on the selected backend; all of it without the GIL ------------------- */
 
-enum { QL_STAGED_ARRAYS = 10 };
+enum { QL_STAGED_ARRAYS = 12 };
 
 typedef struct {
     void *memory, *host;
@@ -114,6 +114,12 @@ static inline size_t ql_nbytes(PyArrayObject *array) { return array == NULL ? 0 
 #define QL_IN(s, array) ql_stage_in(s, ql_data(array), ql_nbytes(array))
 #define QL_OUT(s, array) ql_stage_out(s, ql_data(array), ql_nbytes(array), 0)
 #define QL_INOUT(s, array) ql_stage_out(s, ql_data(array), ql_nbytes(array), 1)
+#define QL_READY(s, op) ql_stage_ready(s, (s)->be->op != NULL, #op) /* the backend has the op, and all arrays are there */
+
+/* py_ops.c: the end of a call of ops: `result`, or its release and the error */
+PyObject *ql_finish(PyObject *result, int stopped, ql_status status);
+/* attention's ranges q_start (b + 1,), kv_start, kv_len (b,) against q and k; 0 with a ValueError */
+int ql_check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *q_start, PyArrayObject *kv_start, PyArrayObject *kv_len);
 
 /* x W^T or, backward, x W on a backend (py_ops.c) */
 PyObject *ql_linear_on(const ql_backend *be, PyObject *x, PyObject *weight, PyObject *out, int accumulate, int backward);
@@ -125,6 +131,7 @@ int ql_register_cuda(PyObject *module);
 int ql_register_weight(PyObject *module);
 int ql_register_quantize(PyObject *module);
 int ql_register_ops(PyObject *module);
+int ql_register_training_ops(PyObject *module);
 int ql_register_roof(PyObject *module);
 int ql_register_gptq(PyObject *module);
 int ql_register_llama(PyObject *module);
