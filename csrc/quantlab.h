@@ -149,7 +149,7 @@ typedef struct {
     X(advance_forward, (int32_t *history, int32_t *ids, int32_t *positions, int32_t *rows, int64_t *kv_len,             \
                         int64_t *step, const int32_t *tokens, int64_t b))                                               \
     /* loss[i] = logsumexp(logits[i]) - logits[i, target[i]], 0 where target is -100; logits (t, v); dlogits (t, v) or  \
-     * NULL is set to softmax - onehot (0 in ignored rows) */                                                           \
+     * NULL is set to softmax - onehot (0 in ignored rows); it may be logits */                                         \
     X(cross_entropy_forward,                                                                                            \
       (float *loss, float *dlogits, const float *logits, const int32_t *targets, int64_t t, int64_t v))                 \
     /* dx (t, c) = the gradient of x from dy, that of out, or += where accumulate is set; dx may be dy */               \

@@ -266,6 +266,7 @@ class Llama:
         norm: F32,
         layers: tuple[tuple[Any, ...], ...],
         device: int = -1,  # -1: the CPU
+        adapter: Adapter | None = None,  # on the CPU
     ) -> Llama: ...
     def forward(
         self,
@@ -295,6 +296,49 @@ class Llama:
         /,
     ) -> F32: ...  # -log p of each target (t,)
     def linear(self, x: F32, weight: Weight, /) -> F32: ...  # x W^T, where the model is
+
+class Adapter:
+    """Low-rank matrices A (r, k) and B (n, r) of a model's matrices, which then give W x + scale B A x. They lie in one
+    vector, which the caller may change between calls."""
+
+    def __new__(
+        cls,
+        parameters: F32,  # (floats,)
+        layout: I64,  # (parts, 5): layer, slot (0 to 6: q k v o gate up down), r, where A begins, where B begins
+        scales: F32,  # (parts,)
+    ) -> Adapter: ...
+
+class Trainer:
+    """Gradients of a model's adapter, in memory that is kept from pass to pass. The same bits for any number of threads
+    and whatever is recomputed. One pass at a time."""
+
+    def __new__(
+        cls,
+        llama: Llama,  # with an adapter
+        head: Weight | None,  # (vocabulary, c)
+        gradients: F32,  # (floats,) like the adapter's parameters
+        *,
+        dropout: float = 0.0,  # share of each adapter's inputs that a pass leaves out
+        seed: int = 0,
+    ) -> Trainer: ...
+    # gradients += those of factor * sum of the losses, which is returned. Whole sequences: each sees itself alone.
+    # After Ctrl-C a part of the gradients was added.
+    def accumulate(
+        self,
+        input_ids: I32,
+        positions: I32,
+        q_start: I64,
+        kv_start: I64,
+        kv_len: I64,
+        cos: F32,
+        sin: F32,
+        targets: I32,  # (t,), -100: does not count
+        factor: float,
+        call: int,  # number of the pass, for its dropout
+        recompute: Literal["none", "selective", "full"],
+        /,
+    ) -> float: ...
+    def activation_bytes(self, t: int, recompute: Literal["none", "selective", "full"], /) -> int: ...
 
 class Generation:
     """Sequences that grow by a token a step, with their cache, where the model is. temperature 0: the likeliest."""

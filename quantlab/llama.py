@@ -129,7 +129,7 @@ class Llama:
             self.vector("model.norm"),
             tuple(layer(index) for index in range(config.num_hidden_layers)),
             self._device_number,
-            *([self.adapter.handle] if self.adapter is not None else ()),
+            None if self.adapter is None else self.adapter.handle,
         )
 
     # ---- loading and saving ----------------------------------------------------------------------------------

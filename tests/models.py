@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from training_reference import AdapterParts
 
 from quantlab.llama import LlamaConfig, LlamaForCausalLM
 from quantlab.llama_config import LINEARS
@@ -67,3 +69,19 @@ def tiny_parts(seed: int = 0, **changes: Any) -> tuple[LlamaConfig, dict[str, Qu
 
 def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(*tiny_parts(seed, **changes))
+
+
+def tiny_adapter(
+    config: LlamaConfig, slots: Sequence[int] = range(7), r: int = 2, seed: int = 0, layers: Sequence[int] | None = None
+) -> AdapterParts:
+    """A random adapter of these slots of these layers (None: all), B not zero, each part with a scale of its own."""
+    rng = np.random.default_rng(seed)
+    rows, at = [], 0
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
+        for slot in slots:
+            n, k = linear_shape(config, LINEARS[slot])
+            rows.append((layer, slot, r, at, at + r * k))
+            at += r * (n + k)
+    parameters = (0.2 * rng.standard_normal(at)).astype(np.float32)
+    scales = rng.uniform(0.5, 2, len(rows)).astype(np.float32)
+    return AdapterParts(parameters, np.array(rows, np.int64).reshape(-1, 5), scales)

@@ -2,12 +2,15 @@
 #ifndef QL_LLAMA_H
 #define QL_LLAMA_H
 
-#include "../quantlab.h"
+#include "lora.h"
+
+/* the matrices of a layer: (hq d, c) (hkv d, c) (hkv d, c) (c, hq d) (f, c) (f, c) (c, f) */
+enum { QL_SLOT_Q, QL_SLOT_K, QL_SLOT_V, QL_SLOT_O, QL_SLOT_GATE, QL_SLOT_UP, QL_SLOT_DOWN, QL_SLOTS };
 
 typedef struct {
     const float *input_norm, *post_norm; /* (c,) */
-    const ql_weight *q, *k, *v, *o;      /* (hq d, c) (hkv d, c) (hkv d, c) (c, hq d) */
-    const ql_weight *gate, *up, *down;   /* (f, c) (f, c) (c, f) */
+    const ql_weight *matrix[QL_SLOTS];
+    const ql_lora *lora; /* (QL_SLOTS,), or NULL: the layer has no adapter */
 } ql_llama_layer;
 
 typedef struct {
@@ -16,6 +19,7 @@ typedef struct {
     const ql_weight *embed; /* (vocabulary, c) */
     const float *norm;      /* (c,) */
     const ql_llama_layer *layer;
+    int64_t rank; /* the largest of its adapters; 0: it has none */
 } ql_llama;
 
 /* t tokens of b sequences, one after the other, no padding; arrays are the backend's */
@@ -36,7 +40,7 @@ typedef struct {
     int64_t rows;
 } ql_kv_cache;
 
-/* A backend with all the fused ops runs them, on keys and values in its own type. */
+/* A backend with all the fused ops runs them, on keys and values in its own type, and no adapters. */
 int ql_llama_fused(const ql_backend *backend);
 
 /* floats of workspace that a forward pass over t tokens needs, zero at first where t <= QL_GEMV_ROWS */
@@ -50,6 +54,39 @@ void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch);
  * nor waits for a device. QL_EINTERRUPT where the user stopped it. */
 ql_status ql_llama_forward(float *hidden, const ql_llama *model, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *backend);
+
+/* y (t, n) = x (t, k) times matrix `slot` of a layer and its adapter, or += where accumulate is set; u as ql_lora_forward's */
+void ql_llama_product(float *y, float *u, const float *x, const ql_llama_layer *layer, int slot, const ql_lora_dropout *dropout,
+                      int64_t t, int accumulate, const ql_backend *backend);
+
+/* ---- training: the gradient of an adapter, whole sequences, no cache; arrays are the backend's (llama_backward.c) --- */
+
+/* what the backward pass computes again: nothing; norms and SwiGLU; all of a layer but its input */
+typedef enum { QL_RECOMPUTE_NONE, QL_RECOMPUTE_SELECTIVE, QL_RECOMPUTE_FULL } ql_recompute;
+
+typedef struct {
+    const ql_llama *model;
+    ql_llama_batch batch;   /* without rows */
+    int64_t positions;      /* rows of its cos and sin */
+    const int32_t *kept;    /* (count,) tokens whose losses count */
+    const int32_t *targets; /* (count,) */
+    int64_t count;
+    const ql_weight *head; /* (classes, c) */
+    float *head_gradient;  /* (classes, c) or NULL: it is frozen */
+    float *gradients;      /* of all adapters, where their ql_lora says */
+    float factor;          /* of the losses' sum: what is differentiated */
+    float dropout;         /* share of each adapter's inputs */
+    uint64_t seed;
+    int64_t call; /* number of the pass, for its dropout */
+    ql_recompute recompute;
+} ql_llama_training;
+
+/* floats of workspace; model, batch.t, positions, count, head, dropout and recompute count */
+int64_t ql_llama_training_workspace(const ql_llama_training *call);
+
+/* losses (count,) of the kept tokens; their gradient is added to gradients and head_gradient. The same bits for each
+ * ql_recompute. QL_EINTERRUPT where the user stopped it: then a part of it was added. */
+ql_status ql_llama_accumulate(float *losses, const ql_llama_training *call, float *workspace, const ql_backend *backend);
 
 /* ---- generation: b sequences, a token each at a time; arrays are the backend's (llama_step.c) ------------------- */
 

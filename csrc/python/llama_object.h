@@ -1,4 +1,4 @@
-/* llama_object.h: _core.Llama as py_llama.c makes it and py_generator.c uses it. */
+/* llama_object.h: _core.Llama and _core.Adapter as py_llama.c and py_adapter.c make them and others use them. */
 #ifndef QL_LLAMA_OBJECT_H
 #define QL_LLAMA_OBJECT_H
 
@@ -23,6 +23,8 @@ typedef struct {
     ql_llama_matrix *matrix;
     int64_t matrices;
     float *gains; /* of all norms, on the device */
+    PyObject *adapter; /* NULL: none */
+    ql_lora *lora;     /* (layers, QL_SLOTS) of the adapter */
 } LlamaObject;
 
 static inline const ql_backend *ql_llama_backend(const LlamaObject *self) { return self->be != NULL ? self->be : ql_cpu(); }
@@ -52,11 +54,30 @@ void *ql_bundle_at(const ql_bundle *bundle, int part);
 ql_status ql_batch_upload(ql_llama_batch *on, ql_bundle *bundle, const ql_llama_batch *batch, int64_t positions, int64_t d,
                           const ql_backend *be);
 
+/* py_adapter.c */
+typedef struct {
+    int64_t layer, slot, r, a_at, b_at;
+    float scale;
+} ql_adapter_part;
+
+typedef struct {
+    PyObject_HEAD
+    PyArrayObject *parameters; /* float32 (floats,), of the caller */
+    ql_adapter_part *part;
+    int64_t parts;
+} AdapterObject;
+
+int ql_adapter_attach(LlamaObject *self, PyObject *adapter); /* 0 with an error */
+
 /* py_llama.c: parses and checks (with the GIL). o: input_ids, positions, q_start, kv_start, kv_len; cache_rows < 0: none.
  * rows is made with PyMem_RawMalloc: the caller frees it. 0 with an error. */
 int ql_batch_arg(ql_llama_batch *batch, int32_t **rows, PyObject *const o[5], int64_t vocabulary, int64_t positions,
                  int64_t cache_rows);
 int ql_rope_arg(const float **cos, const float **sin, int64_t *positions, PyObject *cos_object, PyObject *sin_object, int64_t d);
+
+/* every one of `targets` (t,) a class or QL_IGNORED; 0 with an error */
+enum { QL_IGNORED = -100 };
+int ql_check_targets(PyArrayObject *targets, const char *name, int64_t t, int64_t classes);
 
 extern PyTypeObject *ql_llama_type;
 

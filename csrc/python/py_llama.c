@@ -8,6 +8,7 @@ PyTypeObject *ql_llama_type;
 enum { LAYER_PARTS = 9 };
 static const char *const part_names[LAYER_PARTS] = {"input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj",
                                                     "post_attention_layernorm", "gate_proj", "up_proj", "down_proj"};
+static const int part_slots[LAYER_PARTS] = {-1, QL_SLOT_Q, QL_SLOT_K, QL_SLOT_V, QL_SLOT_O, -1, QL_SLOT_GATE, QL_SLOT_UP, QL_SLOT_DOWN};
 
 static const float *gain_arg(PyObject *object, const char *name, int64_t c) {
     PyArrayObject *array = ql_array(object, name, NPY_FLOAT32, 1);
@@ -29,16 +30,15 @@ static int fill_layer(ql_llama_layer *layer, const ql_llama *m, PyObject *parts,
     int64_t q = m->hq * m->d, kv = m->hkv * m->d;
     const int64_t n[LAYER_PARTS] = {0, q, kv, kv, m->c, 0, m->f, m->f, m->c};
     const int64_t k[LAYER_PARTS] = {0, m->c, m->c, m->c, q, 0, m->c, m->c, m->f};
-    const ql_weight **weights[LAYER_PARTS] = {NULL, &layer->q, &layer->k, &layer->v, &layer->o, NULL, &layer->gate, &layer->up, &layer->down};
     for (int i = 0; i < LAYER_PARTS; i++) {
         char name[64];
         PyObject *part = PyTuple_GET_ITEM(parts, i);
         PyOS_snprintf(name, sizeof name, "layer %lld %s", (long long)index, part_names[i]);
-        if (weights[i] == NULL) {
+        if (part_slots[i] < 0) {
             const float *gain = gain_arg(part, name, m->c);
             if (gain == NULL) { return 0; }
             *(i == 0 ? &layer->input_norm : &layer->post_norm) = gain;
-        } else if ((*weights[i] = shaped_weight(part, name, n[i], k[i])) == NULL) {
+        } else if ((layer->matrix[part_slots[i]] = shaped_weight(part, name, n[i], k[i])) == NULL) {
             return 0;
         }
     }
@@ -57,16 +57,15 @@ static int check_sizes(const ql_llama *m) {
 
 /* where the model points to each matrix, and which object that is */
 static int list_matrices(LlamaObject *self, PyObject *embed, PyObject *layers) {
-    self->matrix = PyMem_Calloc((size_t)(7 * self->model.layers + 1), sizeof *self->matrix);
+    self->matrix = PyMem_Calloc((size_t)(QL_SLOTS * self->model.layers + 1), sizeof *self->matrix);
     if (self->matrix == NULL) { return PyErr_NoMemory(), 0; }
     self->matrix[self->matrices++] = (ql_llama_matrix){(WeightObject *)embed, &self->model.embed, NULL};
     for (int64_t i = 0; i < self->model.layers; i++) {
-        ql_llama_layer *layer = &self->layer[i];
-        const ql_weight **slots[LAYER_PARTS] = {NULL, &layer->q, &layer->k, &layer->v, &layer->o, NULL, &layer->gate, &layer->up, &layer->down};
         for (int part = 0; part < LAYER_PARTS; part++) {
-            if (slots[part] == NULL) { continue; }
+            if (part_slots[part] < 0) { continue; }
             PyObject *object = PyTuple_GET_ITEM(PyTuple_GET_ITEM(layers, i), part);
-            self->matrix[self->matrices++] = (ql_llama_matrix){(WeightObject *)object, slots[part], NULL};
+            const ql_weight **slot = &self->layer[i].matrix[part_slots[part]];
+            self->matrix[self->matrices++] = (ql_llama_matrix){(WeightObject *)object, slot, NULL};
         }
     }
     return 1;
@@ -83,13 +82,13 @@ static int place(LlamaObject *self) {
 }
 
 static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    static char *names[] = {"heads", "kv_heads", "head_dim", "intermediate", "eps", "embed", "norm", "layers", "device", NULL};
+    static char *names[] = {"heads", "kv_heads", "head_dim", "intermediate", "eps", "embed", "norm", "layers", "device", "adapter", NULL};
     int device = -1;
     long long hq, hkv, d, f;
     float eps;
-    PyObject *embed, *norm, *layers;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "LLLLfOOO!|i", names, &hq, &hkv, &d, &f, &eps, &embed, &norm,
-                                     &PyTuple_Type, &layers, &device)) {
+    PyObject *embed, *norm, *layers, *adapter = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "LLLLfOOO!|iO", names, &hq, &hkv, &d, &f, &eps, &embed, &norm,
+                                     &PyTuple_Type, &layers, &device, &adapter)) {
         return NULL;
     }
     const ql_weight *table = ql_table_arg(embed, "embed");
@@ -108,6 +107,11 @@ static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     self->vocabulary = table->n;
     self->parts = PyTuple_Pack(3, embed, norm, layers);
     if (self->parts == NULL || !list_matrices(self, embed, layers)) { return Py_DECREF(self), NULL; }
+    if (adapter != Py_None && device >= 0) {
+        Py_DECREF(self);
+        return PyErr_Format(PyExc_ValueError, "adapter: a model on a device takes none: merge it into the weights first");
+    }
+    if (adapter != Py_None && !ql_adapter_attach(self, adapter)) { return Py_DECREF(self), NULL; }
     if (device >= 0 && ((self->be = ql_device_arg(device)) == NULL || !place(self))) { return Py_DECREF(self), NULL; }
     return (PyObject *)self;
 }
@@ -121,6 +125,8 @@ static void llama_dealloc(LlamaObject *self) {
     }
     PyMem_Free(self->matrix);
     PyMem_Free(self->layer);
+    PyMem_Free(self->lora);
+    Py_XDECREF(self->adapter);
     Py_XDECREF(self->parts);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
@@ -208,9 +214,7 @@ int ql_batch_arg(ql_llama_batch *batch, int32_t **rows, PyObject *const o[5], in
 
 void ql_llama_pack(const ql_llama *m) {
     for (int64_t i = 0; i < m->layers; i++) {
-        const ql_llama_layer *layer = &m->layer[i];
-        const ql_weight *weights[] = {layer->q, layer->k, layer->v, layer->o, layer->gate, layer->up, layer->down};
-        for (int j = 0; j < 7; j++) { ql_weight_pack((ql_weight *)weights[j]); }
+        for (int slot = 0; slot < QL_SLOTS; slot++) { ql_weight_pack((ql_weight *)m->layer[i].matrix[slot]); }
     }
 }
 
@@ -341,13 +345,12 @@ static PyObject *llama_forward(PyObject *object, PyObject *arguments) {
     return call_model(self, &call, ql_new(2, (int64_t[]){count, m->c}, NPY_FLOAT32), rows);
 }
 
-/* every target a class, or -100 */
-static int check_targets(PyArrayObject *targets, int64_t t, int64_t classes) {
-    if (!ql_check_dim(targets, "targets", 0, t)) { return 0; }
+int ql_check_targets(PyArrayObject *targets, const char *name, int64_t t, int64_t classes) {
+    if (!ql_check_dim(targets, name, 0, t)) { return 0; }
     const int32_t *values = ql_data(targets);
     for (int64_t i = 0; i < t; i++) {
-        if (values[i] != -100 && (values[i] < 0 || values[i] >= classes)) {
-            return PyErr_Format(PyExc_ValueError, "targets: got %d, expected 0 to %lld, or -100", values[i], (long long)classes - 1), 0;
+        if (values[i] != QL_IGNORED && (values[i] < 0 || values[i] >= classes)) {
+            return PyErr_Format(PyExc_ValueError, "%s: got %d, expected 0 to %lld, or -100", name, values[i], (long long)classes - 1), 0;
         }
     }
     return 1;
@@ -365,7 +368,7 @@ static PyObject *llama_losses(PyObject *object, PyObject *arguments) {
     const ql_weight *w = ql_weight_arg(head, "head");
     PyArrayObject *targets = w == NULL ? NULL : ql_array(targets_object, "targets", NPY_INT32, 1);
     if (targets == NULL || !ql_batch_arg(&call.batch, &rows, o, self->vocabulary, call.positions, -1)) { return NULL; }
-    if (w->k != self->model.c || !check_targets(targets, call.batch.t, w->n)) {
+    if (w->k != self->model.c || !ql_check_targets(targets, "targets", call.batch.t, w->n)) {
         if (!PyErr_Occurred()) { PyErr_SetString(PyExc_ValueError, "head: its columns are not the hidden size"); }
         return PyMem_RawFree(rows), NULL;
     }
@@ -392,7 +395,7 @@ static PyMethodDef llama_methods[] = {
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Llama(heads, kv_heads, head_dim, intermediate, eps, embed, norm, layers): a model over _core.Weight and gains"},
+    {Py_tp_doc, "Llama(heads, kv_heads, head_dim, intermediate, eps, embed, norm, layers, device=-1, adapter=None): a model over _core.Weight and gains"},
     {Py_tp_new, __extension__(void *)llama_new},
     {Py_tp_dealloc, __extension__(void *)llama_dealloc},
     {Py_tp_methods, llama_methods},

@@ -135,6 +135,8 @@ int ql_register_training_ops(PyObject *module);
 int ql_register_roof(PyObject *module);
 int ql_register_gptq(PyObject *module);
 int ql_register_llama(PyObject *module);
+int ql_register_adapter(PyObject *module);
+int ql_register_training(PyObject *module); /* after llama and adapter */
 int ql_register_generation(PyObject *module); /* after llama */
 
 #endif
