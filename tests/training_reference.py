@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from reference import uniform
 
 from quantlab.llama import Llama
 from quantlab.llama_config import LINEARS
@@ -32,20 +33,6 @@ class AdapterParts:
 
     def __post_init__(self) -> None:
         self.index = {(layer, slot): i for i, (layer, slot, *_) in enumerate(self.layout.tolist())}
-
-
-def uniform(seed: int, stream: int, count: int) -> np.ndarray:
-    """float32 (count,) of core/random.h: a hash of seed, stream and place."""
-
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = z + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    first = mix(mix(np.array([seed], np.uint64)) ^ np.uint64(stream))
-    bits = mix(first ^ np.arange(count, dtype=np.uint64)) >> np.uint64(40)
-    return bits.astype(np.float32) * np.float32(2.0**-24)
 
 
 def _rmsnorm(x, gain, eps):
@@ -86,7 +73,7 @@ class Oracle:
         """(t, k) of 0 or 1 / (1 - p)"""
         if stream not in self.masks:
             p = np.float32(self.adapter.dropout)
-            kept = uniform(self.adapter.seed, stream, t * k) >= p
+            kept = uniform(t * k, self.adapter.seed, stream) >= p
             self.masks[stream] = (kept * (1.0 / (1.0 - np.float64(p)))).reshape(t, k)
         return self.masks[stream]
 
