@@ -141,6 +141,56 @@ def _attention(s: Sizes) -> Iterator[Case]:
         yield Case("attention", "f32", s.model, shape, run, _nbytes(q, k, v, out), 4 * pairs * s.heads * s.head_dim)
 
 
+def _attention_backward(s: Sizes) -> Iterator[Case]:
+    for t in (s.tokens, 4 * s.tokens):
+        q, dout = _floats(t, s.heads, s.head_dim), _floats(t, s.heads, s.head_dim, seed=3)
+        k, v = _floats(t, s.kv_heads, s.head_dim, seed=1), _floats(t, s.kv_heads, s.head_dim, seed=2)
+        rest = np.array([0, t]), np.array([0]), np.array([t]), s.head_dim**-0.5
+        lse = np.empty(q.shape[:2], np.float32)
+        arrays = dout, q, k, v, _core.attention(q, k, v, *rest, None, lse), lse
+        grads = tuple(np.zeros_like(a) for a in (q, k, v))
+        run = lambda a=arrays, r=rest, g=grads: _core.attention_backward(*a, *r, *g)  # noqa: E731
+        flops = 10 * t * (t + 1) // 2 * s.heads * s.head_dim  # five products
+        yield Case("attention_backward", "f32", s.model, f"t{t} h{s.heads}/{s.kv_heads} d{s.head_dim}", run,
+                   _nbytes(*arrays, *grads), flops)  # fmt: skip
+
+
+def _rmsnorm_backward(s: Sizes) -> Iterator[Case]:
+    dy, x, out = (
+        _floats(s.tokens, s.hidden),
+        _floats(s.tokens, s.hidden, seed=1),
+        np.zeros((s.tokens, s.hidden), np.float32),
+    )
+    gain, inv_rms = _floats(s.hidden), np.ones(s.tokens, np.float32)
+    run = lambda: _core.rmsnorm_backward(dy, x, gain, inv_rms, out)  # noqa: E731
+    yield Case("rmsnorm_backward", "f32", s.model, f"t{s.tokens} c{s.hidden}", run, _nbytes(dy, x, out), 8 * x.size)
+
+
+def _swiglu_backward(s: Sizes) -> Iterator[Case]:
+    inputs = [_floats(s.tokens, s.intermediate, seed=seed) for seed in range(3)]
+    outputs = [np.zeros_like(inputs[0]) for _ in range(2)]
+    run = lambda: _core.swiglu_backward(*inputs, *outputs)  # noqa: E731
+    yield Case("swiglu_backward", "f32", s.model, f"t{s.tokens} f{s.intermediate}", run, _nbytes(*inputs, *outputs), 0)
+
+
+def _dropout(s: Sizes) -> Iterator[Case]:
+    x, out = _floats(s.tokens, s.hidden), np.empty((s.tokens, s.hidden), np.float32)
+    run = lambda: _core.dropout(x, 0.05, 1, 0, out)  # noqa: E731
+    yield Case("dropout", "f32", s.model, f"t{s.tokens} c{s.hidden}", run, _nbytes(x, out), 0)
+
+
+def _adamw(s: Sizes) -> Iterator[Case]:
+    """The parameters of LoRA on q, k, v and o of all layers, about."""
+    w, m, g = (_floats(16 * 128 * s.hidden, seed=seed) for seed in range(3))
+    v = m * m
+
+    def run() -> np.ndarray:
+        _core.adamw(w, m, v, g, 1e-4, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+        return w
+
+    yield Case("adamw", "f32", s.model, f"{len(w)}", run, 2 * _nbytes(w, m, v, g), 0)
+
+
 def _swiglu(s: Sizes) -> Iterator[Case]:
     gate, up = _floats(s.tokens, s.intermediate), _floats(s.tokens, s.intermediate, seed=1)
     out = np.empty_like(gate)
@@ -233,6 +283,8 @@ OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "embedding": _embedding, "rmsnorm": _rmsnorm, "rope": _rope, "attention": _attention, "swiglu": _swiglu,
     "add": _add, "cross_entropy": _cross_entropy, "gram": _gram, "decode": _decode, "linear": _linear,
     "linear_backward_input": _linear_backward_input, "quantize": _quantize, "gptq_panel": _gptq_panel,
+    "rmsnorm_backward": _rmsnorm_backward, "attention_backward": _attention_backward,
+    "swiglu_backward": _swiglu_backward, "dropout": _dropout, "adamw": _adamw,
 }  # fmt: skip
 
 

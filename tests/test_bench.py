@@ -45,7 +45,17 @@ def test_unknown_op() -> None:
 def test_every_op_of_the_core_has_cases() -> None:
     """But those that only a larger call of the core reaches."""
     slots = {name.removesuffix("_forward") for name in _core.op_table()}
-    parts = {"feedback", "scatter_rows", "gather_rows", "sample", "advance", "gptq_steps", "gptq_error"}
+    parts = {
+        "feedback",
+        "scatter_rows",
+        "gather_rows",
+        "sample",
+        "advance",
+        "gptq_steps",
+        "gptq_error",
+        "scale",
+        "square_sum",
+    }
     assert slots - parts == set(bench.OPS)
 
 

@@ -35,17 +35,27 @@ def all_ops(rng: np.random.Generator) -> dict[str, Callable[[], np.ndarray]]:
         into(y, *arguments)
         return y
 
+    def flat(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+        return np.concatenate([a.ravel() for a in arrays])
+
     x, gain, q, k, v = floats(200, 301), floats(301), floats(150, 6, 32), floats(150, 2, 32), floats(150, 2, 32)
     ranges = np.array([0, 100, 150]), np.array([50, 0]), np.array([100, 50])
     positions, angles = np.arange(150, dtype=np.int32), rng.uniform(0, 6, (150, 16)).astype(np.float32)
-    targets = rng.integers(0, 301, 200).astype(np.int32)
+    targets, lse = rng.integers(0, 301, 200).astype(np.int32), np.full(q.shape[:2], 9, np.float32)
     ops: dict[str, Callable[[], np.ndarray]] = {
         "rmsnorm": lambda: _core.rmsnorm(x, gain, 1e-5),
         "rope": lambda: _core.rope(q, np.cos(angles), np.sin(angles), positions),
         "attention": lambda: _core.attention(q, k, v, *ranges, 0.2),
         "swiglu": lambda: _core.swiglu(x, x[::-1].copy()),
         "add": lambda: after(_core.add_into, x.copy(), x),
-        "cross_entropy": lambda: np.concatenate([a.ravel() for a in _core.cross_entropy(x, targets, True)]),
+        "cross_entropy": lambda: flat(_core.cross_entropy(x, targets, True)),
+        "attention_backward": lambda: flat(_core.attention_backward(q, q, k, v, q, lse, *ranges, 0.2)),
+        "rmsnorm_backward": lambda: _core.rmsnorm_backward(x, x, gain, x[:, 0].copy()),
+        "swiglu_backward": lambda: flat(_core.swiglu_backward(x, x, x)),
+        "dropout": lambda: _core.dropout(x, 0.5, 1, 2),
+        "adamw": lambda: after(
+            _core.adamw, x.ravel().copy(), *[x.ravel() ** 2] * 2, x.ravel(), 1e-3, 0.9, 0.9, 1e-8, 0, 1, 1
+        ),
         "gram": lambda: after(_core.gram_into, np.zeros((301, 301), np.float32), x, x, True),
     }
     for format in ref.FORMATS:

@@ -14,10 +14,13 @@ QL_INLINE uint64_t ql_mix64(uint64_t z) {
     return z ^ (z >> 31);
 }
 
-/* in [0, 1), 24 random bits */
+/* 24 random bits of a step; what seed and stream contribute is the same for all of them */
+QL_INLINE uint64_t ql_stream_key(uint64_t seed, int64_t stream) { return ql_mix64(ql_mix64(seed) ^ (uint64_t)stream); }
+QL_INLINE int32_t ql_random_bits(uint64_t key, int64_t step) { return (int32_t)(ql_mix64(key ^ (uint64_t)step) >> 40); }
+
+/* in [0, 1): the bits over 2^24 */
 QL_INLINE float ql_uniform(uint64_t seed, int64_t stream, int64_t step) {
-    uint64_t z = ql_mix64(ql_mix64(ql_mix64(seed) ^ (uint64_t)stream) ^ (uint64_t)step);
-    return (float)(z >> 40) * 5.9604644775390625e-8f;
+    return (float)ql_random_bits(ql_stream_key(seed, stream), step) * 0x1p-24f;
 }
 
 #endif

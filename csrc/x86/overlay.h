@@ -13,9 +13,13 @@ void ql_overlay_amx(ql_backend *table);
 #define QL_X86_PLAIN_OPS(X)  \
     X(embedding_forward)     \
     X(rmsnorm_forward)       \
+    X(rmsnorm_backward)      \
     X(rope_forward)          \
     X(attention_forward)     \
+    X(attention_backward)    \
     X(swiglu_forward)        \
+    X(swiglu_backward)       \
+    X(dropout_forward)       \
     X(add_forward)           \
     X(cross_entropy_forward) \
     X(gram_forward)          \
