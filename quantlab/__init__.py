@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantlab.backend import info
     from quantlab.classify import LlamaForSequenceClassification
     from quantlab.config import FP4Config, GPTQConfig, Int8Config, LoraConfig, NF4Config, RTNConfig
+    from quantlab.finetune import finetune
     from quantlab.io import Checkpoint, open_checkpoint
     from quantlab.llama import LlamaForCausalLM
     from quantlab.lora import Adapter, load_adapter
@@ -42,6 +43,7 @@ _HOMES = {
     "Int8Config": "config",
     "LoraConfig": "config",
     "TrainingConfig": "training",
+    "finetune": "finetune",
     "Adapter": "lora",
     "load_adapter": "lora",
     "QuantWeight": "weight",
@@ -71,6 +73,7 @@ __all__ = [
     "__version__",
     "backend",
     "cuda",
+    "finetune",
     "gptq",
     "info",
     "linear",

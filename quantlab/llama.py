@@ -329,6 +329,13 @@ class Llama:
             raise ValueError("tokenizer: this checkpoint has none; pass token ids instead of text")
         return np.array(self.tokenizer.encode(text).ids, np.int32)
 
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> np.ndarray:
+        """Token ids, int32 (t,), of messages {"role", "content"} in the model's chat template (ChatML where it has
+        none), by default up to where the assistant begins to speak."""
+        from quantlab.conversations import chat_ids
+
+        return chat_ids(self, messages, add_generation_prompt)
+
     def __repr__(self) -> str:
         formats = sorted({self._format_name(self.weights[module]) for module in layer_modules(self.config)})
         return f"{type(self).__name__}({self.config!r}, weights {' '.join(formats)})"
