@@ -338,6 +338,26 @@ class Trainer:
         recompute: Literal["none", "selective", "full"],
         /,
     ) -> float: ...
+    # the same for the losses of some tokens under a head that is trained too: score_gradient += its gradient
+    def accumulate_pooled(
+        self,
+        input_ids: I32,
+        positions: I32,
+        q_start: I64,
+        kv_start: I64,
+        kv_len: I64,
+        cos: F32,
+        sin: F32,
+        pooled: I32,  # (s,) tokens, ascending
+        labels: I32,  # (s,), -100: does not count
+        score: F32,  # (classes, c)
+        score_gradient: F32,  # (classes, c)
+        factor: float,
+        call: int,
+        recompute: Literal["none", "selective", "full"],
+        /,
+    ) -> float: ...
+    # what a pass over t tokens works in; the trainer keeps the most that it needed
     def activation_bytes(self, t: int, recompute: Literal["none", "selective", "full"], /) -> int: ...
 
 class Generation:

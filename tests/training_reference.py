@@ -17,7 +17,7 @@ from quantlab.llama_config import LINEARS
 from quantlab.rope import rope_tables
 
 STEP = 1e-30
-VARIANTS = 128  # parameters whose derivatives are taken at once
+VARIANTS = 64  # parameters whose derivatives are taken at once
 
 
 @dataclass
@@ -52,12 +52,13 @@ def _softmax(x):
 
 
 def _attention(q, k, v):
-    """Causal attention of one sequence; (variants, t, heads, d)."""
+    """Causal attention of one sequence; (variants, t, heads, d). By einsum: NumPy's products of many small complex
+    matrices begin BLAS's threads for each."""
     group, t = q.shape[2] // k.shape[2], q.shape[1]
-    q, k, v = (part.swapaxes(1, 2) for part in (q, np.repeat(k, group, 2), np.repeat(v, group, 2)))
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tri(t, dtype=bool), scores, -1e300)
-    return (_softmax(scores) @ v).swapaxes(1, 2)
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    scores = np.einsum("xihd,xjhd->xhij", q, k) / np.sqrt(q.shape[-1])
+    p = _softmax(np.where(np.tri(t, dtype=bool), scores, -1e300))
+    return np.einsum("xhij,xjhd->xihd", p, v)
 
 
 class Oracle:
@@ -80,7 +81,7 @@ class Oracle:
     def product(self, x: np.ndarray, layer: int, slot: int, parameters: np.ndarray) -> np.ndarray:
         """(W + scale B A) x, with dropout before A; parameters (variants, floats)."""
         w = self.dense[f"model.layers.{layer}.{LINEARS[slot]}"]
-        y = x @ w.T
+        y = (x.reshape(-1, w.shape[1]) @ w.T).reshape(*x.shape[:-1], -1)
         part = self.adapter.index.get((layer, slot))
         if part is None:
             return y
@@ -91,7 +92,8 @@ class Oracle:
         if self.adapter.dropout:
             layers = self.model.config.num_hidden_layers
             x = x * self.mask((self.call * layers + layer) * 7 + slot, *x.shape[-2:])
-        return y + float(self.adapter.scales[part]) * (x @ a.swapaxes(-1, -2)) @ b.swapaxes(-1, -2)
+        u = np.einsum("xtk,xrk->xtr", x, a)
+        return y + float(self.adapter.scales[part]) * np.einsum("xtr,xnr->xtn", u, b)
 
     def hidden(self, parameters: np.ndarray) -> np.ndarray:
         """(variants, t, hidden_size) after the final norm."""
@@ -118,17 +120,20 @@ class Oracle:
 
     def losses(self, parameters: np.ndarray, rows: np.ndarray, targets: np.ndarray, head: np.ndarray) -> np.ndarray:
         """(variants, rows): -log p(targets) of the hidden states `rows` under `head` (classes, hidden_size)."""
-        logits = self.hidden(parameters)[:, rows] @ np.swapaxes(head, -1, -2)
+        hidden = self.hidden(parameters)[:, rows]
+        logits = (hidden.reshape(-1, head.shape[1]) @ head.T).reshape(len(hidden), len(rows), -1)
         return -np.log(_softmax(logits)[:, np.arange(len(rows)), targets])
 
-    def gradient(self, rows: np.ndarray, targets: np.ndarray, head: np.ndarray) -> tuple[float, np.ndarray]:
-        """Sum of the losses and its gradient (floats,)."""
+    def gradient(
+        self, rows: np.ndarray, targets: np.ndarray, head: np.ndarray, places: np.ndarray
+    ) -> tuple[float, np.ndarray]:
+        """Sum of the losses and its derivatives by the parameters `places`."""
         parameters = self.adapter.parameters.astype(np.complex128)
         total = self.losses(parameters[None].real, rows, targets, head).sum()
-        gradient = np.zeros(len(parameters))
-        for start in range(0, len(parameters), VARIANTS):
-            places = np.arange(start, min(start + VARIANTS, len(parameters)))
-            variants = np.repeat(parameters[None], len(places), 0)
-            variants[np.arange(len(places)), places] += 1j * STEP
-            gradient[places] = self.losses(variants, rows, targets, head).sum(1).imag / STEP
+        gradient = np.zeros(len(places))
+        for start in range(0, len(places), VARIANTS):
+            some = places[start : start + VARIANTS]
+            variants = np.repeat(parameters[None], len(some), 0)
+            variants[np.arange(len(some)), some] += 1j * STEP
+            gradient[start : start + VARIANTS] = self.losses(variants, rows, targets, head).sum(1).imag / STEP
         return float(total), gradient

@@ -11,6 +11,10 @@ typedef struct {
     float scale;
 } ql_lora;
 
+static inline ql_weight ql_float_matrix(const float *values, int64_t n, int64_t k) {
+    return (ql_weight){.format = QL_F32, .bits = 32, .n = n, .k = k, .group = k, .codes = values};
+}
+
 /* of one product; p == 0: none */
 typedef struct {
     float p;

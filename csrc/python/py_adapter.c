@@ -55,10 +55,6 @@ static int inside(int64_t at, int64_t rows, int64_t columns, int64_t size) {
     return at >= 0 && rows <= size / columns && at <= size - rows * columns;
 }
 
-static ql_weight matrix(const float *values, int64_t n, int64_t k) {
-    return (ql_weight){.format = QL_F32, .bits = 32, .n = n, .k = k, .group = k, .codes = values};
-}
-
 static int attach_part(LlamaObject *self, const AdapterObject *adapter, const ql_adapter_part *part) {
     const float *values = ql_data(adapter->parameters);
     int64_t size = ql_dim(adapter->parameters, 0);
@@ -75,7 +71,7 @@ static int attach_part(LlamaObject *self, const AdapterObject *adapter, const ql
     if (wrong != NULL) {
         return PyErr_Format(PyExc_ValueError, "adapter: layer %lld %s: %s", (long long)part->layer, slot_names[part->slot], wrong), 0;
     }
-    *lora = (ql_lora){.a = matrix(values + part->a_at, part->r, w->k), .b = matrix(values + part->b_at, w->n, part->r),
+    *lora = (ql_lora){.a = ql_float_matrix(values + part->a_at, part->r, w->k), .b = ql_float_matrix(values + part->b_at, w->n, part->r),
                       .r = part->r, .a_at = part->a_at, .b_at = part->b_at, .scale = part->scale};
     self->layer[part->layer].lora = self->lora + part->layer * QL_SLOTS;
     if (part->r > self->model.rank) { self->model.rank = part->r; }

@@ -177,6 +177,59 @@ static PyObject *trainer_accumulate(PyObject *object, PyObject *arguments) {
     return result;
 }
 
+/* the rows that a classifier reads: of the batch, and in order, so that each is there once */
+static int check_pooled(PyArrayObject *pooled, int64_t t) {
+    const int32_t *rows = ql_data(pooled);
+    for (int64_t i = 0; i < ql_dim(pooled, 0); i++) {
+        if (rows[i] < (i > 0 ? rows[i - 1] + 1 : 0) || rows[i] >= t) {
+            return PyErr_Format(PyExc_ValueError, "pooled: got %d, expected rows of the %lld tokens in ascending order", rows[i],
+                                (long long)t), 0;
+        }
+    }
+    return 1;
+}
+
+static int score_args(ql_weight *score, float **gradient, PyObject *values_object, PyObject *gradient_object, int64_t c) {
+    PyArrayObject *values = ql_array(values_object, "score", NPY_FLOAT32, 2);
+    PyArrayObject *into = values == NULL ? NULL : ql_array(gradient_object, "score_gradient", NPY_FLOAT32, 2);
+    if (into == NULL || !ql_check_dim(values, "score", 1, c) || !ql_check_dim(into, "score_gradient", 0, ql_dim(values, 0)) ||
+        !ql_check_dim(into, "score_gradient", 1, c)) {
+        return 0;
+    }
+    if (!PyArray_ISWRITEABLE(into)) { return PyErr_Format(PyExc_ValueError, "score_gradient: not writeable"), 0; }
+    if (ql_dim(values, 0) < 1) { return PyErr_Format(PyExc_ValueError, "score: it has no rows"), 0; }
+    *score = ql_float_matrix(ql_data(values), ql_dim(values, 0), c);
+    *gradient = ql_data(into);
+    return 1;
+}
+
+static PyObject *trainer_accumulate_pooled(PyObject *object, PyObject *arguments) {
+    TrainerObject *self = (TrainerObject *)object;
+    PyObject *o[7], *pooled_object, *labels_object, *score_object, *gradient_object;
+    const char *recompute;
+    float factor;
+    long long number;
+    ql_weight score;
+    training_pass pass = {.rows = NULL};
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOfLs", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &pooled_object, &labels_object,
+                          &score_object, &gradient_object, &factor, &number, &recompute) ||
+        !score_args(&score, &pass.call.head_gradient, score_object, gradient_object, self->llama->model.c)) {
+        return NULL;
+    }
+    PyArrayObject *pooled = ql_array(pooled_object, "pooled", NPY_INT32, 1);
+    PyArrayObject *labels = pooled == NULL ? NULL : ql_array(labels_object, "labels", NPY_INT32, 1);
+    if (labels == NULL || !check_number(number)) { return NULL; }
+    pass.call.head = &score, pass.call.factor = factor, pass.call.call = number;
+    PyObject *result = NULL;
+    if (pass_args(&pass, self, o, recompute) && check_pooled(pooled, pass.call.batch.t) &&
+        ql_check_targets(labels, "labels", ql_dim(pooled, 0), score.n) &&
+        keep_targets(&pass, ql_data(pooled), ql_data(labels), ql_dim(pooled, 0))) {
+        result = run_pass(self, &pass);
+    }
+    free_pass(&pass);
+    return result;
+}
+
 /* activation_bytes(t, recompute) */
 static PyObject *trainer_activation_bytes(PyObject *object, PyObject *arguments) {
     TrainerObject *self = (TrainerObject *)object;
@@ -195,6 +248,9 @@ static PyMethodDef trainer_methods[] = {
     {"accumulate", trainer_accumulate, METH_VARARGS,
      "accumulate(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, targets (t,), factor, call, "
      "recompute) -> sum of the losses; gradients += those of factor times it"},
+    {"accumulate_pooled", trainer_accumulate_pooled, METH_VARARGS,
+     "accumulate_pooled(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, pooled (s,), labels (s,), "
+     "score (classes, c), score_gradient (classes, c), factor, call, recompute) -> sum of the losses of the rows `pooled`"},
     {"activation_bytes", trainer_activation_bytes, METH_VARARGS,
      "activation_bytes(t, recompute) -> bytes that a pass over t tokens works in"},
     {NULL, NULL, 0, NULL},
