@@ -341,6 +341,7 @@ def test_wrong_types_are_told():
 
 def test_interrupt_stops_a_pass():
     """SIGINT ends a pass of minutes within a second, and the trainer goes on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     setting = Setting({"max_position_embeddings": 8192}, lengths=(8000,))
     with ql.backend.use(isa="scalar"), pytest.raises(KeyboardInterrupt):
         timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
@@ -348,8 +349,7 @@ def test_interrupt_stops_a_pass():
         try:
             setting.accumulate()
         finally:
-            sent = timer.finished.is_set()
             timer.join()
-    assert sent
+            signal.signal(signal.SIGINT, before)
     setting.sequences, setting.targets = [setting.sequences[0][:9]], setting.targets[:9]
     assert np.isfinite(setting.accumulate()[0])
