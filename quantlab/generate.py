@@ -88,8 +88,32 @@ def device_steps(
         yield generation.next()
 
 
+class Stop:
+    """Whether a row ends: its last token is one of `tokens`, or its text now holds one of `strings`."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, tokens: int | Sequence[int] | None, strings: Sequence[str] | str | None
+    ):
+        self.tokens = {int(tokens)} if isinstance(tokens, (int, np.integer)) else {int(token) for token in tokens or ()}
+        self.strings = [strings] if isinstance(strings, str) else list(strings or ())
+        if not all(isinstance(string, str) and string for string in self.strings):
+            raise ValueError(f"stop_strings: got {strings!r}, expected texts")
+        if self.strings and model.tokenizer is None:
+            raise ValueError("stop_strings: this checkpoint has no tokenizer to find them with")
+        self._tokenizer = model.tokenizer
+        self._tail = max((len(string.encode()) for string in self.strings), default=0) + 1  # a token is a byte or more
+
+    def __call__(self, new: Sequence[int]) -> bool:
+        if new[-1] in self.tokens:
+            return True
+        if not self.strings:
+            return False
+        text = self._tokenizer.decode(list(new[-self._tail :]), skip_special_tokens=False)
+        return any(string in text for string in self.strings)
+
+
 def read_steps(
-    steps: Iterable[np.ndarray], rows: int, stops: set[int], on_token: Callable[[int, int], None] | None
+    steps: Iterable[np.ndarray], rows: int, stop: Stop, on_token: Callable[[int, int], None] | None
 ) -> list[list[int]]:
     """The tokens of each row up to its stop; ends with the last row's."""
     new: list[list[int]] = [[] for _ in range(rows)]
@@ -100,7 +124,7 @@ def read_steps(
             new[row].append(token)
             if on_token is not None:
                 on_token(row, token)
-        running = [row for row in running if new[row][-1] not in stops]
+        running = [row for row in running if not stop(new[row])]
         if not running:
             break
     return new
@@ -117,21 +141,22 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    stop_strings: Sequence[str] | str | None = None,
 ) -> list[np.ndarray]:
     """Continues each row of `input_ids` (one row, (B, T), or rows of any length) by up to `max_new_tokens` tokens.
 
     Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
-    never). Greedy unless `do_sample`. Each row draws from its own generator seeded by (seed, row): its text does not
-    depend on the rows beside it. `on_token(row, token)` is called as tokens come. On a device the draws are others than
-    on the CPU, and a row's greedy choice between two tokens that bfloat16 cannot tell apart may be too.
+    never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. Each row
+    draws from its own generator seeded by (seed, row): its text does not depend on the rows beside it.
+    `on_token(row, token)` is called as tokens come. On a device the draws are others than on the CPU, and a row's
+    greedy choice between two tokens that bfloat16 cannot tell apart may be too.
     """
     _check(max_new_tokens, temperature, top_k, top_p)
     sequences = to_sequences(input_ids)
-    eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    stops = {int(eos)} if isinstance(eos, (int, np.integer)) else {int(token) for token in eos or ()}
+    stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
     if model.device != "cpu" or not do_sample:  # without a step of Python's, and without allocating, for each token
         sampling = (temperature if do_sample else 0.0, top_k, top_p, seed)
-        new = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stops, on_token)
+        new = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stop, on_token)
         return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]
     generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
     cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
@@ -145,7 +170,7 @@ def generate(
             new[row].append(token)
             if on_token is not None:
                 on_token(row, token)
-            if token in stops or len(new[row]) == max_new_tokens:
+            if stop(new[row]) or len(new[row]) == max_new_tokens:
                 running.discard(row)
         if not running:
             break

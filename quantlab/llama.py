@@ -430,13 +430,13 @@ class LlamaForCausalLM(Llama):
         seed: int = 0,
         eos_token_id: int | Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        stop_strings: Sequence[str] | str | None = None,
     ) -> list[np.ndarray]:
         """Continues each row; see `quantlab.generate.generate`."""
         from quantlab.generate import generate
 
-        return generate(
-            self, input_ids, max_new_tokens, do_sample, temperature, top_k, top_p, seed, eos_token_id, on_token
-        )
+        sampling = (do_sample, temperature, top_k, top_p, seed)
+        return generate(self, input_ids, max_new_tokens, *sampling, eos_token_id, on_token, stop_strings)
 
     def perplexity(
         self, text_or_ids: str | Ids, context: int = 2048, max_tokens: int | None = None

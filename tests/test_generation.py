@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from checkpoints import save_tiny
 from models import tiny_model
 
 import quantlab as ql
@@ -11,6 +12,11 @@ from quantlab import _core
 from quantlab.generate import device_steps, read_steps
 
 I32 = np.int32
+
+
+def endless(new: list[int]) -> bool:
+    """Rows do not stop."""
+    return False
 
 
 def sample(logits, step=0, temperature=1.0, top_k=0, top_p=1.0, seed=0) -> np.ndarray:
@@ -73,7 +79,7 @@ def prompts_of(model: ql.LlamaForCausalLM, lengths: tuple[int, ...]) -> list[np.
 def test_steps_are_those_of_generate() -> None:
     model = tiny_model()
     prompts = prompts_of(model, (5, 1, 17))
-    steps = read_steps(device_steps(model, prompts, 12), 3, set(), None)
+    steps = read_steps(device_steps(model, prompts, 12), 3, endless, None)
     expected = model.generate(prompts, max_new_tokens=12, eos_token_id=[])
     assert [row[len(prompt) :].tolist() for row, prompt in zip(expected, prompts, strict=True)] == steps
 
@@ -81,18 +87,18 @@ def test_steps_are_those_of_generate() -> None:
 def test_steps_of_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     prompts = prompts_of(model, (40, 3, 21, 9))
-    whole = read_steps(device_steps(model, prompts, 5), 4, set(), None)
+    whole = read_steps(device_steps(model, prompts, 5), 4, endless, None)
     monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 40)  # ten tokens of each prompt at a time
-    assert read_steps(device_steps(model, prompts, 5), 4, set(), None) == whole
+    assert read_steps(device_steps(model, prompts, 5), 4, endless, None) == whole
 
 
 def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     model = tiny_model()
     prompts = prompts_of(model, (5, 4, 17))
     options = (12, 0.9, 10, 0.9, 3)
-    together = read_steps(device_steps(model, prompts, *options), 3, set(), None)
-    assert read_steps(device_steps(model, prompts[:2], *options), 2, set(), None) == together[:2]
-    assert read_steps(device_steps(model, prompts, *options), 3, set(), None) == together
+    together = read_steps(device_steps(model, prompts, *options), 3, endless, None)
+    assert read_steps(device_steps(model, prompts[:2], *options), 2, endless, None) == together[:2]
+    assert read_steps(device_steps(model, prompts, *options), 3, endless, None) == together
 
 
 def test_generation_refuses() -> None:
@@ -123,3 +129,23 @@ def test_losses() -> None:
     assert model.losses(ids, np.full(300, -100, I32)).tolist() == [0.0] * 300
     with pytest.raises(ValueError, match="targets: got 100000"):
         model.losses(ids, np.full(300, 100_000, I32))
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_stop_strings_end_a_row(tmp_path, do_sample):
+    model = ql.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"))
+    prompt = model.encode("hello")
+    options = {"max_new_tokens": 30, "eos_token_id": [], "do_sample": do_sample, "seed": 4, "temperature": 3.0}
+    whole = model.generate(prompt, **options)[0][len(prompt) :].tolist()
+    string = model.tokenizer.decode(whole[10:13], skip_special_tokens=False)
+    stopped = model.generate(prompt, **options, stop_strings=[string, "never there"])[0][len(prompt) :].tolist()
+    assert stopped == whole[: len(stopped)] and len(stopped) <= 13
+    assert string in model.tokenizer.decode(stopped, skip_special_tokens=False)
+    assert string not in model.tokenizer.decode(stopped[:-1], skip_special_tokens=False)
+
+
+def test_stop_strings_that_cannot_be_found():
+    with pytest.raises(ValueError, match=r"^stop_strings: got \['', 'a'\], expected texts"):
+        tiny_model().generate([5], stop_strings=["", "a"])
+    with pytest.raises(ValueError, match=r"^stop_strings: this checkpoint has no tokenizer"):
+        tiny_model().generate([5], stop_strings="a")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from quantlab.cli import machine, models, studies
+from quantlab.cli import machine, models, studies, training
 from quantlab.cli.common import app, entry, main
 
 __all__ = ["app", "entry", "main"]
@@ -24,6 +24,8 @@ COMMANDS = (
     (models.quantize, "quantlab quantize demo smollm2-gptq4 --method gptq --bits 4 --calibration demo"),
     (models.perplexity, "quantlab perplexity demo --text wiki.test.txt --context 512"),
     (models.generate, 'quantlab generate demo "The capital of France is" --max-new-tokens 20'),
+    (training.finetune, "quantlab finetune demo adapter --data talk.jsonl --base nf4 --target-modules q_proj v_proj"),
+    (training.merge, "quantlab merge demo adapter merged"),
     (studies.tweeteval, "quantlab tweeteval --preset corrected --variants fp32 gptq-4 nf4 --out run"),
     (studies.report, "quantlab report run"),
     (machine.bench, "quantlab bench linear --json linear.jsonl"),

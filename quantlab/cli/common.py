@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 UsageError = typer.BadParameter.__base__  # click's, which some releases of typer carry inside
-REPEATED = {"--bits": str.isdigit, "--variants": lambda word: not word.startswith("-")}  # options of several words
+# options of several words, and which words may follow
+REPEATED = {
+    "--bits": str.isdigit,
+    "--variants": lambda word: not word.startswith("-"),
+    "--target-modules": lambda word: word == "all-linear" or word.endswith("_proj"),
+}
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError, ImportError)
 
 app = typer.Typer(
@@ -87,6 +93,14 @@ def wrong_call() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
+@contextmanager
+def told_warnings() -> Iterator[None]:
+    """A warning in this block is one line, as an error is."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"quantlab: {message}", file=sys.stderr)
+        yield
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file that the call names."""
     from quantlab.io.datasets import load_text
@@ -94,6 +108,15 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise typer.BadParameter(f"{path}: there is no such file")
     return load_text(path)
+
+
+def require_new(out: Path) -> None:
+    """A checkpoint is written where nothing is yet, and where it can be: better said before hours of work."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise typer.BadParameter(f"{out}: {parent} is not a directory that can be written to")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
 
 
 def spread(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,7 @@ from quantlab.cli.common import (
     print_json,
     print_table,
     read_text,
+    require_new,
     wrong_call,
 )
 
@@ -150,15 +150,6 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
     return spread_rows(ids, samples, context)
 
 
-def require_new(out: Path) -> None:
-    """A checkpoint is written where nothing is yet, and where it can be: better said before hours of work."""
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise typer.BadParameter(f"{out}: {parent} is not a directory that can be written to")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
-
-
 def quantize(
     source: Source,
     out: Annotated[Path, typer.Argument(help="The new checkpoint's directory.", show_default=False)],
@@ -233,8 +224,12 @@ def perplexity(
 
 def generate(
     source: Source,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or with --chat what the user says.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Answer, in the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The directory of a LoRA adapter.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be given again.")] = None,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else take the likeliest.")] = False,
     temperature: Annotated[float | None, typer.Option(help="With --do-sample (1.0).")] = None,
     top_k: Annotated[int | None, typer.Option(help="With --do-sample; 0: all.")] = None,
@@ -245,15 +240,20 @@ def generate(
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
-    """Continue a text; tokens are shown as they come."""
+    """Continue a text, or answer it; tokens are shown as they come."""
     import quantlab as ql
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
     if options and not do_sample:
         raise typer.BadParameter(f"--{next(iter(options)).replace('_', '-')}: it needs --do-sample beside it")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system: it needs --chat beside it")
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
-    ids = model.encode(prompt)
+    model = model if adapter is None else ql.load_adapter(model, adapter)
+    ids, stops = model.encode(prompt), None
+    if chat:
+        ids, stops = chat_prompt(model, prompt, system)
     tokens: list[int] = []
     shown = ""
 
@@ -265,10 +265,20 @@ def generate(
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
+    options |= {"do_sample": do_sample, "on_token": show, "stop_strings": stop, "eos_token_id": stops}
     with wrong_call():
-        model.generate(ids, max_new_tokens=max_new_tokens, do_sample=do_sample, on_token=show, **options)
+        model.generate(ids, max_new_tokens=max_new_tokens, **options)
     text = model.tokenizer.decode(tokens)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": tokens})
     else:
         print(text[len(shown) :])
+
+
+def chat_prompt(model: Any, prompt: str, system: str | None) -> tuple[np.ndarray, list[int]]:
+    """The ids of a user's message up to where the assistant speaks, and the tokens that end what it says."""
+    from quantlab.conversations import chat_template, stop_ids
+
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = model.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    return ids, stop_ids(model, chat_template(model))

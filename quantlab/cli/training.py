@@ -1,0 +1,149 @@
+"""Commands about adapters: `finetune`, `merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantlab.cli.common import (
+    Dtype,
+    Json,
+    Local,
+    Source,
+    gigabytes,
+    print_json,
+    require_new,
+    told_warnings,
+    wrong_call,
+)
+from quantlab.cli.models import quantization_config
+
+Bits = Annotated[int | None, typer.Option(help="rtn: 8, 4, 3 or 2 (default 4).")]
+
+
+def finetune(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(help="The run's directory: adapter, metrics, checkpoints.", show_default=False)
+    ],
+    data: Annotated[Path, typer.Option(help='JSON lines with "conversations", "messages" or "text".')],
+    eval_data: Annotated[Path | None, typer.Option(help="The same, held out.")] = None,
+    base: Annotated[str | None, typer.Option(help="Quantize the source first: nf4, fp4, int8 or rtn.")] = None,
+    bits: Bits = None,
+    r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="The adapter counts lora_alpha / r times.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="Share of its inputs that a step leaves out.")] = 0.0,
+    target_modules: Annotated[list[str] | None, typer.Option(help="q_proj v_proj …, or all-linear.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-4,
+    lr_scheduler_type: Annotated[str, typer.Option(help="linear, cosine, constant, constant_with_warmup.")] = "linear",
+    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
+    num_train_epochs: Annotated[float, typer.Option(help="Times through the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: after the epochs.")] = -1,
+    per_device_train_batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    max_length: Annotated[int | None, typer.Option(help="Longer rows are cut to so many tokens.")] = None,
+    packing: Annotated[bool, typer.Option("--packing", help="Batches of up to --max-length tokens.")] = False,
+    assistant_only_loss: Annotated[
+        bool, typer.Option("--assistant-only-loss", help="Learn only what the assistant says.")
+    ] = False,
+    chat_template: Annotated[str, typer.Option(help="auto, chatml, joined, or a Jinja template.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the adapter, the order of the data, the dropout.")] = 42,
+    logging_steps: Annotated[int, typer.Option(help="Steps between entries of metrics.jsonl.")] = 10,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations (an epoch's).")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints (none).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    limit: Annotated[int | None, typer.Option(help="At most so many rows of the data.", min=1)] = None,
+    dtype: Dtype = "float32",
+    local_files_only: Local = False,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA adapter beside a model, float or quantized; the model stays as it is."""
+    settings = {
+        "learning_rate": learning_rate, "lr_scheduler_type": lr_scheduler_type, "warmup_ratio": warmup_ratio,
+        "num_train_epochs": num_train_epochs, "max_steps": max_steps, "max_length": max_length, "packing": packing,
+        "per_device_train_batch_size": per_device_train_batch_size, "chat_template": chat_template, "seed": seed,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "assistant_only_loss": assistant_only_loss,
+        "logging_steps": logging_steps, "eval_steps": eval_steps, "save_steps": save_steps, "output_dir": str(out),
+        "resume_from_checkpoint": resume or None,
+    }  # fmt: skip
+    targets: Any = target_modules or ["q_proj", "v_proj"]
+    targets = "all-linear" if targets == ["all-linear"] else targets
+    adapter = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": targets}
+    _train(source, data, eval_data, (base, bits), adapter, settings, limit, (dtype, local_files_only), as_json)
+
+
+def _train(
+    source: str, data: Path, eval_data: Path | None, base: tuple[str | None, int | None], adapter: dict[str, Any],
+    settings: dict[str, Any], limit: int | None, loading: tuple[str, bool], as_json: bool,
+) -> None:  # fmt: skip
+    import quantlab as ql
+    from quantlab.conversations import read_json_lines
+
+    with wrong_call():
+        lora, training = ql.LoraConfig(**adapter), ql.TrainingConfig(**settings)
+    if not settings["resume_from_checkpoint"]:
+        require_new(Path(settings["output_dir"]))
+    quantization = base_config(*base)
+    for path in (data, eval_data):
+        if path is not None and not path.is_file():
+            raise typer.BadParameter(f"{path}: there is no such file")
+    dtype, local = loading
+    model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local)
+    if quantization is not None:
+        model = ql.quantize(model, quantization)
+    rows = data if limit is None else read_json_lines(data)[:limit]
+    with told_warnings():
+        tuned = ql.finetune(model, lora, rows, training, eval_data)
+    if as_json:
+        print_json(
+            {"out": settings["output_dir"], "parameters": tuned.adapter.parameters.size, "log": tuned.training_log}
+        )
+        return
+    trained = [entry for entry in tuned.training_log if "loss" in entry]
+    print(f"{settings['output_dir']}: {tuned.adapter.parameters.size:,} parameters, {trained[-1]['step']} steps")
+    print(f"loss {trained[0]['loss']:.4f} -> {trained[-1]['loss']:.4f}")
+    evaluations = [entry["eval_loss"] for entry in tuned.training_log if "eval_loss" in entry]
+    if evaluations:
+        print(f"held out: loss {' -> '.join(f'{loss:.4f}' for loss in evaluations)}")
+
+
+def base_config(method: str | None, bits: int | None) -> Any:
+    """The configuration of a base that is quantized on the way; None: it is left as it is."""
+    if method is None:
+        if bits is not None:
+            raise typer.BadParameter("--bits: it says how wide a quantized base is; name its method too")
+        return None
+    if method == "gptq":
+        raise typer.BadParameter("gptq needs calibration text: use quantlab quantize first, and name its result")
+    return quantization_config(method, bits, {})
+
+
+def merge(
+    source: Source,
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The new checkpoint's directory.", show_default=False)],
+    requantize: Annotated[
+        str | None, typer.Option(help="same (the format each matrix had), nf4, fp4, int8 or rtn; else floats.")
+    ] = None,
+    bits: Bits = None,
+    dtype: Dtype = "float32",
+    local_files_only: Local = False,
+    as_json: Json = False,
+) -> None:
+    """Add an adapter into the weights of its base, and write the checkpoint."""
+    import quantlab as ql
+
+    config = requantize if requantize == "same" else base_config(requantize, bits)
+    require_new(out)
+    model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local_files_only)
+    merged = ql.load_adapter(model, adapter).merge(config)
+    files = merged.save_pretrained(out)
+    report = merged.merge_report
+    if as_json:
+        print_json({"out": out, "files": files, "matrices": report})
+        return
+    print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
+    ratios = [entry["error_ratio"] for entry in report if entry["delta_norm"] > 0]
+    print(f"rounding costs up to {100 * max(ratios):.3g} % of what the adapter adds (norms, {len(ratios)} matrices)")
