@@ -1,35 +1,19 @@
 /* attention_backward_body.h: gradients of causal attention (Dao 2023) by vectors.
  *
- * The positions of a sequence are cut into blocks of BLOCK. A task is one block of queries against one block of keys, for one
- * key head: it makes the weights P and dS = P (dP - delta) again, a tile of ROWS rows at a time (a row is a query and one
- * of the g heads that share the key head), and adds what they give to dq, dk and dv. Step p of the whole call takes the
- * pairs (queries i, keys i - p): no two of them share an output, and each output is added to in one order, so the result
- * depends neither on the number of threads nor on the sequences beside.
- *
- * Five products for a tile, all c (m, n) = a b with n along the lanes, a broadcast:
+ * A pair of blocks (attention_pairs.h) makes the weights P and dS = P (dP - delta) again, a tile of ROWS rows at a time, and
+ * adds what they give to dq, dk and dv. Five products for a tile, all c (m, n) = a b with n along the lanes, a broadcast:
  *   p  (keys, rows) = k qt      scores, then weights         dv (keys, d) += p dout
  *   ds (keys, rows) = v doutt   dP, then dS                  dk (keys, d) += ds q         dqt (d, rows) = k^T ds
  * qt and doutt are q and dout transposed; q is scaled, dq is scaled at the end. */
-#include "../quantlab.h"
-
-#include <string.h> /* memset */
+enum { BLOCK = 128 }; /* its k and v, 64 KiB at d = 64, stay in the second-level cache */
+#include "attention_pairs.h"
 
 enum {
     ROWS = 2 * VL,
-    BLOCK = 128, /* keys, and positions of queries: their k and v, 64 KiB at d = 64, stay in the second-level cache */
     MAX_D = 256,
     TILE = V_AVX512 ? 8 : 4 /* rows of a register tile, by 2 vectors */
 };
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
-
-typedef struct {
-    float *dq, *dk, *dv;
-    const float *dout, *q, *k, *v, *out, *lse;
-    const int64_t *q_start, *kv_start, *kv_len;
-    int64_t b, hq, hkv, d;
-    float scale;
-    int64_t step;
-} attention_context;
 
 /* in rows of dp floats, d rounded up to whole vectors */
 typedef struct {
@@ -45,9 +29,6 @@ typedef struct {
     _Alignas(64) float q[ROWS * MAX_D], dout[ROWS * MAX_D], qt[MAX_D * ROWS], doutt[MAX_D * ROWS], dqt[MAX_D * ROWS];
     _Alignas(64) float p[BLOCK * ROWS], ds[BLOCK * ROWS];
 } row_block;
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static inline int64_t round_up(int64_t count, int64_t size) { return (count + size - 1) / size * size; }
 
 /* ---- products ---------------------------------------------------------------------------------------------------- */
 
@@ -120,21 +101,19 @@ static void transpose(float *t, const float *x, int64_t rows, int64_t dp) {
     }
 }
 
-/* rows [row0, ..) of the queries from `query` on, of which the first sees `first_seen` keys of the block */
-static void load_rows(row_block *a, const attention_context *c, const key_block *keys, int64_t kv_head, int64_t query,
-                      int64_t first_seen, int64_t row0, int64_t rows) {
-    int64_t group = c->hq / c->hkv, dp = keys->dp;
+/* rows [row0, ..) of the `rows` of a pair */
+static void load_rows(row_block *a, const attention_context *c, const block_pair *pair, int64_t dp, int64_t row0, int64_t rows) {
     a->count = at_most(rows - row0, ROWS);
     a->lanes = round_up(a->count, VL);
     for (int64_t r = 0; r < a->lanes; r++) {
-        int64_t row = row0 + at_most(r, a->count - 1), index = (query + row / group) * c->hq + kv_head * group + row % group;
-        int64_t seen = at_most(first_seen + row / group, keys->count);
-        copy_row(a->q + r * dp, c->q + index * c->d, c->d, c->scale);
-        copy_row(a->dout + r * dp, c->dout + index * c->d, c->d, 1.0f);
-        a->index[r] = index, a->lse[r] = c->lse[index], a->seen[r] = (float)seen;
-        a->delta[r] = dot(c->dout + index * c->d, c->out + index * c->d, c->d);
-        if (r == 0) { a->plain = seen; }
-        a->keys = seen;
+        pair_row row = row_of(c, pair, row0 + at_most(r, a->count - 1));
+        const float *dout = c->dout + row.index * c->d;
+        copy_row(a->q + r * dp, c->q + row.index * c->d, c->d, c->scale);
+        copy_row(a->dout + r * dp, dout, c->d, 1.0f);
+        a->index[r] = row.index, a->lse[r] = c->lse[row.index], a->seen[r] = (float)row.seen;
+        a->delta[r] = dot(dout, c->out + row.index * c->d, c->d);
+        if (r == 0) { a->plain = row.seen; }
+        a->keys = row.seen;
     }
     transpose(a->qt, a->q, a->lanes, dp);
     transpose(a->doutt, a->dout, a->lanes, dp);
@@ -158,11 +137,21 @@ static void weights_and_slopes(row_block *a) {
     }
 }
 
-/* dq += scale * dqt, transposed */
+/* to[0 .. count) += factor * x */
+static inline void add_lanes(float *to, vf x, float factor, int64_t count) {
+    v_store_tail(to, v_fma(x, v_set1(factor), v_load_tail(to, count)), count);
+}
+
+/* dq += scale * dqt^T */
 static void add_dq(const row_block *a, const attention_context *c) {
-    for (int64_t r = 0; r < a->count; r++) {
-        float *dq = c->dq + a->index[r] * c->d;
-        for (int64_t i = 0; i < c->d; i++) { dq[i] += c->scale * a->dqt[i * ROWS + r]; }
+    for (int64_t r = 0; r < a->count; r += 4) {
+        for (int64_t i = 0; i < c->d; i += VL) {
+            vf columns[4];
+            v_transpose4(columns, a->dqt + i * ROWS + r, ROWS);
+            for (int64_t q = 0; q < 4 && r + q < a->count; q++) {
+                add_lanes(c->dq + a->index[r + q] * c->d + i, columns[q], c->scale, at_most(VL, c->d - i));
+            }
+        }
     }
 }
 
@@ -182,88 +171,45 @@ static void rows_backward(row_block *a, key_block *b, const attention_context *c
     add_dq(a, c);
 }
 
-/* ---- tasks ------------------------------------------------------------------------------------------------------- */
+/* ---- a block of keys --------------------------------------------------------------------------------------------- */
 
-static void load_keys(key_block *b, const attention_context *c, int64_t row, int64_t count, int64_t kv_head) {
-    b->count = count, b->dp = round_up(c->d, VL);
-    for (int64_t s = 0; s < count; s++) {
-        int64_t at = ((row + s) * c->hkv + kv_head) * c->d;
+static void load_keys(key_block *b, const attention_context *c, const block_pair *pair) {
+    b->count = pair->keys, b->dp = round_up(c->d, VL);
+    for (int64_t s = 0; s < b->count; s++) {
+        int64_t at = ((pair->key_row + s) * c->hkv + pair->kv_head) * c->d;
         copy_row(b->k + s * b->dp, c->k + at, c->d, 1.0f);
         copy_row(b->v + s * b->dp, c->v + at, c->d, 1.0f);
     }
-    memset(b->dk, 0, (size_t)(count * b->dp) * sizeof *b->dk);
-    memset(b->dv, 0, (size_t)(count * b->dp) * sizeof *b->dv);
+    memset(b->dk, 0, (size_t)(b->count * b->dp) * sizeof *b->dk);
+    memset(b->dv, 0, (size_t)(b->count * b->dp) * sizeof *b->dv);
 }
 
-static inline void add_row(float *to, const float *from, int64_t d) {
-    for (int64_t i = 0; i < d; i += VL) {
-        int64_t count = at_most(VL, d - i);
-        v_store_tail(to + i, v_add(v_load_tail(to + i, count), v_load(from + i)), count);
-    }
-}
-
-static void add_keys(const key_block *b, const attention_context *c, int64_t row, int64_t kv_head) {
-    for (int64_t s = 0; s < b->count; s++) {
-        int64_t at = ((row + s) * c->hkv + kv_head) * c->d;
-        add_row(c->dk + at, b->dk + s * b->dp, c->d);
-        add_row(c->dv + at, b->dv + s * b->dp, c->d);
-    }
-}
-
-/* Sequence s owns the blocks of queries [first_block(s), first_block(s + 1)): at least as many as it needs, found without
- * a list. */
-static int64_t first_block(const attention_context *c, int64_t sequence) {
-    return c->q_start[sequence] / BLOCK - c->q_start[0] / BLOCK + 2 * sequence;
-}
-
-static int64_t sequence_of(const attention_context *c, int64_t block) {
-    int64_t low = 0, high = c->b;
-    while (high - low > 1) { /* first_block(low) <= block < first_block(high) */
-        int64_t middle = (low + high) / 2;
-        if (first_block(c, middle) <= block) { low = middle; } else { high = middle; }
-    }
-    return low;
-}
-
-static void pair_backward(void *context, int64_t task) {
-    const attention_context *c = context;
-    int64_t block = task / c->hkv, kv_head = task % c->hkv, sequence = sequence_of(c, block);
-    int64_t length = c->kv_len[sequence], query0 = c->q_start[sequence];
-    int64_t before = length - (c->q_start[sequence + 1] - query0); /* position of the first query */
-    int64_t i = before / BLOCK + block - first_block(c, sequence), key0 = (i - c->step) * BLOCK;
-    int64_t start = i * BLOCK < before ? before : i * BLOCK, end = at_most((i + 1) * BLOCK, length);
-    if (key0 < 0 || start >= end) { return; }
+static void pair_backward(const attention_context *c, const block_pair *pair) {
     key_block keys;
     row_block rows;
-    int64_t key_row = c->kv_start[sequence] + key0, count = (end - start) * (c->hq / c->hkv);
-    load_keys(&keys, c, key_row, at_most(BLOCK, length - key0), kv_head);
+    int64_t count = pair->queries * (c->hq / c->hkv);
+    load_keys(&keys, c, pair);
     for (int64_t row0 = 0; row0 < count; row0 += ROWS) {
-        load_rows(&rows, c, &keys, kv_head, query0 + start - before, start + 1 - key0, row0, count);
+        load_rows(&rows, c, pair, keys.dp, row0, count);
         rows_backward(&rows, &keys, c);
     }
-    add_keys(&keys, c, key_row, kv_head);
-}
-
-/* the gradients of a sequence begin at 0 */
-static void clear_sequence(void *context, int64_t sequence) {
-    const attention_context *c = context;
-    int64_t query = c->q_start[sequence], queries = c->q_start[sequence + 1] - query, row = c->hkv * c->d;
-    memset(c->dq + query * c->hq * c->d, 0, (size_t)(queries * c->hq * c->d) * sizeof *c->dq);
-    memset(c->dk + c->kv_start[sequence] * row, 0, (size_t)(c->kv_len[sequence] * row) * sizeof *c->dk);
-    memset(c->dv + c->kv_start[sequence] * row, 0, (size_t)(c->kv_len[sequence] * row) * sizeof *c->dv);
+    for (int64_t s = 0; s < keys.count; s++) {
+        int64_t at = ((pair->key_row + s) * c->hkv + pair->kv_head) * c->d;
+        for (int64_t i = 0; i < c->d; i += VL) {
+            add_lanes(c->dk + at + i, v_load(keys.dk + s * keys.dp + i), 1.0f, at_most(VL, c->d - i));
+            add_lanes(c->dv + at + i, v_load(keys.dv + s * keys.dp + i), 1.0f, at_most(VL, c->d - i));
+        }
+    }
 }
 
 void V_NAME(attention_backward)(float *dq, float *dk, float *dv, const float *dout, const float *q, const float *k,
                                 const float *v, const float *out, const float *lse, const int64_t *q_start,
                                 const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv, int64_t d,
                                 float scale) {
+    attention_context c = {dq, dk, dv, dout, q, k, v, out, lse, q_start, kv_start, kv_len, b, hq, hkv, d, scale, 0};
     if (d > MAX_D) { /* no model has such heads */
         ql_attention_backward_scalar(dq, dk, dv, dout, q, k, v, out, lse, q_start, kv_start, kv_len, b, hq, hkv, d, scale);
         return;
     }
-    attention_context c = {dq, dk, dv, dout, q, k, v, out, lse, q_start, kv_start, kv_len, b, hq, hkv, d, scale, 0};
-    int64_t longest = 0;
-    for (int64_t s = 0; s < b; s++) { longest = kv_len[s] > longest ? kv_len[s] : longest; }
-    ql_parallel_for(b, clear_sequence, &c);
-    for (; c.step * BLOCK < longest; c.step++) { ql_parallel_for(first_block(&c, b) * hkv, pair_backward, &c); }
+    all_pairs(&c);
 }

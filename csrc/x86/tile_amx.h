@@ -17,15 +17,12 @@
 #define QL_TILE_AMX_H
 
 #include "../quantlab.h"
-#include "config_amx.h"
-#include "vec_avx512.h"
+#include "bf16_amx.h"
 
 #include <stdatomic.h>
 #include <string.h> /* memset */
 
 enum {
-    SIDE = 32,                /* rows, columns and steps of a 2 x 2 of tiles */
-    TILE = 512,               /* bf16 elements of a tile */
     BLOCK_STEPS = 256,        /* steps of k in a block, all planes together: 32 rows and 32 columns fit the first-level cache */
     SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
     MAX_WIDTH = 512,          /* columns of a task */
@@ -33,7 +30,6 @@ enum {
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
-    QUAD = SIDE * SIDE,       /* sums of 2 x 2 tiles */
     FETCH = 4                 /* cache lines of the next rows of a to fetch for each 32 steps */
 };
 
@@ -71,35 +67,6 @@ static inline int64_t round_up(int64_t count, int64_t size) { return pieces(coun
 
 /* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
 static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
-
-/* ---- packing -------------------------------------------------------------------------------------------------- */
-
-/* 32 floats as bf16, to nearest even */
-static inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-/* what rounding to bf16 left over */
-static inline __m512 left_over(__m512 x, __m256i rounded) {
-    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
-}
-static inline __m512i left_over_bf16(__m512 low, __m512 high, __m512i rounded) {
-    return to_bf16(left_over(low, _mm512_castsi512_si256(rounded)), left_over(high, _mm512_extracti64x4_epi64(rounded, 1)));
-}
-
-/* 16 words of each of two steps to one row of a tile of b */
-static inline __m512i interleave(__m256i first, __m256i second) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
-}
-
-/* rows of 16 dwords, `ld` bf16 elements apart, to columns: the tile of b whose columns are these rows, and back */
-static inline void transpose_tile(uint16_t *tile, const uint16_t *rows, int64_t ld) {
-    for (int q = 0; q < VL; q += 4) {
-        vf columns[4];
-        v_transpose4(columns, (const float *)(const void *)(rows + 2 * q), ld / 2);
-        for (int r = 0; r < 4; r++) { v_store((float *)(void *)(tile + (q + r) * SIDE), columns[r]); }
-    }
-}
 
 /* ---- the 2 x 2 tiles ------------------------------------------------------------------------------------------- */
 
