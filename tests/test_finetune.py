@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import save_tiny
-from models import tiny_model
+from models import tiny_model, tiny_parts
 
 import quantlab as ql
 from quantlab.finetune import evaluate, free_bytes
@@ -55,6 +55,39 @@ def test_it_learns_beside_every_base(config):
     assert evaluate(tuned, held_out)["loss"] == evaluations[-1]
     np.testing.assert_array_equal(model(held_out[0]), logits)  # the base is as it was
     assert all(entry["tokens_per_second"] > 0 and entry["peak_memory_bytes"] > 0 for entry in log if "loss" in entry)
+
+
+def labelled(count: int = 40, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows whose last token tells the label."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    return [np.append(rng.integers(3, 100, rng.integers(1, 20)), 100 + label) for label in labels], labels
+
+
+@pytest.mark.parametrize("config", [None, ql.NF4Config()], ids=str)
+def test_a_classifier_learns_with_its_head(tmp_path, config):
+    model = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    model = model if config is None else ql.quantize(model, config)
+    (rows, labels), (held_out, answers), score = labelled(), labelled(20, seed=1), model.score.copy()
+    run = settings(num_train_epochs=6, per_device_train_batch_size=8, output_dir=str(tmp_path))
+    tuned = ql.finetune(model, ql.LoraConfig(r=4), rows, run, held_out, labels=labels, eval_labels=answers)
+    assert tuned.training_log[-1]["eval_accuracy"] >= 0.9 > evaluate(model, held_out, labels=answers)["accuracy"]
+    assert evaluate(tuned, held_out, labels=answers)["loss"] == tuned.training_log[-1]["eval_loss"]
+    np.testing.assert_array_equal(model.score, score)  # the base is as it was
+    assert np.abs(tuned.score - score).max() > 0.01
+    np.testing.assert_array_equal(ql.load_adapter(model, tmp_path).predict(held_out), tuned.predict(held_out))
+
+
+def test_a_classifiers_run_is_resumed_to_the_bit(tmp_path):
+    def run(**changes):
+        model = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+        rows, labels = labelled()
+        return ql.finetune(model, ALL, rows, settings(save_steps=5, **changes), labels=labels)
+
+    whole = run(output_dir=str(tmp_path / "a"))
+    resumed = run(output_dir=str(tmp_path / "b"), resume_from_checkpoint=str(tmp_path / "a/checkpoint-5"))
+    assert losses(resumed.training_log) == losses(whole.training_log)
+    np.testing.assert_array_equal(resumed.adapter.parameters, whole.adapter.parameters)
 
 
 def test_evaluation_is_the_mean_over_target_tokens():
@@ -270,6 +303,14 @@ def test_what_it_does_not_take():
         "model: it has an adapter": lambda: ql.finetune(
             ql.finetune(model, ALL, made_up(), settings(max_steps=1)), ALL, made_up(), settings()
         ),
+    }
+    classifier = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    rows = made_up(4)
+    cases |= {
+        "labels: got None": lambda: ql.finetune(classifier, ALL, rows),
+        r"labels: got shape \(3,\) for 4 texts": lambda: ql.finetune(classifier, ALL, rows, labels=[0, 1, 2]),
+        "labels: got 0 to 3": lambda: ql.finetune(classifier, ALL, rows, labels=[0, 1, 2, 3]),
+        "eval_labels: got None": lambda: ql.finetune(classifier, ALL, rows, eval_data=rows, labels=[0, 1, 2, 0]),
     }
     for says, job in cases.items():
         with pytest.raises(ValueError, match=says):

@@ -106,19 +106,22 @@ class Recorder(transformers.Trainer):
         return loss
 
 
-def collate(batch: list[dict[str, list[int]]]) -> dict[str, Any]:
+def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Right-padded rows; what is padded is not learned."""
     width = max(len(row["input_ids"]) for row in batch)
 
-    def filled(row: dict[str, list[int]], value: int) -> list[int]:
+    def filled(row: dict[str, Any], value: int) -> list[int]:
         return row["input_ids"] + [value] * (width - len(row["input_ids"]))
 
     ids = torch.tensor([filled(row, 0) for row in batch])
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch])
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labels = torch.tensor([row["label"] for row in batch]) if "label" in batch[0] else ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def their_run(model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, folder: Path) -> list[float]:
+def their_run(
+    model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, folder: Path, labels: np.ndarray | None
+) -> list[float]:
     """Trains with transformers' Trainer; the loss of each step."""
     names = (
         "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps",
@@ -133,7 +136,10 @@ def their_run(model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, f
     trainer = Recorder(
         model=model,
         args=arguments,
-        train_dataset=[{"input_ids": row.tolist()} for row in rows],
+        train_dataset=[
+            {"input_ids": row.tolist(), **({} if labels is None else {"label": int(label)})}
+            for row, label in zip(rows, rows if labels is None else labels, strict=True)
+        ],
         data_collator=collate,
     )
     trainer.train()
@@ -141,15 +147,15 @@ def their_run(model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, f
 
 
 def compare(
-    base: ql.LlamaForCausalLM, model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, folder: Path,
-    loss: float, final: float,
+    base: Any, model: Any, rows: list[np.ndarray], training: ql.TrainingConfig, folder: Path, loss: float, final: float,
+    labels: np.ndarray | None = None,
 ) -> None:  # fmt: skip
     """Both train from the same adapter: relative difference of every loss, and of the final matrices (of all, by
     norm)."""
     model.save_pretrained(folder / "start")
     training = dataclasses.replace(training, shuffle=False, logging_steps=1)
-    expected = their_run(model, rows, training, folder)
-    tuned = ql.finetune(base, read_adapter(folder / "start"), rows, training)
+    expected = their_run(model, rows, training, folder, labels)
+    tuned = ql.finetune(base, read_adapter(folder / "start"), rows, training, labels=labels)
     losses = [entry["loss"] for entry in tuned.training_log]
     np.testing.assert_allclose(losses, expected, rtol=loss)
     model.save_pretrained(folder / "end")
@@ -172,6 +178,16 @@ def test_training_goes_as_theirs(tiny, tmp_path, rows, settings, changes):
     model = with_adapter(theirs(tiny), **settings)
     training = ql.TrainingConfig(learning_rate=2e-3, **changes)
     compare(base, model, rows, training, tmp_path, loss=1e-5, final=1e-3)
+
+
+def test_a_classifier_trains_as_theirs(tmp_path, rows):
+    path = save_tiny(tmp_path / "tiny", pad_token_id=0)
+    reference = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, dtype=torch.float32)
+    model = peft.get_peft_model(reference, peft.LoraConfig(task_type="SEQ_CLS", **STUDY))
+    base = ql.LlamaForSequenceClassification.from_pretrained(path, num_labels=3)
+    training = ql.TrainingConfig(learning_rate=2e-3, per_device_train_batch_size=4, weight_decay=0.01)
+    labels = np.array([int(row[-1]) % 3 for row in rows])
+    compare(base, model, rows, training, tmp_path, loss=1e-5, final=1e-3, labels=labels)
 
 
 def test_training_beside_nf4_goes_as_theirs(tmp_path, rows):
