@@ -13,8 +13,9 @@ import pytest
 from synthetic_run import INVENTED, make_run
 
 from quantlab.experiments.record import RecordError
-from quantlab.report import build_report, numbers, plots, published, tables
-from quantlab.report.study import load_study, title
+from quantlab.report import build_report, figure, numbers, plots, published, tables
+from quantlab.report.records import COLOURS, title
+from quantlab.report.study import load_study
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "01_tweeteval.ipynb"
 
@@ -84,7 +85,7 @@ def test_page_draws_with_its_own_colours_and_ids(report):
     text = report["report.html"].read_text()
     assert text.count("<svg") == len(plots.PLOTS)
     body = text.partition("</style>")[2]
-    assert plots.INK not in body and "var(--ink)" in body
+    assert figure.INK not in body and "var(--ink)" in body
     clips = re.findall(r'<clipPath id="([^"]+)"', text)
     assert len(clips) == len(set(clips))
 
@@ -152,7 +153,7 @@ def test_titles_and_colours():
     assert [title(name) for name in names] == [
         "fp32", "GPTQ 4-bit", "GPTQ 4-bit recommended", "NF4 double quant", "RTN 3-bit", "int8"
     ]  # fmt: skip
-    assert len({plots.colour(name) for name in plots.COLOURS}) == len(plots.COLOURS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
 
 
 def test_significant_digits():
@@ -174,7 +175,7 @@ def test_significant_digits():
         (None, "not a run directory"),
         ("{", "not a readable JSON record"),
         ("[]", "expected a JSON object"),
-        (json.dumps({"experiment": "lima", "config": {}}), "a run of 'lima'"),
+        (json.dumps({"experiment": "poems", "config": {}}), "a run of 'poems'"),
         (json.dumps({"experiment": "tweeteval", "config": {"variants": ["fp32"]}}), "no finished variant"),
     ],
 )

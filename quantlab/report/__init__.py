@@ -21,20 +21,21 @@ def build_report(run: str | os.PathLike[str], force: bool = True) -> dict[str, P
     path = Path(run)
     if not force and is_current(path):
         return written(path)
-    from . import html, plots, tables
-    from .study import load_study
+    from .figure import style
+    from .kinds import load_report
+    from .table import document, to_csv
 
-    study = load_study(path)
-    figures = plots.draw(study)
+    report = load_report(path)
+    figures = report.draw(report.study)
     for name, figure in figures.items():
         image = io.BytesIO()
-        with plots.style():
+        with style():
             figure.savefig(image, format="png", dpi=PNG_DPI, facecolor="white")
         write_bytes(path / "figures" / f"{name}.png", image.getvalue())
-    write_text(path / "tables" / "variants.csv", tables.to_csv(tables.raw_rows(study)))
-    write_text(path / "tables" / "classes.csv", tables.to_csv(tables.class_rows(study)))
-    write_text(path / "report.md", tables.markdown(study))
-    write_text(path / "report.html", html.page(study, figures))
+    for name, rows in report.csv.items():
+        write_text(path / "tables" / f"{name}.csv", to_csv(rows))
+    write_text(path / "report.md", document(report.study, report.heading, report.tables))
+    write_text(path / "report.html", report.page(report.study, figures))
     return written(path)
 
 

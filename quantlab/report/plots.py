@@ -4,84 +4,30 @@ all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import published
-from .study import Study, title
+from .figure import INK, MUTED, WIDTH, bars, draw_all, name_rows, row_figure, smooth
+from .study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-INK, MUTED, GRID = "#1b1d21", "#6a7079", "#dfe2e6"  # the HTML report replaces these three by its own
-FALLBACK = "#8c6bb1"
-# one family of hues a method, darker for more bits; readable on light and dark grounds
-COLOURS: Mapping[str, str] = {
-    "fp32": "#7b828c", "fp16": "#949ba5", "bf16": "#a7adb6",
-    "gptq-8": "#1f5fa8", "gptq-4": "#3d8bd4", "gptq-3": "#72b1e8", "gptq-2": "#a5cdf0",
-    "gptq-8-r": "#0f7364", "gptq-4-r": "#1d9a85", "gptq-3-r": "#4fbfa8", "gptq-2-r": "#8ad8c7",
-    "nf4": "#d1603d", "nf4-dq": "#e0825f", "fp4": "#b8873a", "fp4-dq": "#cfa55f", "int8": "#8c5fb0",
-    "rtn-8": "#9c4468", "rtn-4": "#c25c86", "rtn-3": "#d988a9", "rtn-2": "#e8b2c9",
-}  # fmt: skip
-STYLE: Any = {
-    "font.size": 10.5, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 10.5, "axes.labelcolor": MUTED, "text.color": INK, "axes.edgecolor": GRID, "xtick.color": MUTED,
-    "ytick.color": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "x", "axes.axisbelow": True, "grid.color": GRID,
-    "grid.linewidth": 0.8, "ytick.left": False,
-    "xtick.bottom": False, "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    "savefig.facecolor": "none", "svg.fonttype": "none", "figure.constrained_layout.use": True,
-}  # fmt: skip
-WIDTH = 5.4  # inches: about a phone's width at the report's scale
-
-
-def colour(name: str) -> str:
-    return COLOURS.get(name, FALLBACK)
-
-
-def row_figure(rows: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of horizontal rows, one a variant, with as many panels below each other as asked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, panels * (0.36 * rows + 1.0)))
-    return figure, [figure.add_subplot(panels, 1, panel + 1) for panel in range(panels)]
-
-
-def name_rows(axes: Axes, names: Sequence[str]) -> np.ndarray:
-    """Labels the rows with the variants, the first on top, and returns their positions."""
-    places = np.arange(len(names))[::-1]
-    axes.set_yticks(places, [title(name) for name in names])
-    axes.set_ylim(-0.6, len(names) - 0.4)
-    return places
-
-
-def bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], ends: Sequence[float] | None = None
-) -> None:
-    """Horizontal bars from zero in the variants' colours, a text at the end of each (or at `ends`, where more is
-    drawn).
-    """
-    places = name_rows(axes, names)
-    ends = values if ends is None else ends
-    axes.barh(places, values, height=0.62, color=[colour(name) for name in names])
-    axes.set_xlim(0, max([*ends, 1e-12]) * 1.28)
-    for place, end, text in zip(places, ends, texts, strict=True):
-        axes.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center")
 
 
 def accuracy(study: Study) -> Figure:
     """Accuracy of every variant with its 95 % interval, the base's value and the largest class's share."""
     names = list(study.variants)
     figure, (axes,) = row_figure(len(names) + 0.6)
-    places = name_rows(axes, names)
+    places = name_rows(axes, study, names)
     for place, name in zip(places, names, strict=True):
         found = study.need(name, "accuracy")
         value, (low, high) = 100 * found["value"], (100 * end for end in found["ci95"])
-        axes.plot([low, high], [place, place], color=colour(name), linewidth=2.4, solid_capstyle="round")
-        axes.plot([value], [place], "o", color=colour(name), markersize=8)
+        axes.plot([low, high], [place, place], color=study.colour(name), linewidth=2.4, solid_capstyle="round")
+        axes.plot([value], [place], "o", color=study.colour(name), markersize=8)
         axes.annotate(
             f"{value:.1f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
         )
@@ -116,7 +62,7 @@ def size(study: Study) -> Figure:
         for name, value, ratio in zip(names, values, ratios, strict=True)
     ]
     figure, (axes,) = row_figure(len(names))
-    bars(axes, names, values, texts, [max(pair) for pair in zip(values, memory, strict=True)])
+    bars(axes, study, names, values, texts, [max(pair) for pair in zip(values, memory, strict=True)])
     places = np.arange(len(names))[::-1]
     axes.plot(memory, places, "|", color=INK, markersize=13, markeredgewidth=1.6)
     axes.set_xlabel("checkpoint, MB (10⁶ bytes); mark: weights in memory")
@@ -130,11 +76,11 @@ def evaluation_time(study: Study) -> Figure:
     found = [study.need(name, "ms_per_tweet") for name in names]
     values = [item["value"] for item in found]
     figure, (axes,) = row_figure(len(names))
-    places = name_rows(axes, names)
+    places = name_rows(axes, study, names)
     single = study.config["one_at_a_time"]
     ends = [(item["value"], item["p95"]) if single else item["range"] for item in found]
     errors = np.abs(np.array(ends).T - np.array(values))
-    axes.barh(places, values, height=0.62, color=[colour(name) for name in names])
+    axes.barh(places, values, height=0.62, color=[study.colour(name) for name in names])
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
     for place, value, (_, high) in zip(places, values, ends, strict=True):
         axes.annotate(f"{value:.3g}", (max(value, high), place), xytext=(6, 0), textcoords="offset points", va="center")
@@ -155,6 +101,7 @@ def quantization_time(study: Study) -> Figure | None:
     figure, (axes,) = row_figure(len(names))
     bars(
         axes,
+        study,
         names,
         values,
         [("≥ " if part else "") + f"{value:.3g}" for value, part in zip(values, partly, strict=True)],
@@ -179,7 +126,7 @@ def emissions(study: Study) -> Figure | None:
     for axes, (phase, names) in zip(panels, held.items(), strict=True):
         found = [item for name in names if (item := study.energy(name, phase)) is not None]
         grams = [1000 * item["kg"] for item in found]
-        bars(axes, names, grams, [f"{gram:.3g}" for gram in grams])
+        bars(axes, study, names, grams, [f"{gram:.3g}" for gram in grams])
         how = "counter" if all(item["counter"] for item in found) else "estimate"
         axes.set_xlabel(f"g CO2e ({how}, {found[0]['intensity_g_kwh']:g} g/kWh, {found[0]['country']})")
         axes.set_title(phases[phase])
@@ -226,13 +173,6 @@ def loss(study: Study) -> Figure | None:
     return figure
 
 
-def smooth(values: Sequence[float], span: int = 15) -> np.ndarray:
-    """A centred moving mean; the ends average what there is."""
-    width = max(1, min(span, len(values) // 4))
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
 def confusions(study: Study) -> Figure:
     """A confusion matrix for every variant: counts, shaded by the share of the true class."""
     from matplotlib.figure import Figure
@@ -246,20 +186,21 @@ def confusions(study: Study) -> Figure:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     for index, (axes, name) in enumerate(zip(panels, names, strict=False)):
-        confusion_panel(axes, study.variants[name]["classification"], name, index % columns == 0, written=size <= 6)
+        confusion_panel(axes, study, name, index % columns == 0, written=size <= 6)
     figure.supxlabel("predicted", fontsize=9.5, color=MUTED)
     figure.supylabel("true", fontsize=9.5, color=MUTED)
     return figure
 
 
-def confusion_panel(axes: Axes, result: Mapping[str, Any], name: str, first: bool, written: bool) -> None:
+def confusion_panel(axes: Axes, study: Study, name: str, first: bool, written: bool) -> None:
     """One confusion matrix: rectangles in the variant's colour, the counts in them where they can be read."""
     from matplotlib.patches import Rectangle
 
+    result = study.variants[name]["classification"]
     counts = np.array(result["confusion"])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     for (row, column), share in np.ndenumerate(shares):
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=colour(name), alpha=float(share), linewidth=0))
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=study.colour(name), alpha=float(share), linewidth=0))
         if written:
             axes.text(column + 0.5, row + 0.5, f"{counts[row, column]:,}", ha="center", va="center", fontsize=9)
     size = len(counts)
@@ -270,7 +211,7 @@ def confusion_panel(axes: Axes, result: Mapping[str, Any], name: str, first: boo
     axes.grid(False)
     for side in axes.spines.values():
         side.set_visible(True)
-    axes.set_title(title(name), fontsize=9.5, fontweight="normal")
+    axes.set_title(study.title(name), fontsize=9.5, fontweight="normal")
 
 
 def accuracy_by_size(study: Study) -> Figure:
@@ -283,7 +224,16 @@ def accuracy_by_size(study: Study) -> Figure:
         found = study.need(name, "accuracy")
         x, y = study.amount(name, "size_checkpoint") / 1e6, 100 * found["value"]
         ends = np.abs(100 * np.array(found["ci95"]) - y)[:, None]
-        axes.errorbar([x], [y], yerr=ends, fmt="o", color=colour(name), markersize=8, elinewidth=1.6, label=title(name))
+        axes.errorbar(
+            [x],
+            [y],
+            yerr=ends,
+            fmt="o",
+            color=study.colour(name),
+            markersize=8,
+            elinewidth=1.6,
+            label=study.title(name),
+        )
     axes.set_xscale("log")
     sizes = sorted({round(study.amount(name, "size_checkpoint") / 1e6) for name in study.variants})
     ticks = [value for index, value in enumerate(sizes) if index == 0 or value / sizes[index - 1] > 1.13]
@@ -322,9 +272,9 @@ def beside_published(study: Study) -> Figure | None:
         ),
     ]
     for axes, (text, ours, theirs) in zip(panels, measures, strict=True):
-        places = name_rows(axes, names)
+        places = name_rows(axes, study, names)
         for place, name in zip(places, names, strict=True):
-            for value, face, mark in ((ours(name), colour(name), "o"), (theirs(name), "none", "D")):
+            for value, face, mark in ((ours(name), study.colour(name), "o"), (theirs(name), "none", "D")):
                 if value is not None:
                     axes.plot(
                         [value],
@@ -332,7 +282,7 @@ def beside_published(study: Study) -> Figure | None:
                         mark,
                         markersize=8,
                         markerfacecolor=face,
-                        markeredgecolor=colour(name),
+                        markeredgecolor=study.colour(name),
                         markeredgewidth=1.6,
                     )
         axes.axvline(0 if "%" in text else 1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -354,18 +304,6 @@ PLOTS: Mapping[str, Callable[[Study], Any]] = {
 }  # fmt: skip
 
 
-def style() -> Any:
-    """A context in which matplotlib has the report's style."""
-    from matplotlib import rc_context
-
-    return rc_context(STYLE)
-
-
 def draw(study: Study) -> dict[str, Figure]:
     """Every plot that the study has the numbers for."""
-    with style():
-        figures = {name: figure for name, plot in PLOTS.items() if (figure := plot(study)) is not None}
-        for figure in figures.values():
-            figure.draw_without_rendering()  # lays it out, once for PNG and SVG
-            figure.set_layout_engine("none")
-    return figures
+    return draw_all(PLOTS, study)

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import published
 from .numbers import ABSENT, number, p_value, percent, points, scaled, significant, spread, times
-from .study import Study, title
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-
-@dataclass(frozen=True)
-class Table:
-    """A printed table: `columns` are headings with their units, `rows` hold text, `caption` says what n and intervals
-    are.
-    """
-
-    name: str
-    heading: str
-    columns: list[str]
-    rows: list[list[str]]
-    caption: str
-
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown, numbers to the right."""
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
-        lines = [f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows)]
-        return "\n".join(lines) + f"\n\n{self.caption}\n"
+from .records import title
+from .study import Study
+from .table import Table, energy_sentence
 
 
 def quality(study: Study) -> Table:
@@ -49,7 +25,7 @@ def quality(study: Study) -> Table:
         if perplexity is not None:
             error = perplexity["stderr"]
             ppl = significant(perplexity["value"], 4) + ("" if error is None else f" ± {significant(error, 2)}")
-        rows.append([title(name), accuracy, points(comparison), p_value(comparison), recall, f1, ppl])
+        rows.append([study.title(name), accuracy, points(comparison), p_value(comparison), recall, f1, ppl])
     return Table("quality", "Quality", columns, rows, quality_caption(study))
 
 
@@ -74,7 +50,11 @@ def cost(study: Study) -> Table:
         ratio, partly = study.relative(name, "size_checkpoint"), study.variants[name].get("quantization_resumed")
         quantization = significant(study.value(name, "quantization_time"))
         grams = [study.energy(name, phase) for phase in ("quantization", "evaluation")]
-        row = [title(name), scaled(study.value(name, "size_checkpoint"), 1e-6), times(1 / ratio if ratio else None)]
+        row = [
+            study.title(name),
+            scaled(study.value(name, "size_checkpoint"), 1e-6),
+            times(1 / ratio if ratio else None),
+        ]
         row += [scaled(study.value(name, "size_memory"), 1e-6), f"≥ {quantization}" if partly else quantization]
         row += [spread(study.metric(name, "ms_per_tweet")), scaled(study.peak(name, "evaluation"), 1e-6)]
         row.append(significant(study.value(name, "energy_per_tweet")))
@@ -88,18 +68,7 @@ def cost_caption(study: Study) -> str:
     if speed is not None:
         unit = "tweets" if study.config["one_at_a_time"] else "repeats"
         text += f"Evaluation: median of {speed['n']:,} {unit}, in brackets the fastest and the slowest. "
-    return text + "Peak RSS: of the whole process during the evaluation. " + energy_sentence(study)
-
-
-def energy_sentence(study: Study) -> str:
-    """How energy was measured, in one or two sentences."""
-    found = next((item for item in (study.energy(name, "evaluation") for name in study.variants) if item), None)
-    if found is None:
-        return "Energy was not measured."
-    ways = "; ".join(f"{part}: {way}" for part, way in found["method"].items())
-    kind = "read from counters" if found["counter"] else "an estimate, not a reading"
-    intensity = f"{found['intensity_g_kwh']:g} g CO2e/kWh ({found['country']})"
-    return f"Energy is {kind} (codecarbon, whole machine; {ways}) at {intensity}."
+    return text + "Peak RSS: of the whole process during the evaluation. " + energy_note(study)
 
 
 def classes(study: Study) -> Table:
@@ -109,7 +78,7 @@ def classes(study: Study) -> Table:
     for name, cell in study.variants.items():
         for row in cell["classification"]["classes"]:
             shares = [number(100 * row[field]) for field in ("precision", "recall", "f1")]
-            rows.append([title(name), row["label"], *shares, f"{row['support']:,}"])
+            rows.append([study.title(name), row["label"], *shares, f"{row['support']:,}"])
     return Table("classes", "Classes", columns, rows, "By scikit-learn.")
 
 
@@ -123,7 +92,7 @@ def beside_published(study: Study) -> Table | None:
     rows = []
     for name in names:
         size, time, accuracy = (study.relative(name, each) for each in ("size_checkpoint", "ms_per_tweet", "accuracy"))
-        row = [title(name), times(size), times(published.relative(name, "size")), times(time)]
+        row = [study.title(name), times(size), times(published.relative(name, "size")), times(time)]
         row += [
             times(published.relative(name, "evaluation")),
             ABSENT if accuracy is None else f"{100 * accuracy - 100:+.2f} %",
@@ -190,46 +159,16 @@ def class_rows(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of plain values as CSV; a field that a row lacks stays empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def error_of(cell: dict[str, Any]) -> str:
-    """The error of a cell that did not finish, on one line."""
-    error = cell.get("error") or {}
-    return f"{error.get('type', 'unknown')}: {error.get('message', '')}"
-
-
 def all_tables(study: Study) -> list[Table]:
     """The tables of the report in order."""
     found = [quality(study), cost(study), beside_published(study), classes(study)]
     return [table for table in found if table is not None]
 
 
-def markdown(study: Study) -> str:
-    """All tables as one Markdown document."""
-    parts = [f"# {study.model} on {study.task}: what quantization costs\n"]
-    if study.unfinished:
-        parts.append(
-            "Not finished:\n\n" + "".join(f"- {title(cell['name'])}: {error_of(cell)}\n" for cell in study.unfinished)
-        )
-    parts += [f"## {table.heading}\n\n{table.markdown()}" for table in all_tables(study)]
-    return "\n".join(parts)
+def heading(study: Study) -> str:
+    return f"{study.model} on {study.task}: what quantization costs"
 
 
-def terminal(table: Table) -> RichTable:
-    """The table for a terminal."""
-    from rich.table import Table as RichTable
-
-    printed = RichTable(title=table.heading, caption=table.caption, caption_justify="left", title_justify="left")
-    for index, column in enumerate(table.columns):
-        printed.add_column(column, justify="left" if index == 0 else "right")
-    for row in table.rows:
-        printed.add_row(*row)
-    return printed
+def energy_note(study: Study) -> str:
+    found = (study.energy(name, "evaluation") for name in study.variants)
+    return energy_sentence(next((item for item in found if item), None))

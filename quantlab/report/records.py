@@ -1,0 +1,122 @@
+"""The records of a run as reports see them: its finished cells, whatever the study, and what did not finish."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantlab.experiments.record import RecordError, read_cells, read_json
+
+NOTHING: dict[str, Any] = {"metrics": {}, "energy": {}, "memory": {}}
+FALLBACK = "#8c6bb1"
+# one family of hues a method, darker for more bits; readable on light and dark grounds
+COLOURS: Mapping[str, str] = {
+    "fp32": "#7b828c", "fp16": "#949ba5", "bf16": "#a7adb6",
+    "gptq-8": "#1f5fa8", "gptq-4": "#3d8bd4", "gptq-3": "#72b1e8", "gptq-2": "#a5cdf0",
+    "gptq-8-r": "#0f7364", "gptq-4-r": "#1d9a85", "gptq-3-r": "#4fbfa8", "gptq-2-r": "#8ad8c7",
+    "nf4": "#d1603d", "nf4-dq": "#e0825f", "fp4": "#b8873a", "fp4-dq": "#cfa55f", "int8": "#8c5fb0",
+    "rtn-8": "#9c4468", "rtn-4": "#c25c86", "rtn-3": "#d988a9", "rtn-2": "#e8b2c9",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Records:
+    """`cells` holds records of finished cells by name; a study says how its rows are called and coloured."""
+
+    path: Path
+    config: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+    unfinished: list[dict[str, Any]]  # failed and cancelled cells
+
+    def title(self, name: str) -> str:
+        """How tables and plots print a row's name."""
+        return title(name)
+
+    def colour(self, name: str) -> str:
+        return COLOURS.get(name, FALLBACK)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of a cell; an empty one where it is not finished."""
+        return self.cells.get(name, NOTHING)
+
+    def metric(self, name: str, metric: str) -> dict[str, Any] | None:
+        """A metric of a cell, or None where it was not measured."""
+        return self.record(name)["metrics"].get(metric)
+
+    def need(self, name: str, metric: str) -> dict[str, Any]:
+        """A metric that every record has. Raises RecordError for a record without it."""
+        found = self.metric(name, metric)
+        if found is None:
+            raise RecordError(f"{self.path}: the record of {name} has no metric {metric!r}")
+        return found
+
+    def amount(self, name: str, metric: str) -> float:
+        """The value of a metric that every record has."""
+        return float(self.need(name, metric)["value"])
+
+    def value(self, name: str, metric: str) -> float | None:
+        """The value of a metric of a cell, or None."""
+        found = self.metric(name, metric)
+        return None if found is None else found["value"]
+
+    def energy(self, name: str, phase: str) -> dict[str, Any] | None:
+        """The energy record of a phase of a cell, or None where nothing was measured."""
+        found = self.record(name)["energy"].get(phase)
+        return found if found is not None and found.get("kg") is not None else None
+
+    def peak(self, name: str, phase: str) -> float | None:
+        """Peak resident memory of a phase of a cell in bytes, or None."""
+        found = self.record(name)["memory"].get("peak_host", {}).get(phase)
+        return None if found is None else found["value"]
+
+    @property
+    def model(self) -> str:
+        """The model's name for a heading."""
+        name = self.config["model"]
+        return "SmolLM2-135M-Instruct" if name == "demo" else Path(name).name
+
+    @property
+    def notes(self) -> list[str]:
+        """Every note of every cell, once."""
+        return list(dict.fromkeys(note for cell in self.cells.values() for note in cell["notes"]))
+
+
+def experiment_of(run: str | os.PathLike[str]) -> str:
+    """The experiment that a run directory holds; RecordError where it is none."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        raise RecordError(
+            f"{run}: not a run directory (it has no config.json); `quantlab demo`, `quantlab tweeteval` or "
+            "`quantlab lima` makes one"
+        )
+    return str(read_json(path).get("experiment"))
+
+
+def read_run(run: str | os.PathLike[str], experiment: str) -> dict[str, Any]:
+    """What `Records` takes, of a run directory; RecordError where it is none, or another experiment's."""
+    path, found = Path(run), experiment_of(run)
+    if found != experiment:
+        raise RecordError(f"{path}: a run of {found!r}; this report knows runs of {experiment!r}")
+    newest = {cell["name"]: cell for cell in read_cells(path)}  # a later cell of the same name replaces an earlier one
+    done = {name: cell for name, cell in newest.items() if cell["status"] == "done"}
+    unfinished = [cell for cell in newest.values() if cell["status"] != "done"]
+    return {"path": path, "config": read_json(path / "config.json")["config"], "cells": done, "unfinished": unfinished}
+
+
+def nothing_finished(found: Mapping[str, Any], what: str) -> RecordError:
+    """The error of a run without what a report is about."""
+    failures = "; ".join(f"{cell['name']}: {cell['error']['message']}" for cell in found["unfinished"])
+    return RecordError(f"{found['path']}: no finished {what} to report ({failures or 'no cell has been run'})")
+
+
+def title(name: str) -> str:
+    """How tables and plots print a variant: "GPTQ 4-bit", "NF4", "fp32"."""
+    method, *rest = name.split("-")
+    if method in ("gptq", "rtn") and rest:
+        return f"{method.upper()} {rest[0]}-bit" + (" recommended" if rest[1:] == ["r"] else "")
+    if method in ("nf4", "fp4"):
+        return method.upper() + (" double quant" if rest == ["dq"] else "")
+    return name
