@@ -3,8 +3,9 @@
     python benchmarks/update_readme.py            # rewrites README.md
     python benchmarks/update_readme.py --check    # exit status 1 if README.md is not what the records say
 
-A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`), a .jsonl file
-holds the lines of `quantlab bench --json`, bench_quality.py or bench_peers.py.
+A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`, `quantlab lima
+--out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py or bench_peers.py, or differences
+of logits beside GPTQModel.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SHOWN = ("quality", "merging", "training", "generation", "cost")  # tables of a study, by name
 NOTHING = "No run is recorded in `benchmarks/results/` yet."
 
 
@@ -28,14 +30,12 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def study_section(run: Path) -> str:
-    """The quality and cost tables of a study, and what it ran on."""
-    from quantlab.report import tables
-    from quantlab.report.study import load_study
+    """The tables of a study that a first reader wants, and what they rest on."""
+    from quantlab.report.kinds import load_report
 
-    study = load_study(run)
-    found = [tables.quality(study), tables.cost(study)]
-    parts = [f"### {study.model} on {study.task}\n"]
-    parts += [f"**{table.heading}**\n\n{table.markdown().strip()}\n" for table in found]
+    report = load_report(run)
+    parts = [f"### {report.heading.partition(':')[0]}\n"]
+    parts += [f"**{table.heading}**\n\n{table.markdown().strip()}\n" for table in report.tables if table.name in SHOWN]
     parts.append(f"From the records in `{run.relative_to(ROOT)}`.")
     return "\n".join(parts)
 
@@ -64,7 +64,28 @@ def lines_section(path: Path) -> str:
         raise ValueError(f"{path}: holds no record")
     if "perplexity" in records[0]:
         return quality_section(path, records)
+    if "gptqmodel" in records[0]:
+        return logits_section(path, records)
     return peers_section(path, records) if "peer" in records[0] else bench_section(path, records)
+
+
+def logits_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a checkpoint of ours: how far the logits that GPTQModel computes from it are from ours."""
+    pairs = [(how, kind) for how in ("as_loaded", "float32") for kind in ("max", "mean")]
+    rows = [
+        [
+            record["checkpoint"],
+            *(f"{record[how][kind]:.2g}" for how, kind in pairs),
+        ]
+        for record in records
+    ]
+    header = ["checkpoint", "as loaded: largest", "mean", "in float32: largest", "mean"]
+    spread = max(record["std"] for record in records)
+    return (
+        f"### Our GPTQ checkpoints in GPTQModel {records[0]['gptqmodel']}: differences of logits\n\n"
+        f"{markdown_table(header, rows)}\n\nStandard deviation of the logits: up to {spread:.1f}. "
+        f"From `{path.relative_to(ROOT)}`."
+    )
 
 
 def rate(record: dict[str, Any], seconds: float) -> str:

@@ -57,8 +57,9 @@ def finetune(
     rows of ids, with `labels` and `eval_labels`; its head is then trained too. training: a TrainingConfig.
 
     The result has `adapter` and `training_log`: dictionaries of step, epoch, loss (mean over the target tokens since
-    the last entry), learning_rate, grad_norm (before it is cut), tokens_per_second and peak_memory_bytes, and of step,
-    epoch, eval_loss. They go to metrics.jsonl in training.output_dir too, and the adapter is written there at the end.
+    the last entry), learning_rate, grad_norm (before it is cut), tokens (since the last entry), tokens_per_second and
+    peak_memory_bytes, and of step, epoch, eval_loss. They go to metrics.jsonl in training.output_dir too, and the
+    adapter is written there at the end.
 
     Raises ValueError for what is not accepted; quantlab.NumericError naming the step where the loss or a gradient is
     not finite: the parameters are then those of the step before. What stops a run (an error, Ctrl-C) leaves a
@@ -246,8 +247,8 @@ class TrainingRun:
         self._window = (self._window[0], self._window[1] + tokens)
         loss, speed = float(np.mean(state.losses)), self._window[1] / (now - self._window[0])
         if state.step == self.batches.steps or state.step % self.config.logging_steps == 0:
-            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens_per_second": speed}
-            self._log({**values, "peak_memory_bytes": peak_bytes()})
+            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self._window[1]}
+            self._log({**values, "tokens_per_second": speed, "peak_memory_bytes": peak_bytes()})
             state.losses.clear()
             self._window = (now, 0)
         return f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tok/s"

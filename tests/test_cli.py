@@ -154,6 +154,26 @@ def test_tweeteval_then_report(capsys, study_words):
     assert status == 1 and str(run) in err
 
 
+def test_lima(capsys, tmp_path, tiny):
+    settings = {"energy": False, "calibration_rows": 2, "calibration_length": 16, "max_length": 48, "batches": [1, 2]}
+    settings |= {"repeats": 2, "new_tokens": 2, "answer_tokens": 2, "group_size": 16}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    rows = "".join(json.dumps({"conversations": [f"say {i}", f"{i} {i}"]}) + "\n" for i in range(6))
+    (tmp_path / "train.jsonl").write_text(rows)
+    words = ["lima", "--model", tiny, "--data", tmp_path, "--config", tmp_path / "settings.json", "--limit", 4]
+    words += ["--baselines", "fp16", "bnb-bnb", "--out", tmp_path / "run"]
+    cells = result(capsys, *words, "--dry-run")["cells"]
+    names = ["base-fp16", "base-bnb", "tune-bnb", "merge-bnb", "infer-fp16", "infer-bnb-bnb"]
+    assert {cell["cell"]: cell["status"] for cell in cells} == dict.fromkeys(names, "to do")
+    status, out, err = call(capsys, *words)
+    assert status == 0 and err == "", err
+    assert "infer-bnb-bnb: done" in out and "Held-out loss, nat" in out and "report.html" in out
+    shown = result(capsys, "report", tmp_path / "run")
+    assert [row["baseline"] for row in shown["baselines"]] == ["fp16", "bnb-bnb"]
+    status, _, err = call(capsys, "lima", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "other")
+    assert status == 1 and "none.jsonl" in err and not (tmp_path / "other").exists()
+
+
 def test_demo_takes_the_demo_configuration(capsys):
     status, _, err = call(capsys, "demo", "--variants", "gptq-9")
     assert status == 2 and "gptq-9" in err
@@ -190,6 +210,7 @@ def one_line(err: str) -> None:
         (["generate", "demo", "a", "--dtype", "half"], "half"),
         (["bench", "add", "--json", "/no/such/folder/x.jsonl"], "/no/such/folder"),
         (["tweeteval", "--task", "poetry", "--out", "run"], "poetry"),
+        (["lima", "--baselines", "bnb-poetry", "--out", "run"], "poetry"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

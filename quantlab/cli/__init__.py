@@ -27,6 +27,7 @@ COMMANDS = (
     (training.finetune, "quantlab finetune demo adapter --data talk.jsonl --base nf4 --target-modules q_proj v_proj"),
     (training.merge, "quantlab merge demo adapter merged"),
     (studies.tweeteval, "quantlab tweeteval --preset corrected --variants fp32 gptq-4 nf4 --out run"),
+    (studies.lima, "quantlab lima --data train.jsonl --limit 200 --out run"),
     (studies.report, "quantlab report run"),
     (machine.bench, "quantlab bench linear --json linear.jsonl"),
 )

@@ -19,6 +19,7 @@ UsageError = typer.BadParameter.__base__  # click's, which some releases of type
 REPEATED = {
     "--bits": str.isdigit,
     "--variants": lambda word: not word.startswith("-"),
+    "--baselines": lambda word: not word.startswith("-"),
     "--target-modules": lambda word: word == "all-linear" or word.endswith("_proj"),
 }
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, RuntimeError, ImportError)

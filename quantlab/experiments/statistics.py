@@ -177,3 +177,25 @@ def compare(truth: ArrayLike, base: ArrayLike, other: ArrayLike) -> dict[str, An
     ends = [max(-1.0, gain - loss - half), min(1.0, gain - loss + half)]
     counts = {"n": n, "base_only": base_only, "other_only": other_only, "agreement": float((base == other).mean())}
     return {"difference": (other_only - base_only) / n, "ci95": ends, **mcnemar(base_only, other_only), **counts}
+
+
+def mean_loss(sums: ArrayLike, tokens: ArrayLike) -> tuple[float, float | None, list[float] | None]:
+    """Mean loss a token over rows, its standard error and its 95 % interval; the two are None for a single row.
+
+    sums, tokens: of each row, (n,). Rows are the sample: tokens of one row are not independent. The error is that of a
+    ratio estimator (Cochran 1977, 2.11), the interval Student's. For the paired difference of two models on the same
+    rows, give the differences of their sums.
+    """
+    from scipy.special import stdtrit
+
+    loss, count = np.asarray(sums, np.float64), np.asarray(tokens, np.float64)
+    if loss.shape != count.shape or loss.ndim != 1 or count.sum() <= 0:
+        raise ValueError(
+            f"mean_loss: sums {loss.shape} and tokens {count.shape} must be one length, with tokens in all"
+        )
+    n, mean = loss.size, float(loss.sum() / count.sum())
+    if n == 1:
+        return mean, None, None
+    stderr = float(np.sqrt(n / (n - 1) * np.square(loss - mean * count).sum()) / count.sum())
+    half = float(stdtrit(n - 1, 0.975)) * stderr
+    return mean, stderr, [mean - half, mean + half]

@@ -169,9 +169,11 @@ def forget_what_lacks_its_artifact(run: Run, jobs: Sequence[Job]) -> None:
     """Removes the records of cells whose artifact is gone, where a cell that is not finished needs it."""
     wanted: set[str] = set()
     for job in reversed(jobs):
-        if job.name in wanted and job.artifact is not None and not job.artifact.exists():
+        finished = run.finished(job.name, job.config) is not None
+        if finished and job.name in wanted and job.artifact is not None and not job.artifact.exists():
             run.forget(job.name, job.config)
-        if run.finished(job.name, job.config) is None:
+            finished = False
+        if not finished:
             wanted |= set(job.needs)
 
 

@@ -22,6 +22,7 @@ NAMES = {
     "sentiment": ["negative", "neutral", "positive"],
     **{task: ["none", "against", "favor"] for task in STANCES},
 }
+LIMA_ID, LIMA_FILE = "GAIR/lima", "train.jsonl"
 DEMO_NAMES = ["negative", "neutral", "positive"]
 DEMO_COUNTS = (1087, 768, 2345)  # negative, neutral, positive
 DEMO_THRESHOLD = 0.5  # mean rating, of -4 to 4, at which a tweet counts as negative or positive
@@ -177,6 +178,30 @@ def split_indices(
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     first, second = round(count * fractions[0]), round(count * (fractions[0] + fractions[1]))
     return [np.sort(part) for part in np.split(order, [first, second])]
+
+
+def lima_file(data: str | os.PathLike[str] | None = None, *, local_files_only: bool = False) -> Path:
+    """The JSON-lines file of LIMA's training conversations (Zhou et al. 2023, arXiv:2305.11206).
+
+    data: the file, or a directory that holds train.jsonl. None: QUANTLAB_DATA and its `lima`, then the Hugging Face
+    cache, then (unless `local_files_only`) the hub, where the data set asks for a login and its licence's acceptance.
+    """
+    if data is not None:
+        path = Path(data) / LIMA_FILE if Path(data).is_dir() else Path(data)
+        if not path.is_file():
+            raise FileNotFoundError(f"data: {path}: no such file, expected LIMA's {LIMA_FILE} or its directory")
+        return path
+    root = os.environ.get("QUANTLAB_DATA")
+    for folder in (Path(root) / "lima", Path(root)) if root else ():
+        if (folder / LIMA_FILE).is_file():
+            return folder / LIMA_FILE
+    from quantlab.io.hub import download_data
+
+    try:
+        return download_data(LIMA_ID, LIMA_FILE, local_files_only=local_files_only)
+    except FileNotFoundError as error:
+        hint = f"accept its licence at huggingface.co/datasets/{LIMA_ID} and log in (hf auth login), or give the file"
+        raise FileNotFoundError(f"data: {error}; LIMA is gated: {hint}, as data or in QUANTLAB_DATA") from None
 
 
 def load_text(path: str | os.PathLike[str]) -> str:
