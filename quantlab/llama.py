@@ -248,7 +248,9 @@ class Llama:
         """Bytes by part as the checkpoint on disk holds them, their total, and the bytes of the weights in memory."""
         from quantlab.size import size_of_model
 
-        return size_of_model(self.saved_weights(), self.vectors, self.saved_config()["torch_dtype"])
+        report = size_of_model(self.saved_weights(), self.vectors, self.saved_config()["torch_dtype"])
+        report["memory"] += self.adapter.nbytes if self.adapter is not None else 0
+        return report
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
@@ -338,7 +340,8 @@ class Llama:
 
     def __repr__(self) -> str:
         formats = sorted({self._format_name(self.weights[module]) for module in layer_modules(self.config)})
-        return f"{type(self).__name__}({self.config!r}, weights {' '.join(formats)})"
+        beside = f", {self.adapter!r}" if self.adapter is not None else ""
+        return f"{type(self).__name__}({self.config!r}, weights {' '.join(formats)}{beside})"
 
     @staticmethod
     def _format_name(weight: QuantWeight) -> str:

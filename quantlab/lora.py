@@ -147,7 +147,7 @@ class Adapter:
         return {} if self.score is None else {"score": QuantWeight.from_array(self.score, "score")}
 
     def __repr__(self) -> str:
-        return f"Adapter({self.config!r}, {len(self)} modules, {self.parameters.size} parameters)"
+        return f"Adapter(r={self.config.r}, {len(self)} modules, {self.parameters.size:,} parameters)"
 
 
 def task_type(model: Llama) -> str:

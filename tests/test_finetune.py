@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +41,20 @@ def losses(log) -> list[tuple[int, float, float, float]]:
     return [tuple(entry[field] for field in fields) for entry in log if "loss" in entry]
 
 
-BASES = [None, ql.NF4Config(), ql.FP4Config(), ql.RTNConfig(4, 32), ql.Int8Config()]
+BASES = [
+    None,
+    ql.NF4Config(),
+    ql.FP4Config(),
+    ql.RTNConfig(4, 32),
+    ql.Int8Config(),
+    ql.GPTQConfig(4, 32, desc_act=True),
+]
 
 
 @pytest.mark.parametrize("config", BASES, ids=str)
 def test_it_learns_beside_every_base(config):
-    model = tiny_model() if config is None else ql.quantize(tiny_model(), config)
+    calibration = made_up() if isinstance(config, ql.GPTQConfig) else None
+    model = tiny_model() if config is None else ql.quantize(tiny_model(), config, calibration)
     held_out = made_up(8, seed=1)
     before, logits = evaluate(model, held_out), model(held_out[0])
     tuned = ql.finetune(model, ALL, made_up(), settings(num_train_epochs=4), eval_data=held_out)
@@ -181,7 +191,7 @@ ql.finetune(tiny_model(), ALL, made_up(), settings(num_train_epochs=5, save_step
 """
 
 
-def test_killed_at_random_steps_it_ends_the_same(tmp_path):
+def test_interrupted_at_random_steps_it_ends_the_same(tmp_path):
     """SIGKILL before ten steps, each time going on from the last checkpoint: the log and the adapter of one run."""
     whole = ql.finetune(tiny_model(), ALL, made_up(), settings(num_train_epochs=5))
     script = KILLED.format(paths=[str(Path(__file__).parent)])
@@ -290,6 +300,39 @@ def test_memory_chooses_the_policy(monkeypatch, available):
     needed = run.trainer.activation_bytes(sum(lengths[:2]), available)
     monkeypatch.setattr(sys.modules["quantlab.finetune"], "free_bytes", lambda: int(needed / FREE_SHARE) + 1)
     assert run._choose_policy() == available
+
+
+def test_memory_that_ends_in_the_middle_loses_nothing(tmp_path, monkeypatch):
+    from quantlab.finetune import LanguageTask
+
+    accumulate = LanguageTask.accumulate
+
+    def full(self, trainer, rows, factor, call, policy):
+        if call == 4:
+            raise MemoryError("out of memory")
+        return accumulate(self, trainer, rows, factor, call, policy)
+
+    monkeypatch.setattr(LanguageTask, "accumulate", full)
+    with pytest.raises(MemoryError):
+        ql.finetune(tiny_model(), ALL, made_up(), settings(output_dir=str(tmp_path)))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_it_runs_in_a_thread():
+    """Where no signal can be put off."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ql.finetune(tiny_model(), ALL, made_up(), settings())))
+    thread.start()
+    thread.join()
+    assert losses(found[0].training_log) == losses(ql.finetune(tiny_model(), ALL, made_up(), settings()).training_log)
+
+
+def test_weights_and_biases_get_the_log(tmp_path, monkeypatch):
+    sent: list[dict[str, float]] = []
+    wandb = types.SimpleNamespace(init=lambda **_: types.SimpleNamespace(log=sent.append, finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tuned = ql.finetune(tiny_model(), ALL, made_up(4), settings(output_dir=str(tmp_path), report_to="wandb"))
+    assert [entry["training/loss"] for entry in sent] == [entry["loss"] for entry in tuned.training_log]
 
 
 def test_what_it_does_not_take():

@@ -105,6 +105,14 @@ def test_generation_and_losses_see_it():
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+def test_it_shows():
+    model = tiny_model()
+    tuned = model.with_adapter(trained(model))
+    assert "Adapter(r=3, 14 modules, 5,568 parameters)" in repr(tuned)
+    assert tuned.size_report()["memory"] == model.size_report()["memory"] + 4 * 5568
+    assert tuned.size_report()["total"] == model.size_report()["total"]
+
+
 def test_replaced_weights_keep_it():
     model = tiny_model()
     tuned = model.with_adapter(trained(model))
