@@ -193,6 +193,7 @@ class TrainingRun:
                 self.folder.load(config.resume_from_checkpoint, state)
             else:
                 load_state(Path(config.resume_from_checkpoint), self._settings(), state)
+        self._evaluate()
         if self.folder is not None:
             self.folder.begin(state)
         started = state.step
@@ -258,23 +259,30 @@ class TrainingRun:
         return _core.NumericError(f"training: step {step}: the {what} is {value}; try a lower learning_rate{kept}")
 
     def _after_step(self, logged: int, send: Callable[[dict[str, Any]], None] | None) -> None:
-        """What is due after a step: an evaluation, a checkpoint, and the entries of the log from `logged` on where they
-        are to be read."""
+        """What is due after a step: an evaluation, the entries of the log from `logged` on where they are to be read, a
+        checkpoint."""
         config, step = self.config, self.state.step
-        last = step == self.batches.steps
-        every = config.eval_steps or self.batches.steps_per_epoch
-        if self.evaluation is not None and (last or step % every == 0):
-            started = time.perf_counter()
-            result = {f"eval_{name}": value for name, value in self.evaluation.evaluate().items()}
-            self._log(result)
-            self._window = (self._window[0] + time.perf_counter() - started, self._window[1])  # not of the training
+        self._evaluate()
         for entry in self.state.log[logged:]:
             if self.folder is not None:
                 self.folder.log(entry)
             if send is not None:
                 send({"name": "training", **entry})
-        if self.folder is not None and config.save_steps is not None and (last or step % config.save_steps == 0):
+        due = config.save_steps is not None and (step == self.batches.steps or step % config.save_steps == 0)
+        if self.folder is not None and due:
             self.folder.save(self.state)
+
+    def _evaluate(self) -> None:
+        """The held-out loss in the log, where it is due and was not taken before the run was interrupted."""
+        step, log = self.state.step, self.state.log
+        every = self.config.eval_steps or self.batches.steps_per_epoch
+        due = step > 0 and (step == self.batches.steps or step % every == 0)
+        done = bool(log) and log[-1]["step"] == step and "eval_loss" in log[-1]
+        if self.evaluation is None or not due or done:
+            return
+        started = time.perf_counter()
+        self._log({f"eval_{name}": value for name, value in self.evaluation.evaluate().items()})
+        self._window = (self._window[0] + time.perf_counter() - started, self._window[1])  # not of the training
 
     def _log(self, values: dict[str, float]) -> None:
         step = self.state.step

@@ -257,6 +257,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_loses_nothing(tmp_path, sav
     assert losses(resumed.training_log) == losses(whole.training_log)
 
 
+def test_an_evaluation_that_was_interrupted_is_taken_up(tmp_path, monkeypatch):
+    from quantlab.finetune import LanguageTask
+
+    held_out, run = made_up(5, seed=1), {"output_dir": str(tmp_path), "eval_steps": 4}
+    whole = ql.finetune(tiny_model(), ALL, made_up(), settings(eval_steps=4), held_out).training_log
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageTask, "evaluate", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ql.finetune(tiny_model(), ALL, made_up(), settings(**run), held_out)
+    resumed = ql.finetune(tiny_model(), ALL, made_up(), settings(**run, resume_from_checkpoint=True), held_out)
+    assert [entry.get("eval_loss") for entry in resumed.training_log] == [entry.get("eval_loss") for entry in whole]
+    assert losses(resumed.training_log) == losses(whole)
+
+
 def test_gradients_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
     from quantlab.finetune import TrainingRun
 
