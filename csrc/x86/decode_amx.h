@@ -17,13 +17,14 @@
 typedef struct {
     __m512i pick, shift;
     int64_t bytes; /* of 32 codes */
-    vi lane_code;  /* lane & (2^bits - 1) */
 } code_layout;
 
 typedef struct {
     const ql_weight *w;
     enum { BY_FLOAT, BY_TABLE, BY_BYTE, BY_F16, BY_BF16 } way;
     code_layout layout;
+    vf values;                     /* of the codes, lane by lane, before scale and zero point */
+    int64_t row_bytes, row_groups; /* of the codes of a row, of its scales */
 } decoder;
 
 static code_layout code_layout_of(const ql_weight *w) {
@@ -36,8 +37,7 @@ static code_layout code_layout_of(const ql_weight *w) {
         pick[2 * j + 1] = (uint8_t)(bit / 8 + 1 < 16 ? bit / 8 + 1 : 0x80); /* 0x80: a zero byte */
         shift[j] = (uint16_t)(bit % 8);
     }
-    return (code_layout){_mm512_load_si512(pick), _mm512_load_si512(shift), bits * SIDE / 8,
-                         vi_and(vi_iota(), vi_set1((1 << bits) - 1))};
+    return (code_layout){_mm512_load_si512(pick), _mm512_load_si512(shift), bits * SIDE / 8};
 }
 
 /* every 32 columns from a multiple of 32 on have one scale */
@@ -62,48 +62,55 @@ static decoder decoder_of(const ql_weight *w, int planes) {
         break;
     case QL_F32: case QL_FORMAT_COUNT: break;
     }
-    if (d.way == BY_TABLE) { d.layout = code_layout_of(w); }
+    if (d.way == BY_TABLE) {
+        d.layout = code_layout_of(w);
+        d.row_bytes = w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k / 2;
+        d.row_groups = ql_groups_per_row(w);
+        int zero = w->zeros == NULL ? (int)ql_affine_symmetric_zero(w->bits) : 0;
+        d.values = w->format == QL_NF4   ? v_load(ql_nf4_values)
+                   : w->format == QL_FP4 ? v_load(ql_fp4_values)
+                                         : vi_to_vf(vi_sub(vi_and(vi_iota(), vi_set1((1 << w->bits) - 1)), vi_set1(zero)));
+    }
     return d;
 }
 
 /* the values of group g (NF4, FP4: of the flat tensor), twice */
 static inline __m512i group_table(const decoder *d, int64_t g) {
     const ql_weight *w = d->w;
-    vf values;
-    if (w->format == QL_AFFINE) {
-        int32_t zero = w->zeros != NULL ? w->zeros[g] : (int32_t)ql_affine_symmetric_zero(w->bits);
-        values = v_mul(vi_to_vf(vi_sub(d->layout.lane_code, vi_set1(zero))), v_set1(w->scales[g]));
-    } else {
-        values = v_mul(v_load(w->format == QL_NF4 ? ql_nf4_values : ql_fp4_values), v_set1(ql_block_scale(w, g)));
-    }
+    vf values = d->values;
+    if (w->zeros != NULL) { values = v_sub(values, v_set1((float)w->zeros[g])); }
+    values = v_mul(values, v_set1(w->scales != NULL ? w->scales[g] : ql_block_scale(w, g)));
     return to_bf16(values, values);
 }
 
 static inline __mmask32 first_words(int64_t count) { return (__mmask32)((1ull << at_most(count, SIDE)) - 1); }
 
 /* the values of 32 codes */
-static inline __m512i look_up(__m128i codes, const code_layout *layout, __m512i table) {
-    __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), layout->pick);
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(index, layout->shift), table);
+static inline __m512i look_up(__m128i codes, __m512i pick, __m512i shift, __m512i table) {
+    __m512i index = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), pick);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(index, shift), table);
 }
 
-static void decode_by_table(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
-    const ql_weight *w = d->w;
-    int64_t row_bytes = w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k / 2;
-    const code_layout layout = d->layout;
-    const int64_t bytes = layout.bytes;
-    int64_t group = j0 / w->group, first_group = i * ql_groups_per_row(w), offset = j0 / SIDE * bytes;
-    const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
-    for (int64_t j = j0; j < j1; group++) {
-        int64_t end = at_most((group + 1) * w->group, j1);
-        __m512i table = group_table(d, first_group + group);
-        for (; j + SIDE <= end && offset + 16 <= row_bytes; j += SIDE, out += SIDE, offset += bytes) {
-            __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)(row + offset));
-            _mm512_storeu_si512(out, look_up(codes, &layout, table));
-        }
-        for (; j < end; j += SIDE, out += SIDE, offset += bytes) { /* the end of a row */
-            __m128i codes = _mm_maskz_loadu_epi8((__mmask16)((1u << at_most(row_bytes - offset, 16)) - 1), row + offset);
-            _mm512_storeu_si512(out, _mm512_maskz_mov_epi16(first_words(end - j), look_up(codes, &layout, table)));
+/* Rows [i, i + count) of W, columns [j0, j1), j0 a multiple of 32: row r to out + r ld, each 32 of its columns `next` elements
+ * after those before them. Beyond j1 follow zeros up to a multiple of 32. */
+static void decode_by_table(uint16_t *out, int64_t ld, int64_t next, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
+    const int64_t row_bytes = d->row_bytes, bytes = d->layout.bytes, width = d->w->group;
+    const __m512i pick = d->layout.pick, shift = d->layout.shift;
+    const int64_t first = j0 / width, first_end = at_most((first + 1) * width, j1);
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t *row = (const uint8_t *)d->w->codes + (i + r) * row_bytes;
+        uint16_t *to = out + r * ld;
+        int64_t offset = j0 / SIDE * bytes, group = (i + r) * d->row_groups + first;
+        for (int64_t j = j0, end = first_end; j < j1; end = at_most(end + width, j1), group++) {
+            __m512i table = group_table(d, group);
+            for (; j + SIDE <= end && offset + 16 <= row_bytes; j += SIDE, to += next, offset += bytes) {
+                __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)(row + offset));
+                _mm512_storeu_si512(to, look_up(codes, pick, shift, table));
+            }
+            for (; j < end; j += SIDE, to += next, offset += bytes) { /* the end of a row */
+                __m128i codes = _mm_maskz_loadu_epi8((__mmask16)((1u << at_most(row_bytes - offset, 16)) - 1), row + offset);
+                _mm512_storeu_si512(to, _mm512_maskz_mov_epi16(first_words(end - j), look_up(codes, pick, shift, table)));
+            }
         }
     }
 }
@@ -133,7 +140,7 @@ static inline __m512i scale_bytes(__m256i codes, const byte_scale *s) {
     return to_bf16(scale_half(_mm256_castsi256_si128(codes), s), scale_half(_mm256_extracti128_si256(codes, 1), s));
 }
 
-static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+static void decode_by_byte(uint16_t *out, int64_t next, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const ql_weight *w = d->w;
     int is_int8 = w->format == QL_INT8;
     int64_t row_bytes = is_int8 ? w->k : 4 * ql_words_per_row(w->k, 8), width = is_int8 ? w->k : w->group;
@@ -142,7 +149,7 @@ static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j
     for (int64_t j = j0; j < j1; group++) {
         int64_t end = at_most((group + 1) * width, j1);
         byte_scale s = byte_scale_of(w, first_group + group);
-        for (; j + SIDE <= end; j += SIDE, out += SIDE) {
+        for (; j + SIDE <= end; j += SIDE, out += next) {
             _mm512_storeu_si512(out, scale_bytes(_mm256_loadu_si256((const __m256i *)(const void *)(row + j)), &s));
         }
         if (j < end) {
@@ -154,11 +161,11 @@ static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j
     }
 }
 
-static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+static void decode_half(uint16_t *out, int64_t next, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const uint16_t *row = (const uint16_t *)d->w->codes + i * d->w->k;
     int64_t j = j0;
-    for (; d->way == BY_BF16 && j + SIDE <= j1; j += SIDE, out += SIDE) { _mm512_storeu_si512(out, _mm512_loadu_si512(row + j)); }
-    for (; j < j1; j += SIDE, out += SIDE) {
+    for (; d->way == BY_BF16 && j + SIDE <= j1; j += SIDE, out += next) { _mm512_storeu_si512(out, _mm512_loadu_si512(row + j)); }
+    for (; j < j1; j += SIDE, out += next) {
         __m512i halves = _mm512_maskz_loadu_epi16(first_words(j1 - j), row + j);
         if (d->way == BY_F16) {
             halves = to_bf16(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
@@ -168,26 +175,35 @@ static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, 
 }
 
 /* any format; low: what rounding left over, or NULL */
-static void decode_by_float(uint16_t *out, uint16_t *low, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
+static void decode_by_float(uint16_t *out, uint16_t *low, int64_t next, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
     alignas(64) float values[SHORT_K];
     int64_t count = j1 - j0;
     ql_decode_forward_avx512(values, SHORT_K, w, i, i + 1, j0, j1);
     memset(values + count, 0, (size_t)(round_up(count, SIDE) - count) * sizeof *values);
-    for (int64_t j = 0; j < count; j += SIDE) {
+    for (int64_t j = 0; j < count; j += SIDE, out += next) {
         vf first = v_load(values + j), second = v_load(values + j + VL);
         __m512i rounded = to_bf16(first, second);
-        _mm512_storeu_si512(out + j, rounded);
-        if (low != NULL) { _mm512_storeu_si512(low + j, left_over_bf16(first, second, rounded)); }
+        _mm512_storeu_si512(out, rounded);
+        if (low != NULL) {
+            _mm512_storeu_si512(low, left_over_bf16(first, second, rounded));
+            low += next;
+        }
     }
 }
 
-/* stored row i, columns [j0, j1), at most SHORT_K, j0 a multiple of 32; zeros up to the next multiple of 32 */
-static void decode_row(uint16_t *out, uint16_t *low, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
-    switch (d->way) {
-    case BY_FLOAT: decode_by_float(out, low, d->w, i, j0, j1); break;
-    case BY_TABLE: decode_by_table(out, d, i, j0, j1); break;
-    case BY_BYTE: decode_by_byte(out, d, i, j0, j1); break;
-    case BY_F16: case BY_BF16: decode_half(out, d, i, j0, j1); break;
+/* The same for any way of storing W, at most SHORT_K columns; low: what rounding left over, or NULL. */
+static void decode_rows(uint16_t *out, uint16_t *low, int64_t ld, int64_t next, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
+    if (d->way == BY_TABLE) {
+        decode_by_table(out, ld, next, d, i, count, j0, j1);
+        return;
+    }
+    for (int64_t r = 0; r < count; r++, out += ld) {
+        switch (d->way) {
+        case BY_FLOAT: decode_by_float(out, low == NULL ? NULL : low + r * ld, next, d->w, i + r, j0, j1); break;
+        case BY_BYTE: decode_by_byte(out, next, d, i + r, j0, j1); break;
+        case BY_F16: case BY_BF16: decode_half(out, next, d, i + r, j0, j1); break;
+        case BY_TABLE: break;
+        }
     }
 }
 
