@@ -24,3 +24,274 @@
 
 enum {
     BLOCK_STEPS = 512,        /* steps of k in a block, all planes together: 32 rows of a are 32 KiB, two thirds of the cache */
+    SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
+    MAX_WIDTH = 512,          /* columns of a task */
+    MAX_SUMS = 512 * 512,     /* of a task, 1 MiB; also bounds its rows times its columns */
+    MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
+    PASS_ROWS = 2048,         /* rows of a that are packed at once */
+    BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
+    FETCH = 4                 /* cache lines of the next rows of a to fetch for each 32 steps */
+};
+
+typedef struct tile_gemm tile_gemm;
+struct tile_gemm {
+    float *c; /* (m, n) */
+    int64_t ldc;
+    const int32_t *c_columns; /* (n,) or NULL: column j of the product goes to column c_columns[j] of c */
+    int accumulate;
+    int lower; /* only elements with row >= column are written */
+    const void *a, *b; /* what pack_a and pack_b read */
+    int64_t lda, ldb;
+    /* the tiles of rows [i, i + 32) and steps [k0, k1) of a, plane after plane `a_plane` apart; k0 is a multiple of 32 */
+    void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane);
+    /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
+    void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
+    int a_planes, b_planes;
+    int64_t m, n, k;
+    /* filled by tile_gemm_run */
+    int64_t i0, i1;         /* the rows of this pass */
+    int planes;             /* the larger of both */
+    int64_t block_k;        /* steps of a block of k, a multiple of 32 */
+    int64_t chunk, width;
+    uint16_t *packed_a;
+    uint16_t *blocks;       /* (workers, BLOCK_SIZE) */
+    float *sums;            /* (workers, sums_size) */
+    int64_t sums_size;
+    atomic_int *busy;       /* (workers,) */
+    int64_t workers;
+};
+
+static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+static inline int64_t round_up(int64_t count, int64_t size) { return pieces(count, size) * size; }
+
+/* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
+static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
+
+/* ---- the 2 x 2 tiles ------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const uint16_t *a, *b;
+    int64_t steps, plane; /* elements between the planes of an operand */
+    int a_planes, b_planes;
+    const float *before;  /* 2 x 2 tiles to add to, or NULL */
+    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
+    int64_t ld, down, right;
+    const char *fetch, *fetch_end; /* memory that is needed soon */
+    const char *line;              /* and the lines of c, `line_ld` bytes apart, `lines` of them */
+    int64_t line_ld, lines;
+} quad;
+
+/* asks for a few lines of memory; called between tile products, which take much longer */
+static inline __attribute__((always_inline)) void fetch(quad *q) {
+    if (q->fetch < q->fetch_end) {
+        for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
+        q->fetch += 64 * FETCH;
+    }
+    for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
+        __builtin_prefetch(q->line, 1);
+        __builtin_prefetch(q->line + 64, 1);
+    }
+}
+
+/* sums (2 x 2 tiles of 16 x 16) = or += the products of `steps` / 32 tiles of a and b: tiles 4, 5 of a, 6, 7 of b. Those of b
+ * are read past the first-level cache, where those of a stay for all columns. */
+static inline __attribute__((always_inline)) void multiply_plane(quad *q, const uint16_t *a, const uint16_t *b,
+                                                                 const int rows, const int columns) {
+    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        _tile_stream_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (columns > 1) {
+            _tile_stream_loadd(7, b + TILE, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (rows > 1) {
+            _tile_loadd(5, a + TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
+        }
+        fetch(q);
+    }
+}
+
+static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const int rows, const int columns) {
+    if (q->before == NULL) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, q->before, 64);
+        if (columns > 1) { _tile_loadd(1, q->before + QUAD / 4, 64); }
+        if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
+        if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
+    }
+    for (int pb = 0; pb < q->b_planes; pb++) {
+        for (int pa = 0; pa < q->a_planes; pa++) { multiply_plane(q, q->a + pa * q->plane, q->b + pb * q->plane, rows, columns); }
+    }
+    int64_t stride = q->ld * (int64_t)sizeof(float);
+    _tile_stored(0, q->after, stride);
+    if (columns > 1) { _tile_stored(1, q->after + q->right, stride); }
+    if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
+    if (rows > 1 && columns > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+}
+
+static void multiply_quad(quad *q, int rows, int columns) {
+    MEMORY_BARRIER();
+    if (rows > 1 && columns > 1) {
+        multiply_tiles(q, 2, 2);
+    } else if (rows > 1) {
+        multiply_tiles(q, 2, 1);
+    } else if (columns > 1) {
+        multiply_tiles(q, 1, 2);
+    } else {
+        multiply_tiles(q, 1, 1);
+    }
+    MEMORY_BARRIER();
+}
+
+/* ---- tasks ------------------------------------------------------------------------------------------------------ */
+
+/* 2 x 2 tiles of sums to c at (i, j): at an edge, on the diagonal, to scattered columns, or to be added */
+static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t rows, int64_t j, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = sums + r / 16 * (QUAD / 2) + r % 16 * 16;
+        float *out = g->c + (i + r) * g->ldc;
+        int64_t count = g->lower ? at_most(columns, i + r - j + 1) : columns;
+        for (int64_t first = 0; first < count; first += 16, row += QUAD / 4) {
+            int64_t left = at_most(16, count - first);
+            vm lanes = vm_first(left);
+            if (g->c_columns != NULL) {
+                vi at = _mm512_maskz_loadu_epi32(lanes, g->c_columns + j + first);
+                vf sum = v_load(row);
+                if (g->accumulate) { sum = v_add(sum, _mm512_mask_i32gather_ps(v_zero(), lanes, at, out, 4)); }
+                _mm512_mask_i32scatter_ps(out, lanes, at, sum, 4);
+            } else {
+                float *element = out + j + first;
+                v_store_tail(element, g->accumulate ? v_add(v_load_tail(element, left), v_load(row)) : v_load(row), left);
+            }
+        }
+    }
+}
+
+/* panel p of a packed operand whose panels hold `planes` planes of `steps` steps */
+static inline uint16_t *panel_at(uint16_t *packed, int64_t p, int planes, int64_t steps) {
+    return packed + p * planes * plane_size(steps);
+}
+
+/* the part of packed a that holds block [k0, k1) */
+static uint16_t *packed_block(const tile_gemm *g, int64_t k0) {
+    return g->packed_a + round_up(g->i1 - g->i0, SIDE) * round_up(k0, SIDE) * g->a_planes;
+}
+
+static void pack_a_task(void *context, int64_t task) {
+    const tile_gemm *g = context;
+    int64_t i = g->i0 + task * SIDE;
+    for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
+        int64_t k1 = at_most(k0 + g->block_k, g->k);
+        g->pack_a(panel_at(packed_block(g, k0), task, g->a_planes, k1 - k0), g, i, k0, k1, plane_size(k1 - k0));
+    }
+}
+
+/* 32 rows of a, one block of k, against all columns of the task */
+static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
+                          int64_t k1) {
+    int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
+    quad q = {.a = panel_at(packed_block(g, k0), (i - g->i0) / SIDE, g->a_planes, steps), .steps = steps,
+              .plane = plane_size(steps), .a_planes = g->a_planes, .b_planes = g->b_planes};
+    q.fetch = (const char *)(q.a + g->a_planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->a_planes * q.plane);
+    for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
+        int64_t columns = at_most(SIDE, j1 - j);
+        int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
+        q.b = panel_at(block, (j - j0) / SIDE, g->b_planes, steps);
+        q.before = k0 > 0 ? sums : NULL;
+        if (k1 == g->k && inside) {
+            q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
+            q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
+        } else {
+            q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
+        }
+        multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
+        if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }
+    }
+}
+
+/* a block and sums that no other task works in */
+static int64_t claim(const tile_gemm *g) {
+    for (int64_t w = 0;; w = w + 1 < g->workers ? w + 1 : 0) {
+        if (!atomic_exchange(&g->busy[w], 1)) { return w; }
+    }
+}
+
+static void tile_gemm_task(void *context, int64_t task) {
+    const tile_gemm *g = context;
+    int64_t across = pieces(g->n, g->width);
+    int64_t i0 = g->i0 + task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->i1);
+    int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
+    if (g->lower && j0 > i1 - 1) { return; }
+    int64_t worker = claim(g), quads_a_row = pieces(g->width, SIDE);
+    uint16_t *block = g->blocks + worker * BLOCK_SIZE;
+    float *sums = g->sums + worker * g->sums_size;
+    tile_config before;
+    configure_tiles(&before);
+    for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
+        int64_t k1 = at_most(k0 + g->block_k, g->k);
+        g->pack_b(block, g, k0, k1, j0, j1);
+        for (int64_t i = i0; i < i1; i += SIDE) {
+            int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
+            multiply_rows(g, block, sums + kept, i, j0, j1, k0, k1);
+        }
+    }
+    restore_tiles(&before);
+    atomic_store(&g->busy[worker], 0);
+}
+
+static int64_t task_count(const tile_gemm *g) { return pieces(g->i1 - g->i0, g->chunk) * pieces(g->n, g->width); }
+
+/* 1: no thread waits for another at the end, were all tasks equal */
+static double balance(const tile_gemm *g, int64_t threads) {
+    int64_t tasks = task_count(g);
+    return (double)tasks / (double)(pieces(tasks, threads) * threads);
+}
+
+static void choose_tasks(tile_gemm *g, int64_t threads) {
+    const double enough = 0.9;
+    int64_t rows = g->i1 - g->i0, most = MAX_WIDTH;
+    if (rows > MAX_SUMS / MAX_WIDTH || g->planes * g->block_k > BLOCK_SIZE / MAX_WIDTH) { most = MAX_WIDTH / 2; }
+    g->width = round_up(pieces(g->n, pieces(g->n, most)), SIDE);
+    g->chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
+    while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
+    while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = round_up(pieces(g->chunk, 2), SIDE); }
+    while (balance(g, threads) < enough && g->width > SIDE) { g->width -= SIDE; }
+}
+
+/* 0: no memory for the packed operands, nothing is written */
+static int tile_gemm_run(tile_gemm *g) {
+    if (g->m < 1 || g->n < 1) { return 1; }
+    g->planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
+    g->workers = ql_threads();
+    int64_t most = g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS;
+    g->block_k = round_up(pieces(g->k, pieces(g->k, most / g->planes)), SIDE);
+    int64_t pass = at_most(g->m, PASS_ROWS);
+    int64_t a_size = round_up(pass, SIDE) * round_up(g->k, SIDE) * g->a_planes;
+    g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
+    int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */
+    char *memory = ql_scratch((size_t)(a_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
+                              (size_t)(g->workers * g->sums_size) * sizeof *g->sums + (size_t)busy_size * sizeof *g->busy);
+    if (memory == NULL) { return 0; }
+    g->packed_a = (uint16_t *)(void *)memory;
+    g->blocks = g->packed_a + a_size;
+    g->sums = (float *)(void *)(g->blocks + g->workers * BLOCK_SIZE);
+    g->busy = (atomic_int *)(void *)(g->sums + g->workers * g->sums_size);
+    for (int64_t w = 0; w < g->workers; w++) { atomic_init(&g->busy[w], 0); }
+    for (g->i0 = 0; g->i0 < g->m; g->i0 = g->i1) {
+        g->i1 = at_most(g->i0 + PASS_ROWS, g->m);
+        choose_tasks(g, g->workers);
+        ql_parallel_for(pieces(g->i1 - g->i0, SIDE), pack_a_task, g);
+        ql_parallel_for(task_count(g), tile_gemm_task, g);
+    }
+    return 1;
+}
+
+#endif
