@@ -32,6 +32,7 @@ from quantlab.weight import QuantWeight
 FLUSH_BYTES = 160 << 20  # above the last-level cache of a server
 SAMPLE_SECONDS = 2e-3  # a warm sample repeats the call until it lasts this long
 COPY_BYTES = 256 << 20
+RANK = 8  # of a LoRA
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,15 @@ def _gram(s: Sizes) -> Iterator[Case]:
 
     flops = s.tokens * s.hidden * (s.hidden + 1)
     yield Case("gram", "f32", s.model, f"t{s.tokens} k{s.hidden} lower", run, _nbytes(x, h), flops)
+    u, da, db = _floats(s.tokens, RANK), np.zeros((RANK, s.hidden), np.float32), np.zeros((s.hidden, RANK), np.float32)
+
+    def lora() -> tuple[np.ndarray, np.ndarray]:
+        _core.gram_into(da, u, x, False)
+        _core.gram_into(db, x, u, False)
+        return da, db
+
+    flops = 4 * s.tokens * s.hidden * RANK
+    yield Case("gram", "f32", s.model, f"t{s.tokens} k{s.hidden} r{RANK} both", lora, _nbytes(x, u, x, u), flops)
 
 
 def _projection(s: Sizes) -> tuple[int, int]:
@@ -250,7 +260,11 @@ def _linear_like(s: Sizes, op: str, function: Callable, rows: Sequence[int]) -> 
 
 
 def _linear(s: Sizes) -> Iterator[Case]:
-    return _linear_like(s, "linear", _core.linear, (1, s.tokens))
+    yield from _linear_like(s, "linear", _core.linear, (1, s.tokens))
+    a, x, out = _weight("f32", RANK, s.hidden), _floats(s.tokens, s.hidden), np.empty((s.tokens, RANK), np.float32)
+    run = lambda: _core.linear(x, a.handle, out)  # noqa: E731
+    flops = 2 * x.size * RANK
+    yield Case("linear", "f32", s.model, f"m{s.tokens} n{RANK} k{s.hidden}", run, a.nbytes + _nbytes(x, out), flops)
 
 
 def _linear_backward_input(s: Sizes) -> Iterator[Case]:

@@ -11,6 +11,7 @@ from quantlab import _core, backend
 
 SHAPES = [(t, ka, kb) for t, ka, kb in zip(ref.SIZES, reversed(ref.SIZES), ref.SIZES[3:] + ref.SIZES[:3], strict=True)]
 SHAPES += [(300, 65, 200), (5, 130, 33), (257, 14, 193), (2100, 40, 70), (900, 600, 35)]
+SHAPES += [(300, 8, 200), (70, 130, 8), (65, 5, 33), (129, 16, 17), (64, 300, 13)]  # of a LoRA: to 16 columns
 
 
 def bound(t: int, h, a, b, isa: str) -> np.ndarray:

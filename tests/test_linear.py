@@ -33,6 +33,9 @@ SHAPES = [(n, k) for n, k in zip(ref.SIZES, reversed(ref.SIZES), strict=True)] +
     (385, 259),
     (35, 1100),
 ]
+LOW_RANK = [
+    (r, k) for r in (1, 2, 4, 8, 9, 16, 17) for k in (1, 7, 33, 300)
+]  # of a LoRA; to 16 by kernels of their own
 
 
 def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeight:
@@ -82,6 +85,23 @@ def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
                 assert op(a[:m], weight, out) is out
                 assert (np.abs(out - exact[:m]) <= limit[:m]).all(), (op.__name__, n, k, m)
                 assert ref.guards_intact(buffer)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("m", [9, 63, 64, 65, 130])
+def test_low_rank(isa: str, rng: np.random.Generator, m: int, accumulate: bool) -> None:
+    """x A^T with A (r, k), and dy B with B (k, r): the reduction is the long side of both."""
+    for r, k in LOW_RANK:
+        a, x = rng.standard_normal((r, k), dtype=np.float32), rng.standard_normal((m, k), dtype=np.float32)
+        before = rng.standard_normal((m, r), dtype=np.float32)
+        exact = x.astype(np.float64) @ a.T + accumulate * before
+        limit = bound(k, np.abs(x) @ np.abs(a.T) + np.abs(before), isa, "f32")
+        for op, codes in ((_core.linear, a), (_core.linear_backward_input, np.ascontiguousarray(a.T))):
+            weight = ref.StoredWeight("f32", 32, *codes.shape, codes.shape[1], codes).core()
+            out, buffer = ref.guarded(before)
+            assert op(x, weight, out, accumulate) is out
+            assert (np.abs(out - exact) <= limit).all(), (op.__name__, r, k)
+            assert ref.guards_intact(buffer)
 
 
 @pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4-crossing"])

@@ -55,6 +55,10 @@ static void pack_a(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, i
 }
 
 void ql_gram_forward_amx(float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower) {
+    if (ka != kb && (ka <= QL_FEW || kb <= QL_FEW)) {
+        ql_gram_forward_avx512(h, a, b, t, ka, kb, lower);
+        return;
+    }
     for (int64_t s = 0; s < t; s += MAX_TOKENS) {
         int64_t tokens = at_most(t - s, MAX_TOKENS);
         tile_gemm g = {.c = h, .ldc = kb, .accumulate = 1, .lower = lower, .a = a + s * ka, .lda = ka, .b = b + s * kb, .ldb = kb,

@@ -4,6 +4,8 @@
 #define GEMM_A_TRANSPOSED 0
 #include "gemm_body.h"
 
+#include "narrow_body.h"
+
 enum { LD_ROWS = KC + 16 };
 
 /* b = W^T: VL rows of W at a time are decoded, then transposed to (step, row) */
@@ -31,6 +33,11 @@ static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1,
 
 void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (V_NAME(gemv_forward)(y, x, w, m, accumulate)) { return; }
+    if (w->format == QL_F32 && w->n <= QL_FEW && w->perm == NULL) {
+        narrow g = {y, x, w->codes, m, w->n, w->k, accumulate};
+        narrow_run(&g);
+        return;
+    }
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
               .pack_b = pack_transposed, .m = m, .n = w->n, .k = w->k};
     gemm_run(&g);
@@ -45,7 +52,22 @@ static void pack_rows(float *block, const gemm *g, int64_t k0, int64_t k1, int64
     }
 }
 
+/* dx = dy W by the rows of W^T, for a W of a few columns; 0: no memory for them, nothing was done */
+static int narrow_backward(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
+    float *rows = ql_scratch((size_t)(w->k * w->n) * sizeof *rows);
+    const float *values = w->codes;
+    if (rows == NULL) { return 0; }
+    for (int64_t i = 0; i < w->n; i++) {
+        for (int64_t j = 0; j < w->k; j++) { rows[j * w->n + i] = values[i * w->k + j]; }
+    }
+    narrow g = {dx, dy, rows, m, w->k, w->n, accumulate};
+    narrow_run(&g);
+    return 1;
+}
+
 void V_NAME(linear_backward_input)(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
+    int few = w->format == QL_F32 && w->k <= QL_FEW && w->perm == NULL;
+    if (few && narrow_backward(dx, dy, w, m, accumulate)) { return; }
     gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w,
               .pack_b = pack_rows, .m = m, .n = w->k, .k = w->n};
     gemm_run(&g);

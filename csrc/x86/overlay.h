@@ -37,6 +37,10 @@ void ql_overlay_amx(ql_backend *table);
 int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 
+/* rows or columns of a float32 operand: products with at most so many have kernels of their own (narrow_body.h, gram_body.h),
+ * for others pack the other operand, which costs more than such a product */
+enum { QL_FEW = 16 };
+
 #define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_amx params;
 QL_OPS(X)
 QL_FORMAT_OPS(X)
