@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from synthetic_run import invent_energy
 
-from quantlab.experiments.lima import BASELINES, SELECTION, LimaConfig, parts_of
+from quantlab.experiments.lima import SELECTION, LimaConfig, parts_of
 from quantlab.experiments.lima_data import QUESTIONS
 from quantlab.experiments.record import Cell, Run
 from quantlab.experiments.statistics import mean_loss
@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(3).integers(40, 400, HELD_OUT)
 
 def make_lima_run(path: Path, failed: str | None = None, **changes) -> Path:
     """Writes a run directory of all baselines; the cell `failed` is recorded as failed."""
-    config = LimaConfig.from_preset("corrected", **{"bnb": "nf4", "gptq": "gptq-4-r", "fp16": "bf16", **changes})
+    config = LimaConfig.from_preset("corrected", **{"baselines": tuple(INVENTED), **changes})
     parts = {part for name in config.baselines for part in parts_of(name)}
     tuned = {parts_of(name)[0] for name in config.baselines} - {None}
     works = {f"base-{part}": base(part) for part in LOSSES if part in parts}
@@ -129,6 +129,3 @@ def infer(name: str, config: LimaConfig):
         invent_energy(cell, "generation", 30.0)
 
     return work
-
-
-assert set(INVENTED) == set(BASELINES)

@@ -31,7 +31,7 @@ from .variants import Variant
 EXPERIMENT = "lima"
 SELECTION = ("baselines", "wandb", "keep_models", "local_files_only")  # may differ between the runs of one directory
 PARTS = {"fp16": ("float",), "bnb": ("nf4", "fp4"), "gptq": ("gptq",)}  # name: what methods its variant may have
-BASELINES = ("fp16", "fp16-fp16", "bnb-bnb", "gptq-gptq", "bnb-gptq", "gptq-bnb")
+BASELINES = ("fp16", "bnb-bnb", "gptq-gptq", "bnb-gptq", "gptq-bnb")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LimaConfig(StudyConfig):
     held_out: int = 50  # at most a tenth of them
     chat_template: str = "auto"  # "auto": the model's own; "chatml"; "joined": turns joined by a space; or Jinja
     answers_only: bool = True  # only the answers' tokens count for the loss
-    max_length: int | None = 1024  # tokens of a conversation: what is over it is cut
+    max_length: int | None = 512  # tokens of a conversation: what is over it is cut
     # LoRA
     r: int = 8
     lora_alpha: float = 32
@@ -78,7 +78,7 @@ class LimaConfig(StudyConfig):
     warmup_ratio: float = 0.03
     batch_size: int = 1
     accumulation: int = 1
-    evaluations: int = 4  # of the held-out loss, spread over the training
+    evaluations: int = 3  # of the held-out loss, spread over the training
     logging_steps: int = 5
     save_steps: int = 50  # a killed training goes on from there
     # generation
@@ -88,6 +88,7 @@ class LimaConfig(StudyConfig):
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     repeats: int = 5
     answer_tokens: int = 96  # of the sample answers
+    perplexity_tokens: int | None = 4096
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field that cannot be."""
