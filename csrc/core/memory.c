@@ -1,15 +1,25 @@
 /* memory.c: the host as a device: memory is malloc's, ops have run when they return, and steps are not recorded. */
+#define _GNU_SOURCE
 #include "memory.h"
 
-#include <stdlib.h> /* malloc */
-#include <string.h> /* memcpy */
+#include <stdlib.h>   /* malloc */
+#include <string.h>   /* memcpy */
+#include <sys/mman.h> /* madvise */
+
+enum { HUGE_PAGE = 2 << 20 }; /* bytes */
 
 ql_status ql_host_begin(int device) { return (void)device, QL_OK; }
 ql_status ql_host_end(void) { return QL_OK; }
 ql_status ql_host_finish(void) { return QL_OK; }
 
 ql_status ql_host_alloc(void **memory, size_t bytes) {
-    *memory = malloc(bytes > 0 ? bytes : 1);
+    if (bytes < HUGE_PAGE) {
+        *memory = malloc(bytes > 0 ? bytes : 1);
+    } else { /* fresh memory comes a page at a time, each with an interrupt: as few of them as the system allows */
+        size_t rounded = bytes <= SIZE_MAX - HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : bytes;
+        *memory = aligned_alloc(HUGE_PAGE, rounded);
+        if (*memory != NULL) { madvise(*memory, rounded, MADV_HUGEPAGE); } /* a wish */
+    }
     return *memory != NULL ? QL_OK : ql_fail(QL_ENOMEM, "out of memory: asked for %zu bytes", bytes);
 }
 

@@ -141,50 +141,46 @@ static ql_lora_dropout dropout_of(const pass *p, int64_t i, int slot) {
     return (ql_lora_dropout){call->dropout, call->seed, (call->call * p->m->layers + i) * QL_SLOTS + slot, p->dropped};
 }
 
-static void product(const pass *p, int64_t i, int slot, float *y, const float *x, const activations *s, int accumulate) {
+static void product(const pass *p, int64_t i, int slot, float *y, const float *x, const activations *s) {
     ql_lora_dropout dropout = dropout_of(p, i, slot);
-    ql_llama_product(y, s->u[slot], x, &p->m->layer[i], slot, &dropout, p->t, accumulate, p->be);
+    ql_llama_product(y, s->u[slot], x, &p->m->layer[i], slot, &dropout, p->t, 0, p->be);
 }
 
 /* Up to the input of the down product, and on to out (t, c), the next layer's input, where it is not NULL. out may be x. */
-static ql_status layer_forward(const pass *p, int64_t i, const activations *s, float *out) {
+static void layer_forward(const pass *p, int64_t i, const activations *s, float *out) {
     const ql_llama *m = p->m;
     const ql_llama_batch *batch = &p->call->batch;
     const ql_backend *be = p->be;
     int64_t t = p->t;
-    size_t stream_bytes = (size_t)(t * m->c) * sizeof(float);
     be->rmsnorm_forward(s->h, s->inv_rms, s->x, m->layer[i].input_norm, t, m->c, m->eps);
-    product(p, i, QL_SLOT_Q, s->q, s->h, s, 0);
-    product(p, i, QL_SLOT_K, s->k, s->h, s, 0);
-    product(p, i, QL_SLOT_V, s->v, s->h, s, 0);
+    product(p, i, QL_SLOT_Q, s->q, s->h, s);
+    product(p, i, QL_SLOT_K, s->k, s->h, s);
+    product(p, i, QL_SLOT_V, s->v, s->h, s);
     be->rope_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
     be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     be->attention_forward(s->a, s->lse, s->q, s->k, s->v, batch->q_start, batch->kv_start, batch->kv_len, batch->b, m->hq,
                           m->hkv, m->d, 1.0f / sqrtf((float)m->d));
-    ql_status status = be->copy(s->x2, s->x, stream_bytes);
-    product(p, i, QL_SLOT_O, s->x2, s->a, s, 1);
+    product(p, i, QL_SLOT_O, s->x2, s->a, s);
+    be->add_forward(s->x2, s->x, t * m->c);
     be->rmsnorm_forward(s->h2, s->inv_rms2, s->x2, m->layer[i].post_norm, t, m->c, m->eps);
-    product(p, i, QL_SLOT_GATE, s->gate, s->h2, s, 0);
-    product(p, i, QL_SLOT_UP, s->up, s->h2, s, 0);
+    product(p, i, QL_SLOT_GATE, s->gate, s->h2, s);
+    product(p, i, QL_SLOT_UP, s->up, s->h2, s);
     be->swiglu_forward(s->act, s->gate, s->up, t * m->f);
-    if (out != NULL && status == QL_OK) {
-        status = be->copy(out, s->x2, stream_bytes);
-        product(p, i, QL_SLOT_DOWN, out, s->act, s, 1);
-    }
-    return status;
+    if (out == NULL) { return; }
+    product(p, i, QL_SLOT_DOWN, out, s->act, s);
+    be->add_forward(out, s->x2, t * m->c);
 }
 
 static ql_status forward(const pass *p) {
-    ql_status status = QL_OK;
     activations s = layer_activations(p, 0);
     p->be->embedding_forward(p->m->layers > 0 ? s.x : p->last, p->call->batch.ids, p->m->embed, p->t);
-    for (int64_t i = 0; i < p->m->layers && status == QL_OK; i++) {
+    for (int64_t i = 0; i < p->m->layers; i++) {
         activations next = layer_activations(p, i + 1 < p->m->layers ? i + 1 : i);
-        status = layer_forward(p, i, &s, i + 1 < p->m->layers ? next.x : p->last);
+        layer_forward(p, i, &s, i + 1 < p->m->layers ? next.x : p->last);
         s = next;
         if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }
     }
-    return status;
+    return QL_OK;
 }
 
 /* ---- losses --------------------------------------------------------------------------------------------------------- */
@@ -232,11 +228,14 @@ static void product_backward(const pass *p, int64_t i, int slot, float *dx, cons
 }
 
 /* the inputs of adapted matrices that were not kept */
-static ql_status remake(const pass *p, int64_t i, const activations *s) {
+static void remake(const pass *p, int64_t i, const activations *s) {
     const ql_llama *m = p->m;
     const ql_llama_layer *layer = &m->layer[i];
-    if (p->call->recompute == QL_RECOMPUTE_NONE) { return QL_OK; }
-    if (p->call->recompute == QL_RECOMPUTE_FULL) { return layer_forward(p, i, s, NULL); }
+    if (p->call->recompute == QL_RECOMPUTE_NONE) { return; }
+    if (p->call->recompute == QL_RECOMPUTE_FULL) {
+        layer_forward(p, i, s, NULL);
+        return;
+    }
     if (has_adapter(layer, QL_SLOT_Q) || has_adapter(layer, QL_SLOT_K) || has_adapter(layer, QL_SLOT_V)) {
         p->be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, p->t, m->c, m->eps);
     }
@@ -244,7 +243,6 @@ static ql_status remake(const pass *p, int64_t i, const activations *s) {
         p->be->rmsnorm_forward(s->h2, NULL, s->x2, layer->post_norm, p->t, m->c, m->eps);
     }
     if (has_adapter(layer, QL_SLOT_DOWN)) { p->be->swiglu_forward(s->act, s->gate, s->up, p->t * m->f); }
-    return QL_OK;
 }
 
 static void mlp_backward(const pass *p, int64_t i, const activations *s) {
@@ -278,7 +276,7 @@ static ql_status backward(const pass *p) {
     p->be->scale_forward(p->minus_sin, -1.0f, (int64_t)table_floats); /* the inverse rotation */
     for (int64_t i = p->m->layers - 1; i >= p->first && status == QL_OK; i--) {
         activations s = layer_activations(p, i);
-        status = remake(p, i, &s);
+        remake(p, i, &s);
         mlp_backward(p, i, &s);
         attention_backward(p, i, &s);
         if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }

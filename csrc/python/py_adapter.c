@@ -64,12 +64,13 @@ static int attach_part(LlamaObject *self, const AdapterObject *adapter, const ql
     }
     const ql_weight *w = self->layer[part->layer].matrix[part->slot];
     ql_lora *lora = &self->lora[part->layer * QL_SLOTS + part->slot];
-    const char *wrong = lora->r > 0                              ? "has two adapters"
-                        : !inside(part->a_at, part->r, w->k, size) ? "A lies outside of parameters"
-                        : !inside(part->b_at, w->n, part->r, size) ? "B lies outside of parameters"
-                                                                   : NULL;
+    const char *wrong = NULL;
+    if (lora->r > 0) { wrong = "has two adapters"; }
+    if (!inside(part->a_at, part->r, w->k, size)) { wrong = "A lies outside of parameters"; }
+    if (!inside(part->b_at, w->n, part->r, size)) { wrong = "B lies outside of parameters"; }
     if (wrong != NULL) {
-        return PyErr_Format(PyExc_ValueError, "adapter: layer %lld %s: %s", (long long)part->layer, slot_names[part->slot], wrong), 0;
+        PyErr_Format(PyExc_ValueError, "adapter: layer %lld %s: %s", (long long)part->layer, slot_names[part->slot], wrong);
+        return 0;
     }
     *lora = (ql_lora){.a = ql_float_matrix(values + part->a_at, part->r, w->k), .b = ql_float_matrix(values + part->b_at, w->n, part->r),
                       .r = part->r, .a_at = part->a_at, .b_at = part->b_at, .scale = part->scale};
@@ -93,7 +94,8 @@ int ql_adapter_attach(LlamaObject *self, PyObject *object) {
 }
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Adapter(parameters (floats,), layout (parts, 5): layer, slot, rank, where A (r, k) and B (n, r) begin, scales (parts,))"},
+    {Py_tp_doc, "Adapter(parameters (floats,), layout (parts, 5): layer, slot, rank, where A (r, k) and B (n, r) begin, "
+                "scales (parts,))"},
     {Py_tp_new, __extension__(void *)adapter_new},
     {Py_tp_dealloc, __extension__(void *)adapter_dealloc},
     {0, NULL},

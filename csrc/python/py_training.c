@@ -211,8 +211,8 @@ static PyObject *trainer_accumulate_pooled(PyObject *object, PyObject *arguments
     long long number;
     ql_weight score;
     training_pass pass = {.rows = NULL};
-    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOfLs", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &pooled_object, &labels_object,
-                          &score_object, &gradient_object, &factor, &number, &recompute) ||
+    if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOfLs", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &pooled_object,
+                          &labels_object, &score_object, &gradient_object, &factor, &number, &recompute) ||
         !score_args(&score, &pass.call.head_gradient, score_object, gradient_object, self->llama->model.c)) {
         return NULL;
     }
@@ -246,11 +246,11 @@ static PyObject *trainer_activation_bytes(PyObject *object, PyObject *arguments)
 
 static PyMethodDef trainer_methods[] = {
     {"accumulate", trainer_accumulate, METH_VARARGS,
-     "accumulate(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, targets (t,), factor, call, "
-     "recompute) -> sum of the losses; gradients += those of factor times it"},
+     "accumulate(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, targets (t,), factor, "
+     "call, recompute) -> sum of the losses; gradients += those of factor times it"},
     {"accumulate_pooled", trainer_accumulate_pooled, METH_VARARGS,
-     "accumulate_pooled(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, pooled (s,), labels (s,), "
-     "score (classes, c), score_gradient (classes, c), factor, call, recompute) -> sum of the losses of the rows `pooled`"},
+     "accumulate_pooled(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, pooled (s,), "
+     "labels (s,), score (classes, c), score_gradient (classes, c), factor, call, recompute) -> sum of the losses of the rows `pooled`"},
     {"activation_bytes", trainer_activation_bytes, METH_VARARGS,
      "activation_bytes(t, recompute) -> bytes that a pass over t tokens works in"},
     {NULL, NULL, 0, NULL},
