@@ -65,9 +65,9 @@ static int attach_part(LlamaObject *self, const AdapterObject *adapter, const ql
     const ql_weight *w = self->layer[part->layer].matrix[part->slot];
     ql_lora *lora = &self->lora[part->layer * QL_SLOTS + part->slot];
     const char *wrong = NULL;
-    if (lora->r > 0) { wrong = "has two adapters"; }
-    if (!inside(part->a_at, part->r, w->k, size)) { wrong = "A lies outside of parameters"; }
     if (!inside(part->b_at, w->n, part->r, size)) { wrong = "B lies outside of parameters"; }
+    if (!inside(part->a_at, part->r, w->k, size)) { wrong = "A lies outside of parameters"; }
+    if (lora->r > 0) { wrong = "has two adapters"; }
     if (wrong != NULL) {
         PyErr_Format(PyExc_ValueError, "adapter: layer %lld %s: %s", (long long)part->layer, slot_names[part->slot], wrong);
         return 0;
