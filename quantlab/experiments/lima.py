@@ -49,7 +49,7 @@ class LimaConfig(StudyConfig):
         "seed": {
             "fp16": "fp16", "bnb": "fp4", "gptq": "gptq-4", "precise": True, "group_size": 128, "damp_percent": 0.1,
             "calibration_rows": 128, "calibration_length": 4028, "chat_template": "joined", "answers_only": False,
-            "max_length": None, "prompt": "hello", "repeats": 10, "logging_steps": 10,
+            "max_length": None, "prompt": "hello", "repeats": 10, "logging_steps": 10, "seed": 42,
         },
     }  # fmt: skip
     CELLS: ClassVar[str] = "baselines"
@@ -101,6 +101,8 @@ class LimaConfig(StudyConfig):
         check_counts(self, "limit", "max_length", least=2, optional=True)
         if not self.batches or any(not isinstance(size, int) or size < 1 for size in self.batches):
             raise ValueError(f"batches: got {self.batches!r}, expected integers of at least 1")
+        if self.device != "cpu":
+            raise ValueError(f"device: got {self.device!r}, the LIMA study trains on the CPU and runs there")
         for part, methods in PARTS.items():
             if self.part(part).method not in methods:
                 raise ValueError(f"{part}: got {getattr(self, part)!r}, expected a variant by {' or '.join(methods)}")
@@ -143,11 +145,6 @@ def parts_of(baseline: str) -> tuple[str | None, str]:
             f"with A and B of {', '.join(PARTS)}"
         )
     return (first, second) if dash else (None, first)
-
-
-def limited(config: LimaConfig, limit: int) -> LimaConfig:
-    """The same study on at most `limit` conversations."""
-    return replace(config, limit=limit)
 
 
 @dataclass(frozen=True)
