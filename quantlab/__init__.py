@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantlab.backend import info
     from quantlab.classify import LlamaForSequenceClassification
     from quantlab.config import FP4Config, GPTQConfig, Int8Config, LoraConfig, NF4Config, RTNConfig
-    from quantlab.finetune import finetune
+    from quantlab.finetune import evaluate, finetune
     from quantlab.io import Checkpoint, open_checkpoint
     from quantlab.llama import LlamaForCausalLM
     from quantlab.lora import Adapter, load_adapter
@@ -44,6 +44,7 @@ _HOMES = {
     "LoraConfig": "config",
     "TrainingConfig": "training",
     "finetune": "finetune",
+    "evaluate": "finetune",
     "Adapter": "lora",
     "load_adapter": "lora",
     "QuantWeight": "weight",
@@ -73,6 +74,7 @@ __all__ = [
     "__version__",
     "backend",
     "cuda",
+    "evaluate",
     "finetune",
     "gptq",
     "info",

@@ -19,7 +19,7 @@ from checkpoints import save_tiny
 from models import tiny_model, tiny_parts
 
 import quantlab as ql
-from quantlab.finetune import evaluate, free_bytes
+from quantlab.finetune import free_bytes
 from quantlab.lora import read_adapter
 
 ALL = ql.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear")
@@ -56,13 +56,13 @@ def test_it_learns_beside_every_base(config):
     calibration = made_up() if isinstance(config, ql.GPTQConfig) else None
     model = tiny_model() if config is None else ql.quantize(tiny_model(), config, calibration)
     held_out = made_up(8, seed=1)
-    before, logits = evaluate(model, held_out), model(held_out[0])
+    before, logits = ql.evaluate(model, held_out), model(held_out[0])
     tuned = ql.finetune(model, ALL, made_up(), settings(num_train_epochs=4), eval_data=held_out)
     log = tuned.training_log
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 49))
     evaluations = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(evaluations) == 4 and evaluations[-1] < 0.8 * before["loss"]
-    assert evaluate(tuned, held_out)["loss"] == evaluations[-1]
+    assert ql.evaluate(tuned, held_out)["loss"] == evaluations[-1]
     np.testing.assert_array_equal(model(held_out[0]), logits)  # the base is as it was
     assert all(entry["tokens_per_second"] > 0 and entry["peak_memory_bytes"] > 0 for entry in log if "loss" in entry)
 
@@ -81,8 +81,8 @@ def test_a_classifier_learns_with_its_head(tmp_path, config):
     (rows, labels), (held_out, answers), score = labelled(), labelled(20, seed=1), model.score.copy()
     run = settings(num_train_epochs=6, per_device_train_batch_size=8, output_dir=str(tmp_path))
     tuned = ql.finetune(model, ql.LoraConfig(r=4), rows, run, held_out, labels=labels, eval_labels=answers)
-    assert tuned.training_log[-1]["eval_accuracy"] >= 0.9 > evaluate(model, held_out, labels=answers)["accuracy"]
-    assert evaluate(tuned, held_out, labels=answers)["loss"] == tuned.training_log[-1]["eval_loss"]
+    assert tuned.training_log[-1]["eval_accuracy"] >= 0.9 > ql.evaluate(model, held_out, labels=answers)["accuracy"]
+    assert ql.evaluate(tuned, held_out, labels=answers)["loss"] == tuned.training_log[-1]["eval_loss"]
     np.testing.assert_array_equal(model.score, score)  # the base is as it was
     assert np.abs(tuned.score - score).max() > 0.01
     np.testing.assert_array_equal(ql.load_adapter(model, tmp_path).predict(held_out), tuned.predict(held_out))
@@ -102,7 +102,7 @@ def test_a_classifiers_run_is_resumed_to_the_bit(tmp_path):
 
 def test_evaluation_is_the_mean_over_target_tokens():
     model, rows = tiny_model(), made_up(5)
-    result = evaluate(model, rows)
+    result = ql.evaluate(model, rows)
     each = np.concatenate([model.losses(row, np.append(row[1:], -100))[:-1] for row in rows])
     assert result["tokens"] == each.size and result["rows"] == 5
     assert result["loss"] == pytest.approx(each.mean(), rel=1e-5)
