@@ -92,6 +92,8 @@ class LimaConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field that cannot be."""
+        if self.device != "cpu":
+            raise ValueError(f"device: got {self.device!r}, the LIMA study trains on the CPU and runs there")
         for name in ("batches", "target_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
@@ -101,8 +103,6 @@ class LimaConfig(StudyConfig):
         check_counts(self, "limit", "max_length", least=2, optional=True)
         if not self.batches or any(not isinstance(size, int) or size < 1 for size in self.batches):
             raise ValueError(f"batches: got {self.batches!r}, expected integers of at least 1")
-        if self.device != "cpu":
-            raise ValueError(f"device: got {self.device!r}, the LIMA study trains on the CPU and runs there")
         for part, methods in PARTS.items():
             if self.part(part).method not in methods:
                 raise ValueError(f"{part}: got {getattr(self, part)!r}, expected a variant by {' or '.join(methods)}")
