@@ -115,6 +115,12 @@ def test_training_is_recorded(finished):
     assert len(steps) == len(cell["history"]) + len(cell["evaluations"])
 
 
+def test_rows_that_are_cut_are_noted_once(finished):
+    cell = by_name(finished)["tune-gptq"]
+    assert sum("rows" in note and "cut to 64 tokens" in note for note in cell["notes"]) == 2
+    assert [note.split(":")[0] for note in cell["notes"]] == ["Conversations, held out", "Conversations, train"]
+
+
 def test_generation_is_recorded(finished):
     cell = by_name(finished)["infer-gptq-bnb"]
     for size in (1, 3):

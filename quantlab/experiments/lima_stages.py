@@ -7,8 +7,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from quantlab.conversations import ChatTemplate, chat_template, stop_ids
 from quantlab.examples import Examples, prepare_examples
 from quantlab.progress import progress
-from quantlab.training import IGNORED, TrainingConfig
+from quantlab.training import IGNORED
 
 from . import statistics
 from .lima_data import QUESTIONS
@@ -110,7 +109,8 @@ class LimaStages(ModelStages):
                 cell.record["training_resumed"] = True
                 cell.note("Training went on from a checkpoint of a run that was stopped: energy is the rest's only.")
             model = self.load_base(cell, part)
-            with cell.phase("training"), told_once(cell):
+            with cell.phase("training"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # rows that are cut: noted where they are counted
                 tuned = quantlab.finetune(model, self.config.lora(), data.train, training, data.held_out, self.show)
             self.held_out(cell, tuned)
             self.record_training(cell, tuned)
@@ -178,7 +178,7 @@ class LimaStages(ModelStages):
 
     def held_out(self, cell: Cell, model: LlamaForCausalLM, kind: str = "") -> None:
         """The loss of the held-out conversations, conversation by conversation, in nats a target token."""
-        examples = prepared(cell, model, self.plan.conversations.held_out, self.config.training(1))
+        examples = self.prepared(cell, model, "held out")
         sums, tokens = [], []
         with progress(len(examples), "held-out loss", "conversation", self.show) as bar:
             for ids, targets in zip(examples.ids, examples.targets, strict=True):
@@ -195,6 +195,17 @@ class LimaStages(ModelStages):
         cell.record["seeds"]["conversations"] = self.config.seed
         cell.record["data"]["held_out"] = self.plan.conversations.describe("held out")
 
+    def prepared(self, cell: Cell, model: LlamaForCausalLM, split: str) -> Examples:
+        """The conversations of "train" or "held out" as a model learns from them; rows that are cut are noted."""
+        rows = self.plan.conversations.train if split == "train" else self.plan.conversations.held_out
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            examples = prepare_examples(model, rows, self.config.training(1), split)
+        for text in (f"Conversations, {warning.message}." for warning in caught):
+            if text not in cell.record["notes"]:
+                cell.note(text)
+        return examples
+
     def record_training(self, cell: Cell, tuned: LlamaForCausalLM) -> None:
         """Speed, losses and size of a training."""
         data = self.plan.conversations
@@ -205,7 +216,7 @@ class LimaStages(ModelStages):
             cell.log(event="step", **entry)
         measured = sum(entry["tokens"] for entry in steps)  # of a stopped run less than all, and its seconds too
         rate = measured / sum(entry["tokens"] / entry["tokens_per_second"] for entry in steps)  # without evaluations
-        tokens = sum(len(ids) for ids in prepared(cell, tuned, data.train, self.config.training(1)).ids)
+        tokens = sum(len(ids) for ids in self.prepared(cell, tuned, "train").ids)
         n, count, epoch = len(data.train), steps[-1]["step"], tokens / rate
         cell.metric("epoch_time", epoch, "s", count, higher_is_better=False)
         cell.metric("samples_per_s", n / epoch, "1/s", count, higher_is_better=True)
@@ -291,24 +302,6 @@ class LimaStages(ModelStages):
             ids = model.encode(next(message["content"] for message in messages if message["role"] == "user"))
             prompts.append(self.prompt(model, model.tokenizer.decode(ids[: config.prompt_tokens].tolist())))
         return [prompts[row % len(prompts)] for row in range(max(config.batches))]
-
-
-def prepared(cell: Cell, model: LlamaForCausalLM, rows: Sequence[Any], training: TrainingConfig) -> Examples:
-    """The conversations as a model learns from them."""
-    with told_once(cell):
-        return prepare_examples(model, rows, training)
-
-
-@contextmanager
-def told_once(cell: Cell) -> Iterator[None]:
-    """Makes notes of what the preparation of data warns of, such as rows that were cut."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        text = f"{str(warning.message)[:1].upper()}{str(warning.message)[1:]}."
-        if text not in cell.record["notes"]:
-            cell.note(text)
 
 
 def timed(model: LlamaForCausalLM, prompts: Sequence[np.ndarray], new_tokens: int) -> tuple[float, float]:
