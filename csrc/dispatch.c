@@ -62,7 +62,7 @@ static void initialize(void) {
             usable[isa] = has[isa](&why_not[isa]);
         }
     }
-    for (int isa = QL_ISA_SCALAR; isa < QL_ISA_COUNT; isa++) {
+    for (int isa = QL_ISA_SCALAR; isa < QL_ISA_COUNT && usable[isa]; isa++) { /* the overlays are compiled for their ISA */
         fill_scalar(&tables[isa]);
 #ifdef QL_BUILT_AVX2
         if (isa >= QL_ISA_AVX2) { ql_overlay_avx2(&tables[isa]); }
@@ -73,7 +73,7 @@ static void initialize(void) {
 #ifdef QL_BUILT_AMX
         if (isa >= QL_ISA_AMX) { ql_overlay_amx(&tables[isa]); }
 #endif
-        if (usable[isa]) { atomic_store(&selected, isa); }
+        atomic_store(&selected, isa);
     }
 }
 
