@@ -29,9 +29,9 @@ WORK = """
 
 
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
-@pytest.mark.parametrize("processor, isa", [("Nehalem", "scalar"), ("Haswell", "avx2")])
-def test_runs_without_newer_instructions(processor: str, isa: str) -> None:
+@pytest.mark.parametrize("processor, selected", [("Nehalem", "scalar"), ("Haswell", "avx2")])
+def test_runs_without_newer_instructions(processor: str, selected: str) -> None:
     command = [QEMU, "-cpu", processor, sys.executable, "-c", textwrap.dedent(WORK)]
     environment = {name: value for name, value in os.environ.items() if name != "QL_ISA"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{selected}\n"), done.stderr
