@@ -24,6 +24,7 @@
 enum {
     MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
     TASK_BYTES = 64 << 10,   /* of W: large against the cost of a task, small against a thread's share */
+    NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = 8192             /* bytes: memory answers late; past the end it is the next weight, as often as not */
 };
 
@@ -297,8 +298,28 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
     }
 }
 
+/* rows [i, i + VL) of a float32 W of few columns (an adapter's B), a lane a row: adding up lanes would cost more than the rest */
+ALWAYS_INLINE void narrow_rows(const gemv *g, int64_t i, const int m) {
+    int64_t k = g->w->k;
+    const float *w = (const float *)(const void *)g->codes + i * k;
+    vf sum[QL_GEMV_ROWS], columns[4];
+    for (int r = 0; r < m; r++) { sum[r] = v_zero(); }
+    for (int64_t s = 0; s < k; s += 4) {
+        v_transpose4(columns, w + s, k);
+        for (int q = 0; q < 4; q++) {
+            for (int r = 0; r < m; r++) { sum[r] = v_fma(columns[q], v_set1(g->x[r * g->ldx + s + q]), sum[r]); }
+        }
+    }
+    for (int r = 0; r < m; r++) {
+        float *y = g->y + r * g->w->n + i;
+        v_store(y, g->accumulate ? v_add(v_load(y), sum[r]) : sum[r]);
+    }
+}
+
 ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int format, const int m) {
     const int rows = V_AVX512 || m < 3 ? 4 : 2; /* registers */
+    int narrow = format == QL_F32 && g->w->k <= NARROW && g->w->k % 4 == 0;
+    for (; narrow && i + VL <= end; i += VL) { narrow_rows(g, i, m); }
     for (; i + rows <= end; i += rows) { row_lanes(g, i, format, rows, m); }
     for (; i < end; i++) { row_lanes(g, i, format, 1, m); }
 }
@@ -358,7 +379,7 @@ static void run_rows(gemv *g) {
     void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
         [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
     int64_t bytes = g->w->k * (g->w->format == QL_F32 ? 4 : g->w->format == QL_F16 || g->w->format == QL_BF16 ? 2 : 1);
-    g->part = (part_of(g->w->n, bytes) + 3) / 4 * 4;
+    g->part = (part_of(g->w->n, bytes) + VL - 1) / VL * VL; /* whichever rows are left over are the last of W */
     ql_parallel_for((g->w->n + g->part - 1) / g->part, tasks[g->w->format], g);
 }
 
