@@ -30,7 +30,7 @@ enum {
     SPIN_NS = 50000,      /* about what it costs to sleep and be woken, several times over */
     PAUSES_PER_LOOK = 64, /* at the clock; a pause is 10 to 70 ns */
     MAX_THREADS = 4096,
-    STACK_BYTES = 4 << 20 /* of a worker; a gemm task keeps half a MiB there */
+    STACK_BYTES = 4 << 20 /* of a worker; a task of attention_backward keeps up to a MiB there */
 };
 
 #define NO_TASK UINT32_MAX /* more than any count */
