@@ -190,17 +190,44 @@ def test_a_classifier_trains_as_theirs(tmp_path, rows):
     compare(base, model, rows, training, tmp_path, loss=1e-5, final=1e-3, labels=labels)
 
 
-def test_training_beside_nf4_goes_as_theirs(tmp_path, rows):
-    """Rows of whole blocks: bitsandbytes 0.50's CPU product is wrong where a block of 64 crosses into the next row."""
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+
+
+def theirs_in_nf4(path: Path) -> Any:
+    """bitsandbytes' model, made ready for training by PEFT."""
     pytest.importorskip("bitsandbytes")
-    tiny = save_tiny(tmp_path / "tiny", intermediate_size=128)
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantized = theirs(tiny, quantization_config=quantization, device_map="cpu")
-    model = with_adapter(peft.prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False), **STUDY)
+        model = theirs(path, quantization_config=transformers.BitsAndBytesConfig(**NF4), device_map="cpu")
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def test_training_beside_nf4_goes_as_theirs(tmp_path, rows):
+    """Rows of whole blocks: bitsandbytes 0.50's CPU product is wrong where a block of 64 crosses into the next row."""
+    tiny = save_tiny(tmp_path / "tiny", intermediate_size=128)
+    model = with_adapter(theirs_in_nf4(tiny), **STUDY)
     base = ql.quantize(ql.LlamaForCausalLM.from_pretrained(tiny), ql.NF4Config())
     training = ql.TrainingConfig(learning_rate=2e-3, warmup_ratio=0.03)
     compare(base, model, rows, training, tmp_path, loss=1e-4, final=1e-3)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2") / "float32"  # transformers trains no GGUF file
+    ql.LlamaForCausalLM.from_pretrained("demo").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["float32", "nf4"])
+def test_smollm2_trains_as_theirs(smollm2, tmp_path, kind):
+    """The LIMA study's settings without dropout; the first 50 losses, on short rows that both are quick with."""
+    from quantlab.io.datasets import load_demo_tweets
+
+    base = ql.LlamaForCausalLM.from_pretrained(smollm2)
+    rows = [base.encode(text)[:16] for text in load_demo_tweets()[0] if len(text) > 60][:50]
+    training = ql.TrainingConfig(learning_rate=2e-4, warmup_ratio=0.03)
+    if kind == "nf4":
+        model = with_adapter(theirs_in_nf4(smollm2), **STUDY)
+        compare(ql.quantize(base, ql.NF4Config()), model, rows, training, tmp_path, loss=1e-3, final=1e-2)
+    else:
+        compare(base, with_adapter(theirs(smollm2), **STUDY), rows, training, tmp_path, loss=1e-4, final=1e-3)
