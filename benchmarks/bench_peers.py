@@ -2,9 +2,10 @@
 
     python benchmarks/bench_peers.py --device cpu --q4_0 SmolLM2-Q4_0.gguf --out benchmarks/results/peers-cpu.jsonl
 
-Needs the extra `peers` (torch, transformers, bitsandbytes, llama-cpp-python; gcc 12 builds a llama.cpp that crashes in
-its AMX path, clang does not). `--cases` chooses among products, nf4, hidden_states and llama_cpp; a peer that is not
-installed is left out and said. `--q4_0` is the demo's model as Q4_0, for llama.cpp; without it, it is made here.
+Needs the extra `peers` (torch, transformers, peft, bitsandbytes, llama-cpp-python; gcc 12 builds a llama.cpp that
+crashes in its AMX path, clang does not). `--cases` chooses among products, nf4, hidden_states, llama_cpp and training;
+a peer that is not installed is left out and said. `--q4_0` is the demo's model as Q4_0, for llama.cpp; without it, it
+is made here.
 
 One JSON line a case and peer: the median, 10th and 90th percentile of both in seconds, the median, least and largest
 ratio of a round (peer / quantlab: above 1, quantlab is faster), and the roofs of the machine measured in the same run.
@@ -26,6 +27,7 @@ import numpy as np
 
 import quantlab as ql
 from quantlab import _core, bench
+from quantlab.lora import Adapter
 
 SETTLE_S = 0.25  # OpenMP's threads spin this long after a call: nobody is timed beside another's spinning
 PROMPT, GENERATED, BATCH = 512, 128, 32
@@ -268,7 +270,69 @@ def llama_cpp(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             )
 
 
-CASES = {"products": products, "nf4": nf4, "hidden_states": hidden_states, "llama_cpp": llama_cpp}
+# ---- training ------------------------------------------------------------------------------------------------------
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def training(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """A step of LoRA (r 8, q k v o, no dropout) on one row of 512 tokens: forward, backward, clipping, AdamW."""
+    import peft
+    import torch
+    import transformers
+
+    model = ql.LlamaForCausalLM.from_pretrained("demo")
+    ids = np.resize(np.concatenate([model.encode(text) for text in tweets(arguments)[:100]]), PROMPT).astype(np.int32)
+    torch.set_num_threads(arguments.threads)
+
+    def peer(dtype: Any) -> Call:
+        path = model.checkpoint.path
+        base = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=TARGETS)
+        tuned = peft.get_peft_model(base.to(dtype), config).train()
+        trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+        optimizer, row = (
+            torch.optim.AdamW(trained, 2e-4, weight_decay=0.0),
+            torch.from_numpy(ids.astype(np.int64))[None],
+        )
+
+        def step() -> None:
+            tuned(input_ids=row, labels=row).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    versions = f"transformers {transformers.__version__} + PEFT {peft.__version__}"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peers = {f"{versions} {name}": peer(dtypes[name]) for name in arguments.dtypes}
+    bases = {"bf16": ql.LlamaForCausalLM.from_pretrained("demo", dtype="bfloat16")}
+    bases["NF4"] = ql.quantize(model, ql.NF4Config(), progress=False)
+    for name, base in bases.items():
+        case = f"training step, {PROMPT} tokens, ours over {name}"
+        yield compare(case, step_of(base, ids), peers, arguments.rounds, arguments.threads, tokens=PROMPT)
+
+
+def step_of(base: ql.LlamaForCausalLM, ids: np.ndarray) -> Call:
+    """Our step: what `ql.finetune` does between two entries of its log."""
+    adapter = Adapter.fresh(ql.LoraConfig(8, 32, 0.0, TARGETS), base)
+    tuned = base.with_adapter(adapter)
+    gradients, mean, square = (np.zeros_like(adapter.parameters) for _ in range(3))
+    trainer = _core.Trainer(tuned._core, tuned.lm_head.handle, gradients)
+    batch, targets = tuned.packed([ids]), np.append(ids[1:], np.int32(-100)).astype(np.int32)
+
+    def step() -> None:
+        gradients.fill(0.0)
+        trainer.accumulate(*batch, targets, 1 / (len(ids) - 1), 0, "none")
+        _core.adamw(adapter.parameters, mean, square, gradients, 2e-4, 0.9, 0.999, 1e-8, 0.0, 1, 1.0)
+
+    return step
+
+
+CASES = {
+    "products": products, "nf4": nf4, "hidden_states": hidden_states, "llama_cpp": llama_cpp, "training": training,
+}  # fmt: skip
 
 
 def kept(path: Path, cases: list[str], keep: bool) -> dict[str, list[dict[str, Any]]]:
