@@ -162,6 +162,16 @@ def test_another_configuration_is_refused(tiny, finished):
         lima.run(settings(tiny, r=4), finished)
 
 
+def test_another_experiment_is_refused(tiny, tmp_path):
+    stored = {"experiment": "tweeteval", "config": {"variants": ["fp32"]}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(RecordError, match="holds a run of 'tweeteval', not of 'lima'"):
+        lima.run(settings(tiny), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecordError, match="not a run's configuration"):
+        lima.run(settings(tiny), tmp_path)
+
+
 def test_what_fails_leaves_out_what_needs_it(tiny, tmp_path, monkeypatch):
     from quantlab.experiments.lima_stages import LimaStages
 

@@ -206,10 +206,10 @@ def extended(config: C, out: Path) -> C:
     path = out / "config.json"
     if not path.exists():
         return config
-    try:
-        held = json.loads(path.read_text())["config"][config.CELLS]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path}: not a readable run configuration ({error})") from error
+    stored = read_json(path).get("config")
+    if not isinstance(stored, dict):
+        raise RecordError(f"{path}: not a run's configuration, its field config is {type(stored).__name__}")
+    held = stored.get(config.CELLS, ())  # another experiment has none: `Run` refuses it
     changes: dict[str, Any] = {config.CELLS: (*held, *getattr(config, config.CELLS))}
     return replace(config, **changes)
 
