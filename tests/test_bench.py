@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from quantlab import _core, bench
+from quantlab.bench_cases import WEIGHTS
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_gives_complete_records(tmp_path: Path) -> None:
     records = bench.run(models=bench.TINY, rounds=2, show_progress=False)
     assert {one["op"] for one in records} == set(bench.OPS)
-    assert {one["format"] for one in records if one["op"] == "linear"} == set(bench.WEIGHTS)
+    assert {one["format"] for one in records if one["op"] == "linear"} == set(WEIGHTS)
     for one in records:
         assert 0 < one["p10_s"] <= one["median_s"] <= one["p90_s"]
         assert one["gb_per_s"] > 0 and one["roof_percent"] > 0
