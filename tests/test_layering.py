@@ -54,7 +54,7 @@ PYTHON_LAYERS = [
     {"calibration", "device_calibration", "resume"},
     {"llama", "quantize", "generate", "perplexity", "classify", "size", "lora", "conversations"},
     {"training", "examples", "checkpoints", "finetune"},
-    {"bench", "bench_cuda"},
+    {"bench", "bench_cases", "bench_cuda"},
     {"experiments"},
     {"report"},
     {"cli", "__main__"},
