@@ -77,9 +77,37 @@ static __global__ void prepare_activations(const activations_args a) {
     }
 }
 
+/* the same of normed float32 rows of at most PIECE values a thread: each is read once, the gain before the kernel ahead has ended */
+static __global__ void prepare_normed(const activations_args a) {
+    __shared__ float scratch[WARP];
+    int64_t j = PIECE * threadIdx.x;
+    bool there = j < a.k;
+    float4 gain[2], x[2] = {};
+    ql_cuda_start_next();
+#pragma unroll
+    for (int i = 0; i < 2; i++) { gain[i] = there ? __ldg((const float4 *)(a.x.gain + j) + i) : make_float4(0, 0, 0, 0); }
+    ql_cuda_wait_previous();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (there) { x[i] = *((const float4 *)(a.x.floats + blockIdx.x * a.k + j) + i); }
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) { sum += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w; }
+    float inverse = 1.0f / sqrtf(block_sum(sum, scratch) / (float)a.k + a.x.eps);
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        v[2 * i] = pack_bf16(x[i].x * gain[i].x * inverse, x[i].y * gain[i].y * inverse);
+        v[2 * i + 1] = pack_bf16(x[i].z * gain[i].z * inverse, x[i].w * gain[i].w * inverse);
+    }
+    if (there) { *(uint4 *)(a.out + blockIdx.x * a.line + j) = make_uint4(v[0], v[1], v[2], v[3]); }
+}
+
 void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line) {
     uintptr_t addresses = (uintptr_t)x->floats | (uintptr_t)x->halves | (uintptr_t)x->gain;
     activations_args a = {*x, perm, out, m, k, line, k % 4 == 0 && addresses % 16 == 0};
     int64_t threads = ((line + PIECE - 1) / PIECE + WARP - 1) / WARP * WARP;
-    ql_cuda_launch(prepare_activations, dim3((unsigned)m), dim3((unsigned)(threads > 1024 ? 1024 : threads)), 0, true, a);
+    bool whole = x->gain != NULL && perm == NULL && a.vectors && k % PIECE == 0 && k == line && threads <= 1024;
+    ql_cuda_launch(whole ? prepare_normed : prepare_activations, dim3((unsigned)m), dim3((unsigned)(threads > 1024 ? 1024 : threads)), 0, true, a);
 }

@@ -14,32 +14,14 @@
 #include "attention.cuh"
 #include "cuda.h"
 #include "pipeline.cuh"
+#include "wgmma.cuh"
 
 enum { THREADS = 384, GROUP = 128, ROWS = 128, KEYS = 128, STAGES = 2, PANEL = 128 * 64 }; /* PANEL: elements */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-#define QL_OUT_8(x, i)                                                                                                   \
-    "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
-#define QL_OUT_32(x) QL_OUT_8(x, 0), QL_OUT_8(x, 8), QL_OUT_8(x, 16), QL_OUT_8(x, 24)
-#define QL_OUT_64(x) QL_OUT_32(x), QL_OUT_8(x, 32), QL_OUT_8(x, 40), QL_OUT_8(x, 48), QL_OUT_8(x, 56)
-
 /* ---- warpgroup products ------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int pending> __device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-/* what the products write is not read before, nor written after, this place */
-template <int n> __device__ __forceinline__ void pin(float (&x)[n]) {
-#pragma unroll
-    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(x[i])::"memory"); }
-}
-/* descriptor of swizzled rows of 128 bytes; `panel`: bytes from one 64 columns to the next, where they are the width of V */
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel) {
-    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
-}
 /* s (64, 128) = or += Q (64, 16) K (128, 16)^T, both in shared memory */
 __device__ __forceinline__ void multiply_qk(float (&s)[64], uint64_t q, uint64_t k, int accumulate) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"

@@ -97,6 +97,24 @@ int ql_cuda_multiprocessors(void) { return current->properties.multiProcessorCou
 int ql_cuda_capability(void) { return 10 * current->properties.major + current->properties.minor; }
 int ql_cuda_recording(void) { return current->recording; }
 
+static __global__ void nothing(void) {}
+
+int ql_cuda_max_clusters(int cluster) {
+    int *known = &current->clusters[cluster == 1 ? 0 : cluster == 2 ? 1 : cluster == 4 ? 2 : 3];
+    if (*known == 0) {
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = (unsigned)cluster, attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3((unsigned)(64 * cluster)), config.blockDim = dim3(1024), config.dynamicSmemBytes = 200 << 10;
+        config.attrs = &attribute, config.numAttrs = 1;
+        ql_cuda_check(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)config.dynamicSmemBytes),
+                      "cudaFuncSetAttribute");
+        ql_cuda_check(cudaOccupancyMaxActiveClusters(known, nothing, &config), "cudaOccupancyMaxActiveClusters");
+    }
+    return *known;
+}
+
 /* ---- launches ------------------------------------------------------------------------------------------------------ */
 
 void ql_cuda_launch_pointers(const void *kernel, dim3 grid, dim3 block, size_t shared, bool pdl, unsigned cluster,

@@ -70,6 +70,7 @@ cudaStream_t ql_cuda_stream(void);
 int ql_cuda_multiprocessors(void);
 int ql_cuda_capability(void); /* 80, 90, …: 10 major + minor */
 int ql_cuda_recording(void);
+int ql_cuda_max_clusters(int cluster); /* clusters of 1, 2, 4 or 8 blocks, of one block an SM, that run at the same time (sm_90) */
 
 /* keeps the first failure of this call; `what` names what was tried. 1 where there was none. */
 int ql_cuda_check(cudaError_t error, const char *what);

@@ -40,8 +40,6 @@ typedef struct { /* QL_OUT_ROPE */
     int64_t d;
 } ql_rotation;
 
-enum { QL_SMALL_TOKENS = 64 };
-
 /* Up to three products of the same activations, in one launch where the weights are alike. False where a weight is not packed,
  * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). */
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);

@@ -1,5 +1,6 @@
 /* linear_2bit.cu: linear_small.cuh for affine codes of 2 bits. */
 #include "linear_family.cuh"
 
-const small_family ql_small_2bit = {2, SMALL_RINGS_OF(codes_2bit, 2, 0), SMALL_RINGS_OF(codes_2bit, 0, 0),
-                                     SMALL_REGISTERS_OF(codes_2bit, 2, 1, 16, 2, 2)};
+const small_family ql_small_2bit = {4, SMALL_RINGS_OF(codes_2bit, 4, 0), SMALL_RINGS_OF(codes_2bit, 0, 0),
+                                     SMALL_REGISTERS_OF(codes_2bit, 4, 1, 16, 2, 2),
+                                     SMALL_GROUPS_OF(codes_2bit, 4), SMALL_GROUPS_OF(codes_2bit, 0)};

@@ -3,6 +3,7 @@
 #ifndef QL_CUDA_LINEAR_FAMILY_CUH
 #define QL_CUDA_LINEAR_FAMILY_CUH
 
+#include "linear_group.cuh"
 #include "linear_small.cuh"
 
 typedef small_layout (*small_layout_function)(int stages, int record, int units, int cluster, int owned);
@@ -13,12 +14,19 @@ typedef struct {
     int tokens, warps, units, finishers, blocks; /* most tokens; register kernel: the most warps, units a warp */
 } small_kernel;
 
-enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4 };
+typedef struct {
+    void (*function)(small_args);
+    uint32_t (*bytes)(int stages, int record, int units, int cluster); /* of shared memory */
+    int tokens, threads;                                               /* most tokens; of a block */
+} group_kernel;
+
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 2 };
 
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
     small_kernel ring[SMALL_RINGS], any[SMALL_RINGS];  /* any: for any number of parts */
     small_kernel registers[SMALL_REGISTERS];
+    group_kernel group[SMALL_GROUPS], group_any[SMALL_GROUPS];
 } small_family;
 
 extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_8bit, ql_small_table;
@@ -31,6 +39,16 @@ template <typename Codes, int Parts, int Tokens, int Warps, int Units, int Finis
 template <typename Codes, int Parts, int Tokens, int Units, int MaxWarps, int Blocks> constexpr small_kernel make_register() {
     return {small_register<Codes, 1, Tokens == 1, Parts, Units, MaxWarps, Blocks>, NULL, Tokens, MaxWarps, Units, 0, Blocks};
 }
+
+template <typename Codes, int Tokens8, int Groups> uint32_t group_bytes(int stages, int record, int units, int cluster) {
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, cluster).bytes;
+}
+template <typename Codes, int Parts, int Tokens8, int Groups, int Finishers> constexpr group_kernel make_group() {
+    return {small_group<Codes, Tokens8, Parts, Groups, Finishers>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8,
+            Groups * GROUP_THREADS + Finishers * WARP};
+}
+#define SMALL_GROUPS_OF(Codes, Parts) \
+    { make_group<Codes, Parts, 4, 3, 3>(), make_group<Codes, Parts, 8, 3, 3>() }
 
 /* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */

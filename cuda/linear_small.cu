@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2 };
+enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, GROUP_TOKENS = 64 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -100,10 +100,60 @@ static bool launch_registers(const small_kernel *k, small_args *a, bool table) {
     return true;
 }
 
+/* whether this build and device have the kernels of linear_group.cuh: without code for sm_90a they are empty */
+static bool has_groups(void) {
+    if (ql_cuda_capability() != 90) { return false; }
+    cudaFuncAttributes attributes;
+    static const bool built =
+        cudaFuncGetAttributes(&attributes, (const void *)ql_small_4bit.group[0].function) == cudaSuccess && attributes.numRegs > 32;
+    return built;
+}
+
+/* The cluster with which a block has the least to bring in and hand over: weights and sums of its items, and activations, which
+ * come from L2 and count half. */
+static bool launch_group(const group_kernel *k, small_args *a, int columns) {
+    int items = (a->tiles + GROUP_WARPS - 1) / GROUP_WARPS, best = 0, best_clusters = 0;
+    int64_t least = INT64_MAX, sums = (int64_t)k->tokens * TILE_ROWS * GROUP_WARPS * 4;
+    size_t shared = 0;
+    for (int cluster = 2; cluster <= 8 && cluster <= a->units; cluster *= 2) {
+        int units = (a->units + cluster - 1) / cluster, most = ql_cuda_max_clusters(cluster), clusters = most < items ? most : items;
+        uint32_t without = k->bytes(0, a->record, units, cluster), stage = k->bytes(1, a->record, units, cluster) - without;
+        if (clusters == 0 || without + LEAST_STAGES * stage > SHARED_MEMORY) { continue; }
+        int64_t rounds = (items + clusters - 1) / clusters, weights = (int64_t)units * a->record * 2 * GROUP_WARPS;
+        int64_t cost = rounds * (weights + sums) + (int64_t)units * columns * k->tokens;
+        if (cost >= least) { continue; }
+        int stages = (int)((SHARED_MEMORY - without) / stage);
+        a->stages = stages < GROUP_MAX_STAGES ? stages : GROUP_MAX_STAGES;
+        least = cost, best = cluster, best_clusters = clusters, shared = without + (size_t)a->stages * stage;
+    }
+    if (best == 0) { return false; }
+    void *arguments[] = {a};
+    ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(best_clusters * best)), dim3((unsigned)k->threads), shared, true,
+                            (unsigned)best, arguments);
+    return true;
+}
+
 /* a kernel for 8 tokens takes 2 to 8, one for 16 takes 9 to 16 */
 static bool takes(const small_kernel *k, int m) { return m <= k->tokens && (k->tokens == 1 || m > (k->tokens == 8 ? 1 : k->tokens / 2)); }
 
-/* the first kernel that fits with the smallest cluster */
+/* the first ring kernel that fits with the smallest cluster of first .. last */
+static bool launch_rings(small_args *a, const small_kernel *kernels, int first, int last) {
+    for (int cluster = first; cluster <= last && cluster <= a->units; cluster *= 2) {
+        for (int i = 0; i < SMALL_RINGS; i++) {
+            if (takes(&kernels[i], a->m) && launch_ring(&kernels[i], a, cluster)) { return true; }
+        }
+    }
+    return false;
+}
+
+static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
+    for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
+        if (a->m <= kernels[i].tokens) { return launch_group(&kernels[i], a, columns); }
+    }
+    return false;
+}
+
+/* As measured on an H100: rings up to 8 tokens, and up to 16 where a block holds the activations of all of K. */
 static bool launch(small_args *a, const ql_packed *p) {
     const small_family *family = family_of(p);
     bool exact = p->parts == family->parts;
@@ -113,12 +163,9 @@ static bool launch(small_args *a, const ql_packed *p) {
         }
         return false;
     }
-    for (int cluster = 1; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-        for (const small_kernel &k : exact ? family->ring : family->any) {
-            if (takes(&k, a->m) && launch_ring(&k, a, cluster)) { return true; }
-        }
-    }
-    return false;
+    const small_kernel *rings = exact ? family->ring : family->any;
+    if (launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
+    return (a->m > 8 && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || launch_rings(a, rings, 2, 8);
 }
 
 /* the activations of `a`: as they are, or converted; a single token in float32 is left to the kernel. False: memory is out */
@@ -169,19 +216,24 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
     int64_t step = ql_cuda_capability() < 90 ? 8 : 16;
+    if (has_groups()) { /* as even as they can be */
+        int64_t passes = (m + GROUP_TOKENS - 1) / GROUP_TOKENS;
+        step = ((m + passes - 1) / passes + 7) / 8 * 8;
+    }
     for (int64_t first = 0; first < m; first += step) {
         small_args a;
         move_to_token(&a, &all, first, m - first < step ? m - first : step);
         if (launch(&a, p)) { continue; }
-        if (step == 8 || first > 0) { return false; }
-        first = -(step /= 2); /* fewer tokens at a time may fit */
+        if (step <= 8 || first > 0) { return false; }
+        step = (step / 2 + 7) / 8 * 8, first = -step; /* fewer tokens at a time may fit */
     }
     return true;
 }
 
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
-    if (m < 1 || m > QL_SMALL_TOKENS || (ql_cuda_capability() < 90 && m > 16)) { return false; }
+    int64_t most = has_groups() ? 128 : ql_cuda_capability() < 90 ? 16 : 64; /* from there on cuBLAS is as fast */
+    if (m < 1 || m > most) { return false; }
     for (int i = 0; i < count; i++) {
         if (products[i].w->packed == NULL) { return false; }
         together = together && alike(products[0].w, products[i].w);

@@ -552,11 +552,9 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
         small_init_barriers<Warps, Tokens8>(base, l, a.stages, owned, (uint32_t)(cluster * Tokens8 * fragment_bytes<Single>()));
     }
     if (Codes::table) { fill_table((uint32_t *)(shared + l.table), a.values); }
-    if (cluster > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    if (cluster > 1) { cluster_arrive(); }
+    __syncthreads();
+    if (cluster > 1) { cluster_wait(); }
     ql_cuda_start_next();
     if (warp == Warps) {
         if (lane == 0) { small_produce<Warps, Units>(a, base, l, k, first, step); }

@@ -1,0 +1,56 @@
+/* wgmma.cuh: products of a warpgroup (sm_90a): bfloat16 operands, float32 sums in registers. */
+#ifndef QL_CUDA_WGMMA_CUH
+#define QL_CUDA_WGMMA_CUH
+
+#include "device.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+#define QL_OUT_4(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define QL_OUT_8(x, i) QL_OUT_4(x, i), QL_OUT_4(x, i + 4)
+#define QL_OUT_32(x) QL_OUT_8(x, 0), QL_OUT_8(x, 8), QL_OUT_8(x, 16), QL_OUT_8(x, 24)
+#define QL_OUT_64(x) QL_OUT_32(x), QL_OUT_8(x, 32), QL_OUT_8(x, 40), QL_OUT_8(x, 48), QL_OUT_8(x, 56)
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending> __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+/* what the products write is not read before, nor written after, this place */
+template <int n> __device__ __forceinline__ void pin(float (&x)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; i++) { asm volatile("" : "+f"(x[i])::"memory"); }
+}
+/* descriptor of swizzled rows of 128 bytes; `panel`: bytes from one 64 columns to the next, where they are read across */
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel) {
+    return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(panel >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* out (64, 8 Tokens8) = or += a (64, 16) x (8 Tokens8, 16)^T: a in registers, x in shared memory: low half of its descriptor */
+template <int Tokens8> __device__ __forceinline__ void multiply_units(float (&out)[4 * Tokens8], const uint32_t (&a)[4], uint32_t x, int accumulate);
+
+#define QL_MULTIPLY_UNITS(tokens8, outputs, n, list, a0, a1, a2, a3, b, p)                                                       \
+    template <> __device__ __forceinline__ void multiply_units<tokens8>(float (&out)[4 * tokens8], const uint32_t (&a)[4], uint32_t x, \
+                                                                        int accumulate) {                                          \
+        asm volatile("{\n.reg .pred p;\n.reg .b64 d;\nsetp.ne.b32 p, %" #p ", 0;\nmov.b64 d, {%" #b ", 0x40000040};\n"             \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" list "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, d" \
+                     ", p, 1, 1, 0;\n}\n"                                                                                          \
+                     : outputs                                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(accumulate));                                       \
+    }
+#define QL_LIST_4 "%0,%1,%2,%3"
+#define QL_LIST_8 QL_LIST_4 ",%4,%5,%6,%7"
+#define QL_LIST_16 QL_LIST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define QL_LIST_32 QL_LIST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QL_OUTPUTS_4 QL_OUT_4(out, 0)
+#define QL_OUTPUTS_8 QL_OUT_8(out, 0)
+#define QL_OUTPUTS_16 QL_OUT_8(out, 0), QL_OUT_8(out, 8)
+#define QL_OUTPUTS_32 QL_OUT_32(out)
+QL_MULTIPLY_UNITS(1, QL_OUTPUTS_4, 8, QL_LIST_4, 4, 5, 6, 7, 8, 9)
+QL_MULTIPLY_UNITS(2, QL_OUTPUTS_8, 16, QL_LIST_8, 8, 9, 10, 11, 12, 13)
+QL_MULTIPLY_UNITS(4, QL_OUTPUTS_16, 32, QL_LIST_16, 16, 17, 18, 19, 20, 21)
+QL_MULTIPLY_UNITS(8, QL_OUTPUTS_32, 64, QL_LIST_32, 32, 33, 34, 35, 36, 37)
+
+#endif
+
+#endif
