@@ -4,8 +4,8 @@
     python benchmarks/update_readme.py --check    # exit status 1 if README.md is not what the records say
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`, `quantlab lima
---out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py or bench_peers.py, or differences
-of logits beside GPTQModel.
+--out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py, bench_peers.py or
+bench_gptq_cuda.py, or differences of logits beside GPTQModel.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def quality_section(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 def lines_section(path: Path) -> str:
-    """The section of a .jsonl file: of `quantlab bench`, of bench_quality.py, or of bench_peers.py."""
+    """The section of a .jsonl file: of `quantlab bench`, bench_quality.py, bench_peers.py or bench_gptq_cuda.py."""
     records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     if not records:
         raise ValueError(f"{path}: holds no record")
@@ -66,6 +66,10 @@ def lines_section(path: Path) -> str:
         return quality_section(path, records)
     if "gptqmodel" in records[0]:
         return logits_section(path, records)
+    if "peak_bytes" in records[0]:
+        return gptq_section(path, records)
+    if "driver" in records[0]:
+        return cuda_section(path, records)
     return peers_section(path, records) if "peer" in records[0] else bench_section(path, records)
 
 
@@ -145,6 +149,80 @@ def bench_section(path: Path, records: list[dict[str, Any]]) -> str:
     header = ["op", "format", "shape", "variant", "median, ms", "GB/s", "% of the roof"]
     machine = f"{records[0]['machine']}, {records[0]['threads']} threads, commit {records[0]['commit']}"
     return f"### Kernels: {machine}\n\n{markdown_table(header, rows)}\n\nFrom `{path.relative_to(ROOT)}`."
+
+
+def cell(record: dict[str, Any]) -> str:
+    """The time of a case on a GPU and its share of the roof; of a model, the tokens a second where it has them."""
+    if record["op"].startswith("model"):
+        tokens = f" ({record['tokens_per_s']:,.0f} tok/s)" if "tokens_per_s" in record else ""
+        return f"{1e3 * record['median_s']:,.2f} ms{tokens}"
+    return f"{1e6 * record['median_s']:,.1f} ({record['roof_percent']:.0f} %)"
+
+
+def pivot(records: list[dict[str, Any]], row: Any, column: Any) -> str:
+    """A table of cells; row and column give a record's heading."""
+    columns = list(dict.fromkeys(column(record) for record in records))
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        cells.setdefault(row(record), {})[column(record)] = cell(record)
+    rows = [[name, *(found.get(heading, "") for heading in columns)] for name, found in cells.items()]
+    return markdown_table(["", *columns], rows)
+
+
+CUDA_TABLES = {
+    "product": "Few tokens: microseconds of a layer's fused products (share of the time to read the weight once)",
+    "linear": "Many tokens: microseconds of a product (share of cuBLAS' in bfloat16)",
+    "linear_backward_input": "The same for the gradient of the input",
+}
+
+
+def cuda_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """The model, the products by tokens, and the other ops, on a GPU."""
+    by_op: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_op.setdefault("model" if record["op"].startswith("model") else record["op"], []).append(record)
+    first = records[0]
+    parts = [f"### On a GPU: {first['machine']}, {first['model']}, random weights, commit {first['commit']}"]
+    if "model" in by_op:
+        model = pivot(
+            by_op.pop("model"), lambda r: f"{r['op'].removeprefix('model_')} {r['shape']}", lambda r: r["format"]
+        )
+        parts.append(f"The whole model: a forward pass, a tweet, a step of generation\n\n{model}")
+    for op, heading in CUDA_TABLES.items():
+        if op in by_op:
+            table = pivot(
+                by_op.pop(op), lambda r: f"{r['format']} {r['shape'].split()[0]}", lambda r: r["shape"].split()[1][1:]
+            )
+            parts.append(f"{heading}\n\n{table}")
+    rest = [
+        [record["op"], record["format"], record["shape"], cell(record), record["roof"]]
+        for found in by_op.values()
+        for record in found
+    ]
+    if rest:
+        table = markdown_table(["op", "format", "shape", "microseconds (share of the roof)", "roof"], rest)
+        parts.append(f"Others\n\n{table}")
+    parts.append(f"From `{path.relative_to(ROOT)}`.")
+    return "\n\n".join(parts)
+
+
+def gptq_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a run of GPTQ on a GPU, from host memory to codes."""
+    rows = [
+        [
+            f"{record['config']['bits']} bits, groups of {record['config']['group_size']}"
+            + (", recommended" if record["config"]["drift_correction"] else ""),
+            str(record["layers"]), f"{record['tokens']:,}",
+            f"{record['seconds']:.1f}", f"{record['peak_bytes'] / 1e9:.1f}",
+        ]
+        for record in records
+    ]  # fmt: skip
+    table = markdown_table(["config", "layers", "tokens", "seconds", "peak device memory, GB"], rows)
+    first = records[0]
+    return (
+        f"### GPTQ on a GPU: {first['device']}, shapes of {first['model']}, commit {first['commit']}\n\n{table}\n\n"
+        f"From `{path.relative_to(ROOT)}`."
+    )
 
 
 def results_section(results: Path) -> str:
