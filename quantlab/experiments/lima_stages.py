@@ -208,7 +208,6 @@ class LimaStages(ModelStages):
 
     def record_training(self, cell: Cell, tuned: LlamaForCausalLM) -> None:
         """Speed, losses and size of a training."""
-        data = self.plan.conversations
         steps = [entry for entry in tuned.training_log if "loss" in entry]
         cell.record["history"] = steps
         cell.record["evaluations"] = [entry for entry in tuned.training_log if "eval_loss" in entry]
@@ -216,8 +215,8 @@ class LimaStages(ModelStages):
             cell.log(event="step", **entry)
         measured = sum(entry["tokens"] for entry in steps)  # of a stopped run less than all, and its seconds too
         rate = measured / sum(entry["tokens"] / entry["tokens_per_second"] for entry in steps)  # without evaluations
-        tokens = sum(len(ids) for ids in self.prepared(cell, tuned, "train").ids)
-        n, count, epoch = len(data.train), steps[-1]["step"], tokens / rate
+        rows = [len(ids) for ids in self.prepared(cell, tuned, "train").ids]
+        n, tokens, count, epoch = len(rows), sum(rows), steps[-1]["step"], sum(rows) / rate
         cell.metric("epoch_time", epoch, "s", count, higher_is_better=False)
         cell.metric("samples_per_s", n / epoch, "1/s", count, higher_is_better=True)
         cell.metric("tokens_per_s", rate, "1/s", count, higher_is_better=True)
@@ -228,7 +227,7 @@ class LimaStages(ModelStages):
             cell.metric(f"train_loss_{name}", float(np.mean([entry["loss"] for entry in part])), "nat", len(part))
         cell.metric("size_adapter", tuned.adapter.nbytes, "B", 1, higher_is_better=False)
         cell.record["seeds"]["training"] = self.config.seed
-        cell.record["data"]["train"] = data.describe("train")
+        cell.record["data"]["train"] = self.plan.conversations.describe("train")
 
     def answer(self, cell: Cell, model: LlamaForCausalLM) -> None:
         """Greedy answers to a few questions of ours, for a reader to judge."""
