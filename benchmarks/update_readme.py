@@ -1,7 +1,8 @@
-"""Writes the results section of README.md from the records under benchmarks/results/: no result is typed by hand.
+"""Writes the results section of README.md, and all tables into benchmarks/results/README.md, from the records under
+benchmarks/results/: no result is typed by hand.
 
-    python benchmarks/update_readme.py            # rewrites README.md
-    python benchmarks/update_readme.py --check    # exit status 1 if README.md is not what the records say
+    python benchmarks/update_readme.py            # rewrites both
+    python benchmarks/update_readme.py --check    # exit status 1 if one of them is not what the records say
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`, `quantlab lima
 --out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py, bench_peers.py or
@@ -21,6 +22,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SHOWN = ("quality", "merging", "training", "generation", "cost")  # tables of a study, by name
+DETAILS = "# All recorded results\n\nWritten by `benchmarks/update_readme.py` from the records beside this file.\n\n"
 NOTHING = "No run is recorded in `benchmarks/results/` yet."
 
 
@@ -57,20 +59,23 @@ def quality_section(path: Path, records: list[dict[str, Any]]) -> str:
     return f"### Perplexity: {about}\n\n{markdown_table(header, rows)}\n\nFrom `{path.relative_to(ROOT)}`."
 
 
-def lines_section(path: Path) -> str:
-    """The section of a .jsonl file: of `quantlab bench`, bench_quality.py, bench_peers.py or bench_gptq_cuda.py."""
+def lines_section(path: Path, details: bool) -> str:
+    """The section of a .jsonl file: of `quantlab bench`, bench_quality.py, bench_peers.py or bench_gptq_cuda.py; ""
+    where it is a detail that is not asked for."""
     records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     if not records:
         raise ValueError(f"{path}: holds no record")
     if "perplexity" in records[0]:
         return quality_section(path, records)
     if "gptqmodel" in records[0]:
-        return logits_section(path, records)
+        return logits_section(path, records) if details else ""
     if "peak_bytes" in records[0]:
         return gptq_section(path, records)
     if "driver" in records[0]:
-        return cuda_section(path, records)
-    return peers_section(path, records) if "peer" in records[0] else bench_section(path, records)
+        return cuda_section(path, records, details)
+    if "peer" in records[0]:
+        return peers_section(path, records)
+    return bench_section(path, records) if details else ""
 
 
 def logits_section(path: Path, records: list[dict[str, Any]]) -> str:
@@ -176,8 +181,8 @@ CUDA_TABLES = {
 }
 
 
-def cuda_section(path: Path, records: list[dict[str, Any]]) -> str:
-    """The model, the products by tokens, and the other ops, on a GPU."""
+def cuda_section(path: Path, records: list[dict[str, Any]], details: bool) -> str:
+    """The model and, of the details, the products by tokens and the other ops, on a GPU."""
     by_op: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_op.setdefault("model" if record["op"].startswith("model") else record["op"], []).append(record)
@@ -188,6 +193,8 @@ def cuda_section(path: Path, records: list[dict[str, Any]]) -> str:
             by_op.pop("model"), lambda r: f"{r['op'].removeprefix('model_')} {r['shape']}", lambda r: r["format"]
         )
         parts.append(f"The whole model: a forward pass, a tweet, a step of generation\n\n{model}")
+    if not details:
+        by_op.clear()
     for op, heading in CUDA_TABLES.items():
         if op in by_op:
             table = pivot(
@@ -225,12 +232,12 @@ def gptq_section(path: Path, records: list[dict[str, Any]]) -> str:
     )
 
 
-def results_section(results: Path) -> str:
-    """All recorded results, in the order of their names."""
+def results_section(results: Path, details: bool = False) -> str:
+    """The recorded results, in the order of their names."""
     runs = sorted(path.parent for path in results.glob("*/config.json"))
     sections = [study_section(run) for run in runs]
-    sections += [lines_section(path) for path in sorted(results.glob("*.jsonl"))]
-    return "\n\n".join(sections) or NOTHING
+    sections += [lines_section(path, details) for path in sorted(results.glob("*.jsonl"))]
+    return "\n\n".join(section for section in sections if section) or NOTHING
 
 
 def updated(readme: str, section: str) -> str:
@@ -243,18 +250,22 @@ def updated(readme: str, section: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the results section of README.md from the records.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md would change")
+    parser = argparse.ArgumentParser(description="Write the tables of results from the records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file would change")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = updated(old, results_section(RESULTS))
-    if old == new:
-        return 0
-    if check:
-        print("README.md is not what benchmarks/results/ says: run python benchmarks/update_readme.py", file=sys.stderr)
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md: results updated")
+    wanted = {
+        README: updated(README.read_text(encoding="utf-8"), results_section(RESULTS)),
+        RESULTS / "README.md": f"{DETAILS}{results_section(RESULTS, details=True)}\n",
+    }
+    for path, new in wanted.items():
+        name = path.relative_to(ROOT)
+        if path.exists() and path.read_text(encoding="utf-8") == new:
+            continue
+        if check:
+            print(f"{name} is not what the records say: run python benchmarks/update_readme.py", file=sys.stderr)
+            return 1
+        path.write_text(new, encoding="utf-8")
+        print(f"{name}: results updated")
     return 0
 
 

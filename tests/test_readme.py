@@ -80,7 +80,8 @@ def test_recorded_lines_become_tables(tmp_path, monkeypatch):
     (tmp_path / "peers.jsonl").write_text(f"{json.dumps(peer)}\n{json.dumps(product)}\n")
     (tmp_path / "cpu.jsonl").write_text(json.dumps(kernel) + "\n")
     (tmp_path / "quality.jsonl").write_text(json.dumps(quality) + "\n")
-    section = update_readme.results_section(tmp_path)
+    section = update_readme.results_section(tmp_path, details=True)
+    assert "m1 n2 k3" not in update_readme.results_section(tmp_path)
     assert "| linear | nf4 | m1 n2 k3 | avx2 | 1.000 | 2.0 | 50 (memory) |" in section
     assert "| gptq-4 | 12.25 | 1.5 | 9.0 |" in section
     assert "| prompt | it | 2 | 500.00 | 1000.00 | 200 tok/s | 2.00 (1.50 to 2.50) | 5 |" in section
