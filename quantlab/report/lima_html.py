@@ -67,6 +67,13 @@ def findings(study: Lima) -> list[str]:
             lines.append(
                 f"{study.title(name)}: the held-out loss {verdict} by tuning: {tables.change_text(change)} nat."
             )
+    for part in study.tuned:
+        change = study.difference(f"merge-{part}", f"tune-{part}", "requantized")
+        if change is not None:
+            lines.append(
+                f"The adapter of {study.part_title(part)}, merged into its base and quantized again as it was: "
+                f"{tables.change_text(change)} nat against the adapter beside the weights."
+            )
     ratio = tables.training_ratio(study, "gptq")
     if ratio is not None:
         lines.append(
