@@ -112,6 +112,16 @@ typedef struct {
     double max_norm;                 /* gradients longer than it are scaled down to it; 0: they are taken as they are */
 } ql_adamw_step;
 
+/* a low-rank adapter beside a weight (n, k): W x becomes W x + scale B A dropout(x) (Hu et al. 2021) */
+typedef struct {
+    const float *a, *b; /* (r, k) (n, r); r 0: there is none */
+    int64_t r;
+    float scale;
+    float dropout; /* its share, with the seed and the stream of dropout_forward */
+    uint64_t seed;
+    int64_t stream;
+} ql_low_rank;
+
 /* ---- ops --------------------------------------------------------------------------------------------------- */
 
 /* One line an op: name, parameters. Each is void: arguments are validated above (model, python). */
@@ -209,11 +219,12 @@ typedef struct {
                     const ql_weight *wk, const ql_weight *wv, const float *cos, const float *sin,                       \
                     const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d,       \
                     float eps))                                                                                         \
-    /* attention_forward without lse. max_queries, max_keys: bounds of what a sequence has, known to the host: a        \
+    /* attention_forward; lse may be NULL. max_queries, max_keys: bounds of what a sequence has, known to the host: a   \
      * recorded step may be replayed with other kv_len up to them */                                                    \
-    X(attention_fused_forward, (void *out, const void *q, const void *k, const void *v, const int64_t *q_start,         \
-                                const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b, int64_t hq,       \
-                                int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys, float scale))            \
+    X(attention_fused_forward, (void *out, float *lse, const void *q, const void *k, const void *v,                     \
+                                const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t t,      \
+                                int64_t b, int64_t hq, int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys,   \
+                                float scale))                                                                           \
     /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = rmsnorm(x, gain) */                                                   \
     X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
                         int64_t t, float eps))                                                                          \
@@ -225,7 +236,29 @@ typedef struct {
     X(difference_forward, (void *out, const void *a, const void *b, int64_t count, int floats))                         \
     /* h (ka, kb) float32 += a^T b; a (t, ka), b (t, kb). lower (ka == kb): elements with row < column may be left      \
      * without it */                                                                                                    \
-    X(gram_fused_forward, (float *h, const void *a, const void *b, int64_t t, int64_t ka, int64_t kb, int lower))
+    X(gram_fused_forward, (float *h, const void *a, const void *b, int64_t t, int64_t ka, int64_t kb, int lower))       \
+    /* The rest is for training. y (t, n) = x (t, k) W^T with the adapter's part; y NULL: sum (t, n) += it. u (t, r)    \
+     * keeps scale dropout(x) A^T, where l->r is not 0 */                                                               \
+    X(adapted_forward, (void *y, float *sum, float *u, const void *x, const ql_weight *w, const ql_low_rank *l,         \
+                        int64_t t))                                                                                     \
+    /* From dy (t, n): da (r, k), db (n, r) += the gradients of A and B; dx (t, k) = that of x; dx NULL: sum (t, k) = it \
+     * or, where accumulate is set, += it; both NULL: it is not wanted. Works in du (t, r) */                           \
+    X(adapted_backward, (void *dx, float *sum, float *da, float *db, const void *dy, const void *x, const float *u,     \
+                         float *du, const ql_weight *w, const ql_low_rank *l, int64_t t, int accumulate))               \
+    /* attention_backward; bounds as in attention_fused_forward */                                                      \
+    X(attention_fused_backward, (void *dq, void *dk, void *dv, const void *dout, const void *q, const void *k,          \
+                                 const void *v, const void *out, const float *lse, const int64_t *q_start,              \
+                                 const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b, int64_t hq,      \
+                                 int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys, float scale))           \
+    /* dx (t, c) += the gradient of x from dy, that of rmsnorm(x, gain); copy (t, c) = the new dx */                    \
+    X(rmsnorm_fused_backward, (float *dx, void *copy, const float *dy, const float *x, const float *gain, int64_t t,    \
+                               int64_t c, float eps))                                                                   \
+    X(rope_fused_forward, (void *x, const float *cos, const float *sin, const int32_t *positions, int64_t t,            \
+                           int64_t heads, int64_t d))                                                                   \
+    X(swiglu_fused_forward, (void *out, const void *gate, const void *up, int64_t count))                               \
+    X(swiglu_fused_backward, (void *dgate, void *dup, const void *dy, const void *gate, const void *up, int64_t count)) \
+    /* out = x, count elements */                                                                                       \
+    X(round_forward, (void *out, const float *x, int64_t count))
 
 /* Memory, order and errors of a backend. All but begin are called between begin and end, by the thread that began. What
  * is issued runs in the order of its issue; ops, fill and copy do not wait for it. The first failure is kept and told by end. */
@@ -260,7 +293,7 @@ enum { QL_MARKS = 8 };
 typedef struct {
     const char *name; /* "cpu" or "cuda" */
     int device;       /* number of the device, 0 on the CPU */
-    int kv_bytes;     /* size of an element of the key-value cache: 4 float32, 2 bfloat16 */
+    int kv_bytes;     /* size of the backend's own type: 4 float32, 2 bfloat16 */
     int records;      /* whether steps can be recorded */
     const struct ql_gptq_device *gptq; /* quant/gptq_device.h; NULL on the CPU */
 #define X(op, params) void(*op) params;

@@ -160,14 +160,14 @@ extern "C" void ql_attention_forward_cuda(float *out, float *lse, const float *q
     launch_plain(args);
 }
 
-extern "C" void ql_attention_fused_forward_cuda(void *out, const void *q, const void *k, const void *v, const int64_t *q_start,
-                                                const int64_t *kv_start, const int64_t *kv_len, int64_t t, int64_t b,
-                                                int64_t hq, int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys,
-                                                float scale) {
+extern "C" void ql_attention_fused_forward_cuda(void *out, float *lse, const void *q, const void *k, const void *v,
+                                                const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len,
+                                                int64_t t, int64_t b, int64_t hq, int64_t hkv, int64_t d, int64_t max_queries,
+                                                int64_t max_keys, float scale) {
     if (t == 0) { return; }
-    attention_args<bf16> args = {(bf16 *)out, NULL,     (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
+    attention_args<bf16> args = {(bf16 *)out, lse,      (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
                                  kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale};
-    if (max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
+    if (lse == NULL && max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
     if (max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
     if (ql_attention_prefill(args, max_queries)) { return; }
     launch_plain(args);

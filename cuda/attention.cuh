@@ -18,6 +18,11 @@ template <typename T> struct attention_args {
     float scale;
 };
 
+/* log-sum-exp of scaled scores from their maximum, not scaled, and the sum of 2^(scale_log2 (score - maximum)) */
+__device__ __forceinline__ float log_sum(float maximum, float sum, float scale_log2) {
+    return (maximum * scale_log2 + log2f(sum)) * 0.69314718055994531f;
+}
+
 /* bf16: false, and nothing is done, where the shape or the device is not theirs */
 bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries); /* d in {64, 80, 96, 128} */
 bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a */

@@ -7,56 +7,14 @@
  *
  *   shared: Q (64 MT, d + 8) | K, V of tile 0 (2, 64, d + 8) | K, V of tile 1
  *   registers, d = 128, MT = 2: output 128, scores 64 (reused as the weights' fragments) */
-#include "attention.cuh"
+#include "attention_tiles.cuh"
 #include "cuda.h"
-
-enum { WARPS = 4, THREADS = WARPS * WARP, KEYS = 64 };
 
 template <int D, int MT> struct tiling {
     static constexpr int rows = 16 * MT * WARPS, stride = D + 8, chunks = D / 8; /* chunks: of 8 elements, in a row */
     static constexpr int tile = KEYS * stride;                                   /* elements of K, or V, of a stage */
     static constexpr size_t shared_bytes = (size_t)(rows * stride + 4 * tile) * sizeof(bf16);
 };
-
-/* `rows` rows from global memory, `step` elements apart, to shared memory; zeros from row `valid` on */
-template <int D, int rows>
-__device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t step, int valid) {
-    constexpr int chunks = D / 8;
-    static_assert(rows * chunks % THREADS == 0, "whole rounds");
-#pragma unroll
-    for (int i = 0; i < rows * chunks / THREADS; i++) {
-        int index = threadIdx.x + i * THREADS, row = index / chunks, chunk = index % chunks;
-        copy_async_16(shared_address(to + row * (D + 8) + chunk * 8), from + (row < valid ? row : 0) * step + chunk * 8,
-                      row < valid);
-    }
-}
-
-/* score (16 MT, 64) = Q K^T of this warp */
-template <int D, int MT>
-__device__ __forceinline__ void multiply_keys(float (&score)[MT][KEYS / 8][4], uint32_t q, uint32_t k) {
-    constexpr int row_bytes = tiling<D, MT>::stride * 2;
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) { score[m][n][0] = score[m][n][1] = score[m][n][2] = score[m][n][3] = 0.0f; }
-    }
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        uint32_t a[MT][4];
-#pragma unroll
-        for (int m = 0; m < MT; m++) { load_matrix_4(a[m], q + m * 16 * row_bytes + i * 32); }
-#pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
-            uint32_t b[4];
-            load_matrix_4(b, k + n * 16 * row_bytes + i * 32);
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(score[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(score[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
 
 /* -inf where the key is after the query; `seen`: keys of this tile that the first row of the lane sees */
 template <int MT> __device__ __forceinline__ void mask_keys(float (&score)[MT][KEYS / 8][4], int seen) {
@@ -109,38 +67,11 @@ __device__ __forceinline__ void online_softmax(float (&score)[MT][KEYS / 8][4], 
     }
 }
 
-/* out (16 MT, D) += weights V */
-template <int D, int MT>
-__device__ __forceinline__ void multiply_values(float (&out)[MT][D / 8][4], const float (&weight)[MT][KEYS / 8][4],
-                                                uint32_t v) {
-    constexpr int row_bytes = tiling<D, MT>::stride * 2;
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; i++) {
-        uint32_t a[MT][4];
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            a[m][0] = pack_bf16(weight[m][2 * i][0], weight[m][2 * i][1]);
-            a[m][1] = pack_bf16(weight[m][2 * i][2], weight[m][2 * i][3]);
-            a[m][2] = pack_bf16(weight[m][2 * i + 1][0], weight[m][2 * i + 1][1]);
-            a[m][3] = pack_bf16(weight[m][2 * i + 1][2], weight[m][2 * i + 1][3]);
-        }
-#pragma unroll
-        for (int n = 0; n < D / 16; n++) {
-            uint32_t b[4];
-            load_matrix_4_transposed(b, v + i * 16 * row_bytes + n * 32);
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-                mma_bf16(out[m][2 * n], a[m], b[0], b[1]);
-                mma_bf16(out[m][2 * n + 1], a[m], b[2], b[3]);
-            }
-        }
-    }
-}
-
 /* out / sum as bf16 over the warp's own rows of Q in shared memory, then rows of 16 bytes to global memory */
 template <int D, int MT>
 __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, float (&out)[MT][D / 8][4],
-                                           float (&sum)[MT][2]) {
+                                           float (&sum)[MT][2], const float (&maximum)[MT][2], float scale_log2, float *lse,
+                                           int64_t lse_step) {
     constexpr int stride = tiling<D, MT>::stride, chunks = D / 8;
     int lane = threadIdx.x % WARP, row = lane / 4, column = 2 * (lane % 4);
 #pragma unroll
@@ -151,6 +82,9 @@ __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf
             total += __shfl_xor_sync(QL_FULL_WARP, total, 1);
             total += __shfl_xor_sync(QL_FULL_WARP, total, 2);
             float inverse = 1.0f / total;
+            if (lse != NULL && column == 0 && m * 16 + r * 8 + row < valid) {
+                lse[(m * 16 + r * 8 + row) * lse_step] = log_sum(maximum[m][r], total, scale_log2);
+            }
             bf16 *line = shared + (m * 16 + r * 8 + row) * stride + column;
 #pragma unroll
             for (int n = 0; n < D / 8; n++) {
@@ -195,9 +129,9 @@ template <int D, int MT> __global__ void __launch_bounds__(THREADS, 2) attention
     int warp_row = warp * 16 * MT;
     int seen = before + first_row + warp_row + lane / 4 + 1;      /* keys that the lane's first row sees */
     int warp_first = before + first_row + warp_row + 1, warp_last = warp_first + 16 * MT - 1;
-    uint32_t q_lane = shared_address(shared + (warp_row + lane % 16) * stride + lane / 16 * 8);
-    uint32_t k_lane = shared_address(stages + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
-    uint32_t v_lane = shared_address(stages + tile + lane % 16 * stride + lane / 16 * 8);
+    uint32_t q_lane = row_address<D>(shared, warp_row);
+    uint32_t k_lane = key_address<D>(stages);
+    uint32_t v_lane = value_address<D>(stages + tile);
 
     for (int j = 0; j < tiles; j++) {
         copy_async_wait<0>();
@@ -217,8 +151,9 @@ template <int D, int MT> __global__ void __launch_bounds__(THREADS, 2) attention
         online_softmax<D, MT>(score, out, maximum, sum, args.scale);
         multiply_values<D, MT>(out, score, v_lane + stage);
     }
-    write_rows<D, MT>(args.out + (first_query + first_row + warp_row) * q_step + head * D, q_step,
-                      queries - first_row - warp_row, shared + warp_row * stride, out, sum);
+    int64_t row = first_query + first_row + warp_row;
+    write_rows<D, MT>(args.out + row * q_step + head * D, q_step, queries - first_row - warp_row, shared + warp_row * stride, out,
+                      sum, maximum, args.scale, args.lse != NULL ? args.lse + row * args.hq + head : NULL, args.hq);
 }
 
 template <int D, int MT> static void launch(attention_args<bf16> args, int64_t max_queries) {

@@ -213,7 +213,9 @@ __device__ __forceinline__ void release(const uint64_t *barrier) {
 }
 
 /* out / sum through the warp's 16 rows of `shared` (16, D + 8) to rows of global memory */
-template <int D> __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, state<D> &s) {
+template <int D>
+__device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, state<D> &s, float scale_log2, float *lse,
+                                           int64_t lse_step) {
     int lane = threadIdx.x % WARP;
     __syncwarp(); /* the rows of the item before have been read */
 #pragma unroll
@@ -222,6 +224,9 @@ template <int D> __device__ __forceinline__ void write_rows(bf16 *to, int64_t st
         total += __shfl_xor_sync(QL_FULL_WARP, total, 1);
         total += __shfl_xor_sync(QL_FULL_WARP, total, 2);
         float inverse = 1.0f / total;
+        if (lse != NULL && lane % 4 == 0 && r * 8 + lane / 4 < valid) {
+            lse[(r * 8 + lane / 4) * lse_step] = log_sum(s.maximum[r], total, scale_log2);
+        }
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
             *(uint32_t *)(shared + (r * 8 + lane / 4) * (D + 8) + i * 8 + lane % 4 * 2) =
@@ -285,8 +290,9 @@ __device__ __forceinline__ void multiply_items(const attention_args<bf16> &args,
         products_wait<0>();
         pin(s.out);
         release(&b->empty[STAGES + last]);
-        write_rows(args.out + (w.query + warp_row) * args.hq * D + w.head * D, (int64_t)args.hq * D, w.rows - warp_row,
-                   output + warp_row * (D + 8), s);
+        int64_t at = (w.query + warp_row) * args.hq + w.head;
+        write_rows(args.out + at * D, (int64_t)args.hq * D, w.rows - warp_row, output + warp_row * (D + 8), s, args.scale,
+                   args.lse != NULL ? args.lse + at : NULL, args.hq);
     }
 }
 

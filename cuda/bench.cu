@@ -177,7 +177,7 @@ static void launch(const arrays *a, int copy, const ql_backend *be) {
         break;
     }
     case QL_BENCH_ATTENTION:
-        be->attention_fused_forward(x[0], x[1], x[2], x[3], a->ranges, a->ranges + c->b + 1, a->ranges + 2 * c->b + 1, c->m * c->b, c->b,
+        be->attention_fused_forward(x[0], NULL, x[1], x[2], x[3], a->ranges, a->ranges + c->b + 1, a->ranges + 2 * c->b + 1, c->m * c->b, c->b,
                                     c->hq, c->hkv, c->d, c->m, c->keys, 0.088f);
         break;
     }

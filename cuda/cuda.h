@@ -30,18 +30,33 @@
     X(sample_forward)         \
     X(advance_forward)        \
     X(cross_entropy_forward)  \
+    X(rmsnorm_backward)       \
+    X(attention_backward)     \
+    X(swiglu_backward)        \
+    X(dropout_forward)        \
+    X(scale_forward)          \
+    X(square_sum_forward)     \
+    X(adamw_forward)          \
     X(gram_forward)           \
     X(feedback_forward)
 
 /* ops of QL_FUSED_OPS */
-#define QL_CUDA_FUSED_OPS(X)   \
-    X(qkv_forward)             \
-    X(attention_fused_forward) \
-    X(gate_up_forward)         \
-    X(linear_residual_forward) \
-    X(norm_fused_forward)      \
-    X(difference_forward)      \
-    X(gram_fused_forward)
+#define QL_CUDA_FUSED_OPS(X)    \
+    X(qkv_forward)              \
+    X(attention_fused_forward)  \
+    X(gate_up_forward)          \
+    X(linear_residual_forward)  \
+    X(norm_fused_forward)       \
+    X(difference_forward)       \
+    X(gram_fused_forward)       \
+    X(adapted_forward)          \
+    X(adapted_backward)         \
+    X(attention_fused_backward) \
+    X(rmsnorm_fused_backward)   \
+    X(rope_fused_forward)       \
+    X(swiglu_fused_forward)     \
+    X(swiglu_fused_backward)    \
+    X(round_forward)
 
 /* ops of QL_FORMAT_OPS, one function for all formats */
 #define QL_CUDA_FORMAT_OPS(X) \

@@ -7,6 +7,8 @@
 #ifndef QL_CUDA_DEVICE_CUH
 #define QL_CUDA_DEVICE_CUH
 
+#include "../csrc/core/random.h"
+
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -68,6 +70,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+/* the derivatives of silu(gate) up by gate and by up */
+__device__ __forceinline__ float2 swiglu_slopes(float gate, float up) {
+    float sigmoid = 1.0f / (1.0f + expf(-gate));
+    return make_float2(up * sigmoid * (1.0f + gate * (1.0f - sigmoid)), gate * sigmoid);
+}
+/* whether dropout of share p keeps element i; key: ql_stream_key of its seed and stream */
+__device__ __forceinline__ bool kept_by_dropout(uint64_t key, int64_t i, float p) {
+    return (float)ql_random_bits(key, i) * 0x1p-24f >= p;
+}
 /* (a, b), elements i and i + d/2 of a head, turned by the angle of their position */
 __device__ __forceinline__ float2 rope_pair(float a, float b, float cosine, float sine) {
     return make_float2(a * cosine - b * sine, b * cosine + a * sine);

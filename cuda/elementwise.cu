@@ -1,5 +1,5 @@
-/* elementwise.cu: embedding, SwiGLU, residual add, rows moved into and out of the KV cache. 16 bytes a load where the addresses
- * allow it. */
+/* elementwise.cu: embedding, SwiGLU and its gradient, residual add, dropout, rows moved into and out of the KV cache. 16 bytes a
+ * load where the addresses allow it. */
 #include "cuda.h"
 #include "device.cuh"
 #include "weight.cuh"
@@ -76,6 +76,52 @@ extern "C" void ql_swiglu_forward_cuda(float *out, const float *gate, const floa
     map<swiglu>(out, gate, up, count);
 }
 extern "C" void ql_add_forward_cuda(float *y, const float *x, int64_t count) { map<add>(y, y, x, count); }
+
+/* ---- training --------------------------------------------------------------------------------------------------------- */
+
+/* blocks that go over `count` elements, a thread several of them */
+static dim3 blocks_for(int64_t count) {
+    int64_t blocks = (count + THREADS - 1) / THREADS, most = (int64_t)ql_cuda_multiprocessors() * 16;
+    return dim3((unsigned)(blocks < most ? blocks : most));
+}
+
+static __global__ void __launch_bounds__(THREADS) swiglu_backward_kernel(float *dgate, float *dup, const float *dy, const float *gate,
+                                                                         const float *up, int64_t count) {
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += (int64_t)gridDim.x * THREADS) {
+        float2 slopes = swiglu_slopes(gate[i], up[i]);
+        float d = dy[i];
+        dgate[i] = d * slopes.x, dup[i] = d * slopes.y;
+    }
+}
+
+extern "C" void ql_swiglu_backward_cuda(float *dgate, float *dup, const float *dy, const float *gate, const float *up, int64_t count) {
+    ql_cuda_launch(swiglu_backward_kernel, blocks_for(count), dim3(THREADS), 0, true, dgate, dup, dy, gate, up, count);
+}
+
+static __global__ void __launch_bounds__(THREADS) dropout_kernel(float *out, const float *x, int64_t count, float p, uint64_t key) {
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    float factor = 1.0f / (1.0f - p);
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += (int64_t)gridDim.x * THREADS) {
+        out[i] = kept_by_dropout(key, i, p) ? x[i] * factor : 0.0f;
+    }
+}
+
+extern "C" void ql_dropout_forward_cuda(float *out, const float *x, int64_t count, float p, uint64_t seed, int64_t stream) {
+    ql_cuda_launch(dropout_kernel, blocks_for(count), dim3(THREADS), 0, true, out, x, count, p, ql_stream_key(seed, stream));
+}
+
+static __global__ void __launch_bounds__(THREADS) scale_kernel(float *x, float factor, int64_t count) {
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += (int64_t)gridDim.x * THREADS) { x[i] *= factor; }
+}
+
+extern "C" void ql_scale_forward_cuda(float *x, float factor, int64_t count) {
+    ql_cuda_launch(scale_kernel, blocks_for(count), dim3(THREADS), 0, true, x, factor, count);
+}
 
 /* ---- rows moved ------------------------------------------------------------------------------------------------ */
 

@@ -58,7 +58,7 @@ extern "C" void ql_linear_forward_cuda(float *y, const float *x, const ql_weight
 static void backward_product(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
     if (w->format == QL_F32) { return float_product(dx, dy, w, m, accumulate, true); }
     const bf16 *rows = activation_rows(dy, NULL, m, w->n);
-    if (rows != NULL) { ql_cuda_linear_large_backward(dx, rows, w, m, accumulate); }
+    if (rows != NULL) { ql_cuda_linear_large_backward(dx, CUDA_R_32F, rows, w, m, accumulate); }
 }
 
 extern "C" void ql_linear_backward_input_cuda(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {

@@ -48,7 +48,7 @@ bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activa
 
 /* y (m, n) float32 or bf16 = or += x W^T; x is bf16 in the stored order of columns of w */
 void ql_cuda_linear_large(void *y, cudaDataType type, const bf16 *x, const ql_weight *w, int64_t m, int accumulate);
-/* dx (m, k), in the stored order of columns, = or += dy W */
-void ql_cuda_linear_large_backward(float *dx, const bf16 *dy, const ql_weight *w, int64_t m, int accumulate);
+/* dx (m, k) float32 or bf16, in the stored order of columns, = or += dy W */
+void ql_cuda_linear_large_backward(void *dx, cudaDataType type, const bf16 *dy, const ql_weight *w, int64_t m, int accumulate);
 
 #endif

@@ -37,13 +37,13 @@ void ql_cuda_linear_large(void *y, cudaDataType type, const bf16 *x, const ql_we
     }
 }
 
-void ql_cuda_linear_large_backward(float *dx, const bf16 *dy, const ql_weight *w, int64_t m, int accumulate) {
+void ql_cuda_linear_large_backward(void *dx, cudaDataType type, const bf16 *dy, const ql_weight *w, int64_t m, int accumulate) {
     int64_t step = panel_rows(w);
     for (int64_t i0 = 0; i0 < w->n; i0 += step) {
         int64_t i1 = i0 + step < w->n ? i0 + step : w->n;
         const bf16 *panel = decoded_panel(w, i0, i1);
         if (panel == NULL) { return; }
-        gemm(QL_CUBLAS_N, (int)w->k, (int)m, (int)(i1 - i0), panel, (int)w->k, dy + i0, (int)w->n, dx, CUDA_R_32F, (int)w->k,
+        gemm(QL_CUBLAS_N, (int)w->k, (int)m, (int)(i1 - i0), panel, (int)w->k, dy + i0, (int)w->n, dx, type, (int)w->k,
              accumulate || i0 > 0 ? 1.0f : 0.0f);
     }
 }

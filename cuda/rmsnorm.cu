@@ -1,4 +1,4 @@
-/* rmsnorm.cu: root mean square layer normalization. A block a row, held in registers between the sum (float64) and the product
+/* rmsnorm.cu: root mean square layer normalization and its gradient. A block a row, held in registers between the sum (float64) and the product
  * where it has at most 16 floats a thread. */
 #include "cuda.h"
 #include "device.cuh"
@@ -86,4 +86,48 @@ extern "C" void ql_rmsnorm_forward_cuda(float *out, float *inv_rms, const float 
 
 void ql_cuda_rmsnorm_bf16(bf16 *out, const float *x, const float *gain, int64_t t, int64_t c, float eps) {
     launch(out, (float *)NULL, x, gain, t, c, eps);
+}
+
+/* ---- gradient ---------------------------------------------------------------------------------------------------------- */
+
+/* With n = x inv: dx = or += inv (dy gain - n mean(dy gain n)). inv_rms NULL: made again from x. copy: dx as bf16, or NULL */
+static __global__ void __launch_bounds__(MAX_THREADS) rmsnorm_backward_kernel(float *dx, bf16 *copy, const float *dy, const float *x,
+                                                                              const float *gain, const float *inv_rms, int64_t c,
+                                                                              float eps, int accumulate) {
+    __shared__ double scratch[WARP];
+    int64_t first = (int64_t)blockIdx.x * c;
+    double along = 0.0, squares = 0.0;
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+        double wide = x[first + i];
+        along += (double)dy[first + i] * gain[i] * wide;
+        squares += wide * wide;
+    }
+    along = block_sum(along, scratch);
+    float inverse = inv_rms != NULL ? inv_rms[blockIdx.x] : inverse_rms(block_sum(squares, scratch), c, eps);
+    float part = (float)(along / (double)c) * inverse * inverse;
+    for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+        float d = inverse * (dy[first + i] * gain[i] - x[first + i] * part);
+        float sum = accumulate ? dx[first + i] + d : d;
+        dx[first + i] = sum;
+        if (copy != NULL) { copy[first + i] = __float2bfloat16_rn(sum); }
+    }
+}
+
+static void launch_backward(float *dx, bf16 *copy, const float *dy, const float *x, const float *gain, const float *inv_rms, int64_t t,
+                            int64_t c, float eps, int accumulate) {
+    int64_t threads = (c + WARP - 1) / WARP * WARP;
+    ql_cuda_launch(rmsnorm_backward_kernel, dim3((unsigned)t), dim3((unsigned)(threads < 512 ? threads : 512)), 0, true, dx, copy, dy, x,
+                   gain, inv_rms, c, eps, accumulate);
+}
+
+extern "C" void ql_rmsnorm_backward_cuda(float *dx, const float *dy, const float *x, const float *gain, const float *inv_rms, int64_t t,
+                                         int64_t c, int accumulate) {
+    launch_backward(dx, NULL, dy, x, gain, inv_rms, t, c, 0.0f, accumulate);
+}
+
+extern "C" void ql_rmsnorm_fused_backward_cuda(float *dx, void *copy, const float *dy, const float *x, const float *gain, int64_t t,
+                                               int64_t c, float eps) {
+    launch_backward(dx, (bf16 *)copy, dy, x, gain, NULL, t, c, eps, 1);
 }

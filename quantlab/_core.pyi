@@ -358,6 +358,25 @@ class Trainer:
         /,
     ) -> float: ...
     # what a pass over t tokens works in; the trainer keeps the most that it needed
+    # On a device the parameters, gradients and moments live there: write brings the host's, read fetches them. On the CPU
+    # both do nothing.
+    def write(self, mean: F32, square: F32, /) -> None: ...
+    def read(self, mean: F32, square: F32, /) -> None: ...
+    def zero(self) -> None: ...  # the gradients
+    # a step of AdamW on the parameters, as adamw; returns the norm of the gradients
+    def step(
+        self,
+        mean: F32,  # (floats,)
+        square: F32,  # (floats,)
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: int,  # from 1
+        max_norm: float,  # 0: gradients are not cut
+        /,
+    ) -> float: ...
     def activation_bytes(self, t: int, recompute: Literal["none", "selective", "full"], /) -> int: ...
 
 class Generation:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from quantlab import _core
+from quantlab import _core, cuda
 from quantlab.checkpoints import RunFolder, TrainingState, load_state
 from quantlab.classify import LlamaForSequenceClassification, Texts
 from quantlab.config import LoraConfig
+from quantlab.cuda import device_number
 from quantlab.examples import Data, Examples, prepare_examples
 from quantlab.llama import BATCH_TOKENS, Llama
 from quantlab.llama_config import layer_modules
@@ -50,7 +51,8 @@ def finetune(
     labels: Sequence[int] | None = None,
     eval_labels: Sequence[int] | None = None,
 ) -> Model:
-    """Trains a LoRA adapter and returns the model with it: its weights are `model`'s, shared, of any format.
+    """Trains a LoRA adapter and returns the model with it: its weights are `model`'s, shared, of any format. It trains
+    where the model is; on a GPU activations are bfloat16, parameters, gradients and sums float32.
 
     lora: a LoraConfig, or an Adapter, of which a copy is trained on. data, eval_data: texts, rows of token ids,
     conversations, or the path of a JSON-lines file (`quantlab.examples.prepare_examples`); for a classifier texts or
@@ -68,9 +70,9 @@ def finetune(
     config = training or TrainingConfig()
     if model.adapter is not None:
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
-    if model.device != "cpu":
-        raise ValueError(f"model: it is on {model.device}, fine-tuning runs on the CPU: use model.to('cpu')")
     is_classifier = isinstance(model, LlamaForSequenceClassification)
+    if is_classifier and model.device != "cpu":
+        raise ValueError(f"model: it is on {model.device}, a classifier is trained on the CPU: use model.to('cpu')")
     adapter = lora.copy() if isinstance(lora, Adapter) else Adapter.fresh(lora, model, config.seed, is_classifier)
     tuned = model.with_adapter(adapter)
     run = TrainingRun(tuned, _task(tuned, data, labels, config, "data"), config)
@@ -180,6 +182,7 @@ class TrainingRun:
         self.state = TrainingState(model.adapter)
         self.batches = Batches([len(row) for row in task.rows], config)
         self.gradients = np.zeros_like(model.adapter.parameters)
+        self.device = device_number(model.device)  # -1: the CPU
         self.trainer = task.trainer(self.gradients, model.adapter.config.lora_dropout, config.seed)
         self.policy = self._choose_policy()
         self.folder = RunFolder(config.output_dir, self._settings()) if config.output_dir is not None else None
@@ -193,6 +196,9 @@ class TrainingRun:
                 self.folder.load(config.resume_from_checkpoint, state)
             else:
                 load_state(Path(config.resume_from_checkpoint), self._settings(), state)
+        self.trainer.write(state.mean, state.square)
+        if self.device >= 0:
+            cuda.reset_peak(self.device)
         self._evaluate()
         if self.folder is not None:
             self.folder.begin(state)
@@ -208,17 +214,23 @@ class TrainingRun:
                     self._after_step(logged, send)
             except BaseException:  # Ctrl-C too
                 if self.folder is not None and state.step > started:
-                    self.folder.save(state)
+                    self._save()
                 raise
+        self.trainer.read(state.mean, state.square)
         if self.folder is not None:
             self.model.save_adapter(self.folder.path)
+
+    def _save(self) -> None:
+        """A checkpoint of the last finished step."""
+        self.trainer.read(self.state.mean, self.state.square)
+        self.folder.save(self.state)
 
     def _step(self) -> str:
         """One step, in the log where an entry is due; returns what the progress bar says of it."""
         state = self.state
         number, batches = state.step + 1, self.batches.step(state.step)
         count = sum(self.task.counts[row] for _, rows in batches for row in rows)
-        self.gradients.fill(0.0)
+        self.trainer.zero()
         total = 0.0
         for call, rows in batches:
             total += self.task.accumulate(self.trainer, rows, 1.0 / count, call, self.policy)
@@ -232,9 +244,9 @@ class TrainingRun:
         """The parameters, the step's number and the log: all of them or none."""
         config, state = self.config, self.state
         rate = config.rate(state.step, self.batches.steps)
-        norm = _core.adamw(
-            state.adapter.parameters, state.mean, state.square, self.gradients, rate, config.adam_beta1,
-            config.adam_beta2, config.adam_epsilon, config.weight_decay, number, config.max_grad_norm,
+        norm = self.trainer.step(
+            state.mean, state.square, rate, config.adam_beta1, config.adam_beta2, config.adam_epsilon,
+            config.weight_decay, number, config.max_grad_norm,
         )  # fmt: skip
         if not math.isfinite(norm):  # then nothing was changed
             raise self._not_finite(number, "norm of the gradients", norm)
@@ -249,7 +261,7 @@ class TrainingRun:
         loss, speed = float(np.mean(state.losses)), self._window[1] / (now - self._window[0])
         if state.step == self.batches.steps or state.step % self.config.logging_steps == 0:
             values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": self._window[1]}
-            self._log({**values, "tokens_per_second": speed, "peak_memory_bytes": peak_bytes()})
+            self._log({**values, "tokens_per_second": speed, "peak_memory_bytes": peak_bytes(self.device)})
             state.losses.clear()
             self._window = (now, 0)
         return f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tok/s"
@@ -270,7 +282,7 @@ class TrainingRun:
                 send({"name": "training", **entry})
         due = config.save_steps is not None and (step == self.batches.steps or step % config.save_steps == 0)
         if self.folder is not None and due:
-            self.folder.save(self.state)
+            self._save()
 
     def _evaluate(self) -> None:
         """The held-out loss in the log, where it is due and was not taken before the run was interrupted."""
@@ -306,7 +318,7 @@ class TrainingRun:
         tokens = sum(units[: self.config.per_device_train_batch_size])
         if self.config.gradient_checkpointing != "auto":
             return self.config.gradient_checkpointing
-        free = free_bytes() * FREE_SHARE
+        free = free_bytes(self.device) * FREE_SHARE
         needed = {policy: self.trainer.activation_bytes(tokens, policy) for policy in POLICIES}
         fitting = [policy for policy in POLICIES if needed[policy] <= free]
         if not fitting:
@@ -334,13 +346,19 @@ def uninterrupted() -> Iterator[None]:
         handler(*heard[0])
 
 
-def peak_bytes() -> int:
-    """The most memory that this process ever had in use."""
+def peak_bytes(device: int = -1) -> int:
+    """The most memory that this process ever had in use; on a device, since the run began."""
+    if device >= 0:
+        return cuda.memory(device)["peak"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def free_bytes() -> int:
-    """Memory that this process may still take: the machine's that is available, or what its control group leaves."""
+def free_bytes(device: int = -1) -> int:
+    """Memory that this process may still take: of a device, with what its pool holds unused; the machine's that is
+    available, or what its control group leaves."""
+    if device >= 0:
+        memory = cuda.memory(device)
+        return memory["free"] + memory["held"] - memory["current"]
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")

@@ -34,14 +34,16 @@ typedef struct {
     int64_t max_queries, max_keys; /* at least the most tokens and the most keys of a sequence */
 } ql_llama_batch;
 
-/* keys and values of every layer, in elements of the backend's kv_bytes */
+/* keys and values of every layer, in elements of ql_llama_kv_bytes */
 typedef struct {
     void *k, *v; /* (layers, rows, hkv, d) */
     int64_t rows;
 } ql_kv_cache;
 
-/* A backend with all the fused ops runs them, on keys and values in its own type, and no adapters. */
-int ql_llama_fused(const ql_backend *backend);
+/* A backend with all the fused ops runs them, on keys and values in its own type; a model with an adapter does without. */
+int ql_llama_fused(const ql_llama *model, const ql_backend *backend);
+/* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
+int64_t ql_llama_kv_bytes(const ql_llama *model, const ql_backend *backend);
 
 /* floats of workspace that a forward pass over t tokens needs, zero at first where t <= QL_GEMV_ROWS */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t);
@@ -82,7 +84,7 @@ typedef struct {
 } ql_llama_training;
 
 /* floats of workspace; model, batch.t, positions, count, head, dropout and recompute count */
-int64_t ql_llama_training_workspace(const ql_llama_training *call);
+int64_t ql_llama_training_workspace(const ql_llama_training *call, const ql_backend *backend);
 
 /* losses (count,) of the kept tokens; their gradient is added to gradients and head_gradient. The same bits for each
  * ql_recompute. QL_EINTERRUPT where the user stopped it: then a part of it was added. */

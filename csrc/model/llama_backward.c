@@ -1,47 +1,22 @@
 /* llama_backward.c: the gradient of an adapter over the table of ops: a forward pass that keeps what the way back reads, the
  * losses by chunks of rows, and the layers in reverse. The model's own matrices are frozen. */
-#include "llama.h"
+#include "training_pass.h"
 #include "workspace.h"
 
 #include <math.h> /* sqrtf */
 
 enum { LOSS_ROWS = 256 }; /* rows of logits held at once */
 
-/* what a layer's backward pass reads */
-typedef struct {
-    float *x;                /* (t, c) the layer's input */
-    float *q, *k, *v;        /* (t, hq d) (t, hkv d) (t, hkv d), rotated */
-    float *a, *lse;          /* (t, hq d) (t, hq) attention */
-    float *x2;               /* (t, c) residual stream between the blocks */
-    float *gate, *up;        /* (t, f); gradients take their place */
-    float *inv_rms, *inv_rms2; /* (t,) */
-    float *u[QL_SLOTS];      /* (t, rank) of the adapters */
-    float *h, *h2, *act;     /* (t, c) (t, c) (t, f) inputs of q k v, of gate up, of down: remade where they are not kept */
-} activations;
-
-typedef struct {
-    const ql_llama_training *call;
-    const ql_llama *m;
-    const ql_backend *be;
-    int64_t t;
-    int64_t first;              /* layers before it have no adapter: no backward pass */
-    int adapted[QL_SLOTS];      /* whether any layer has an adapter there */
-    float *layers, *shared;     /* activations of each layer from `first` on, and those that use the same memory */
-    int64_t layer_floats;
-    float *last;                /* (t, c) residual stream after the last layer */
-    float *minus_sin;           /* (positions, d / 2) */
-    float *dx, *dh;             /* (t, c) gradients of the residual stream, of a block's normed input */
-    float *dact;                /* (t, f) */
-    float *da, *dq, *dk, *dv;   /* (t, hq d) (t, hq d) (t, hkv d) (t, hkv d) */
-    float *du;                  /* (t, rank) */
-    float *dropped;             /* (t, widest input of an adapter), with dropout */
-    float *rows, *hidden, *inv; /* (chunk, c) (chunk, c) (chunk,) of the kept tokens */
-    float *logits;              /* (chunk, classes) */
-} pass;
+typedef ql_activations_kept activations;
+typedef ql_training_pass pass;
 
 /* ---- memory --------------------------------------------------------------------------------------------------------- */
 
-static int has_adapter(const ql_llama_layer *layer, int slot) { return layer->lora != NULL && layer->lora[slot].r > 0; }
+/* `count` activations */
+static void *take_activations(const pass *p, ql_workspace *w, int64_t count) {
+    int64_t bytes = count * (p->fused ? p->be->kv_bytes : (int64_t)sizeof(float));
+    return ql_take(w, (bytes + (int64_t)sizeof(float) - 1) / (int64_t)sizeof(float));
+}
 
 /* `own` is the layer's, `shared` that of all */
 static void cut_layer(activations *s, const pass *p, ql_workspace *own, ql_workspace *shared) {
@@ -51,14 +26,14 @@ static void cut_layer(activations *s, const pass *p, ql_workspace *own, ql_works
     int remakes = p->call->recompute != QL_RECOMPUTE_NONE;
     ql_workspace *most = p->call->recompute == QL_RECOMPUTE_FULL ? shared : own;
     s->x = ql_take(own, t * m->c);
-    s->q = ql_take(most, t * m->hq * m->d);
-    s->k = ql_take(most, t * m->hkv * m->d);
-    s->v = ql_take(most, t * m->hkv * m->d);
-    s->a = ql_take(most, t * m->hq * m->d);
+    s->q = take_activations(p, most, t * m->hq * m->d);
+    s->k = take_activations(p, most, t * m->hkv * m->d);
+    s->v = take_activations(p, most, t * m->hkv * m->d);
+    s->a = take_activations(p, most, t * m->hq * m->d);
     s->lse = ql_take(most, t * m->hq);
     s->x2 = ql_take(most, t * m->c);
-    s->gate = ql_take(most, t * m->f);
-    s->up = ql_take(most, t * m->f);
+    s->gate = take_activations(p, most, t * m->f);
+    s->up = take_activations(p, most, t * m->f);
     s->inv_rms = ql_take(most, t);
     s->inv_rms2 = ql_take(most, t);
     for (int slot = 0; slot < QL_SLOTS; slot++) { /* a layer that is made again ends before its down product */
@@ -66,9 +41,9 @@ static void cut_layer(activations *s, const pass *p, ql_workspace *own, ql_works
     }
     int reads_h = adapted[QL_SLOT_Q] || adapted[QL_SLOT_K] || adapted[QL_SLOT_V];
     int reads_h2 = adapted[QL_SLOT_GATE] || adapted[QL_SLOT_UP];
-    s->h = ql_take(remakes || !reads_h ? shared : own, t * m->c);
-    s->h2 = ql_take(remakes || !reads_h2 ? shared : own, t * m->c);
-    s->act = ql_take(remakes || !adapted[QL_SLOT_DOWN] ? shared : own, t * m->f);
+    s->h = take_activations(p, remakes || !reads_h ? shared : own, t * m->c);
+    s->h2 = take_activations(p, remakes || !reads_h2 ? shared : own, t * m->c);
+    s->act = take_activations(p, remakes || !adapted[QL_SLOT_DOWN] ? shared : own, t * m->f);
 }
 
 /* of layer i; those before `first` all work in the memory of `first`, which they leave before it begins */
@@ -101,24 +76,25 @@ static void cut(pass *p, ql_workspace *w) {
     p->minus_sin = ql_take(w, p->call->positions * (m->d / 2));
     p->dx = ql_take(w, t * m->c);
     p->dh = ql_take(w, t * m->c);
-    p->dact = ql_take(w, t * m->f);
-    p->da = ql_take(w, t * m->hq * m->d);
-    p->dq = ql_take(w, t * m->hq * m->d);
-    p->dk = ql_take(w, t * m->hkv * m->d);
-    p->dv = ql_take(w, t * m->hkv * m->d);
+    p->dx_own = take_activations(p, w, p->fused ? t * m->c : 0);
+    p->dact = take_activations(p, w, t * m->f);
+    p->da = take_activations(p, w, t * m->hq * m->d);
+    p->dq = take_activations(p, w, t * m->hq * m->d);
+    p->dk = take_activations(p, w, t * m->hkv * m->d);
+    p->dv = take_activations(p, w, t * m->hkv * m->d);
     p->du = ql_take(w, t * m->rank);
-    p->dropped = ql_take(w, p->call->dropout > 0.0f ? t * widest_input(p) : 0);
+    p->dropped = ql_take(w, p->call->dropout > 0.0f && !p->fused ? t * widest_input(p) : 0);
     p->rows = ql_take(w, chunk * m->c);
     p->hidden = ql_take(w, chunk * m->c);
     p->inv = ql_take(w, chunk);
     p->logits = ql_take(w, chunk * p->call->head->n);
 }
 
-static pass begin(const ql_llama_training *call, float *memory, int64_t *floats) {
-    pass p = {.call = call, .m = call->model, .t = call->batch.t, .first = call->model->layers};
+static pass begin(const ql_llama_training *call, float *memory, int64_t *floats, const ql_backend *be) {
+    pass p = {.call = call, .m = call->model, .be = be, .fused = ql_training_fused(be), .t = call->batch.t, .first = call->model->layers};
     for (int64_t i = p.m->layers - 1; i >= 0; i--) {
         for (int slot = 0; slot < QL_SLOTS; slot++) {
-            if (has_adapter(&p.m->layer[i], slot)) { p.adapted[slot] = 1, p.first = i; }
+            if (ql_has_adapter(&p.m->layer[i], slot)) { p.adapted[slot] = 1, p.first = i; }
         }
     }
     ql_workspace w = {memory, 0};
@@ -127,18 +103,16 @@ static pass begin(const ql_llama_training *call, float *memory, int64_t *floats)
     return p;
 }
 
-int64_t ql_llama_training_workspace(const ql_llama_training *call) {
+int64_t ql_llama_training_workspace(const ql_llama_training *call, const ql_backend *be) {
     int64_t floats;
-    begin(call, NULL, &floats);
+    begin(call, NULL, &floats, be);
     return floats;
 }
 
 /* ---- forward -------------------------------------------------------------------------------------------------------- */
 
-/* masks are numbered, so that the way back draws those of the forward pass again */
 static ql_lora_dropout dropout_of(const pass *p, int64_t i, int slot) {
-    const ql_llama_training *call = p->call;
-    return (ql_lora_dropout){call->dropout, call->seed, (call->call * p->m->layers + i) * QL_SLOTS + slot, p->dropped};
+    return (ql_lora_dropout){p->call->dropout, p->call->seed, ql_mask_stream(p, i, slot), p->dropped};
 }
 
 static void product(const pass *p, int64_t i, int slot, float *y, const float *x, const activations *s) {
@@ -146,12 +120,16 @@ static void product(const pass *p, int64_t i, int slot, float *y, const float *x
     ql_llama_product(y, s->u[slot], x, &p->m->layer[i], slot, &dropout, p->t, 0, p->be);
 }
 
-/* Up to the input of the down product, and on to out (t, c), the next layer's input, where it is not NULL. out may be x. */
+/* as ql_fused_layer_forward */
 static void layer_forward(const pass *p, int64_t i, const activations *s, float *out) {
     const ql_llama *m = p->m;
     const ql_llama_batch *batch = &p->call->batch;
     const ql_backend *be = p->be;
     int64_t t = p->t;
+    if (p->fused) {
+        ql_fused_layer_forward(p, i, s, out);
+        return;
+    }
     be->rmsnorm_forward(s->h, s->inv_rms, s->x, m->layer[i].input_norm, t, m->c, m->eps);
     product(p, i, QL_SLOT_Q, s->q, s->h, s);
     product(p, i, QL_SLOT_K, s->k, s->h, s);
@@ -222,7 +200,7 @@ static void product_backward(const pass *p, int64_t i, int slot, float *dx, cons
     const ql_llama_layer *layer = &p->m->layer[i];
     const ql_weight *w = layer->matrix[slot];
     if (dx != NULL) { p->be->linear_backward_input[w->format](dx, dy, w, p->t, accumulate); }
-    if (!has_adapter(layer, slot)) { return; }
+    if (!ql_has_adapter(layer, slot)) { return; }
     ql_lora_dropout dropout = dropout_of(p, i, slot);
     ql_lora_backward(dx, p->call->gradients, dy, x, s->u[slot], &layer->lora[slot], &dropout, p->du, p->t, p->be);
 }
@@ -236,13 +214,17 @@ static void remake(const pass *p, int64_t i, const activations *s) {
         layer_forward(p, i, s, NULL);
         return;
     }
-    if (has_adapter(layer, QL_SLOT_Q) || has_adapter(layer, QL_SLOT_K) || has_adapter(layer, QL_SLOT_V)) {
+    if (p->fused) {
+        ql_fused_inputs(p, i, s);
+        return;
+    }
+    if (ql_has_adapter(layer, QL_SLOT_Q) || ql_has_adapter(layer, QL_SLOT_K) || ql_has_adapter(layer, QL_SLOT_V)) {
         p->be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, p->t, m->c, m->eps);
     }
-    if (has_adapter(layer, QL_SLOT_GATE) || has_adapter(layer, QL_SLOT_UP)) {
+    if (ql_has_adapter(layer, QL_SLOT_GATE) || ql_has_adapter(layer, QL_SLOT_UP)) {
         p->be->rmsnorm_forward(s->h2, NULL, s->x2, layer->post_norm, p->t, m->c, m->eps);
     }
-    if (has_adapter(layer, QL_SLOT_DOWN)) { p->be->swiglu_forward(s->act, s->gate, s->up, p->t * m->f); }
+    if (ql_has_adapter(layer, QL_SLOT_DOWN)) { p->be->swiglu_forward(s->act, s->gate, s->up, p->t * m->f); }
 }
 
 static void mlp_backward(const pass *p, int64_t i, const activations *s) {
@@ -274,11 +256,16 @@ static ql_status backward(const pass *p) {
     size_t table_floats = (size_t)(p->call->positions * (p->m->d / 2));
     ql_status status = p->be->copy(p->minus_sin, p->call->batch.sin, table_floats * sizeof(float));
     p->be->scale_forward(p->minus_sin, -1.0f, (int64_t)table_floats); /* the inverse rotation */
+    if (p->fused) { p->be->round_forward(p->dx_own, p->dx, p->t * p->m->c); }
     for (int64_t i = p->m->layers - 1; i >= p->first && status == QL_OK; i--) {
         activations s = layer_activations(p, i);
         remake(p, i, &s);
-        mlp_backward(p, i, &s);
-        attention_backward(p, i, &s);
+        if (p->fused) {
+            ql_fused_layer_backward(p, i, &s);
+        } else {
+            mlp_backward(p, i, &s);
+            attention_backward(p, i, &s);
+        }
         if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }
     }
     return status;
@@ -286,8 +273,7 @@ static ql_status backward(const pass *p) {
 
 ql_status ql_llama_accumulate(float *losses, const ql_llama_training *call, float *workspace, const ql_backend *be) {
     int64_t floats;
-    pass p = begin(call, workspace, &floats);
-    p.be = be;
+    pass p = begin(call, workspace, &floats, be);
     ql_status status = forward(&p);
     if (status == QL_OK) { status = all_losses(&p, losses); }
     return status == QL_OK ? backward(&p) : status;

@@ -49,9 +49,13 @@ void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch) {
     }
 }
 
-int ql_llama_fused(const ql_backend *be) {
-    return be->qkv_forward != NULL && be->attention_fused_forward != NULL && be->gate_up_forward != NULL &&
+int ql_llama_fused(const ql_llama *m, const ql_backend *be) {
+    return m->rank == 0 && be->qkv_forward != NULL && be->attention_fused_forward != NULL && be->gate_up_forward != NULL &&
            be->linear_residual_forward != NULL;
+}
+
+int64_t ql_llama_kv_bytes(const ql_llama *m, const ql_backend *be) {
+    return ql_llama_fused(m, be) ? be->kv_bytes : (int64_t)sizeof(float);
 }
 
 void ql_llama_product(float *y, float *u, const float *x, const ql_llama_layer *layer, int slot, const ql_lora_dropout *dropout,
@@ -103,7 +107,7 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
     be->qkv_forward(s->q, k, v, s->x, layer->input_norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], batch->cos, batch->sin,
                     batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d, m->eps);
-    be->attention_fused_forward(s->a, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
+    be->attention_fused_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
                                 m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
     be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], t);
     be->gate_up_forward(s->gate, s->x, layer->post_norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], t, m->eps);
@@ -112,10 +116,10 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
 
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *be) {
-    int fused = ql_llama_fused(be);
+    int fused = ql_llama_fused(m, be);
     ql_workspace memory = {workspace, 0};
     buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &memory);
-    int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * be->kv_bytes : 0;
+    int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(m, be) : 0;
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
     for (int64_t i = 0; i < m->layers; i++) {
         void *cache_k = cache != NULL ? (char *)cache->k + i * layer_bytes : NULL;

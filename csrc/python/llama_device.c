@@ -21,6 +21,7 @@ ql_status ql_llama_place(LlamaObject *self) {
     ql_status status = self->be->begin(self->be->device);
     if (status != QL_OK) { return status; }
     status = place_gains(self);
+    if (status == QL_OK) { status = ql_adapter_place(self); }
     for (int64_t i = 0; i < self->matrices && status == QL_OK && !ql_call_stopped(); i++) {
         ql_llama_matrix *matrix = &self->matrix[i];
         matrix->placed = ql_place(matrix->object, self->be);
@@ -42,7 +43,8 @@ void ql_llama_unplace(LlamaObject *self) {
         self->matrix[i].placed = NULL;
     }
     self->be->release(self->gains);
-    self->gains = NULL;
+    self->be->release(self->adapter_memory);
+    self->gains = self->adapter_memory = NULL;
     (void)self->be->end();
 }
 

@@ -25,6 +25,7 @@ typedef struct {
     float *gains; /* of all norms, on the device */
     PyObject *adapter; /* NULL: none */
     ql_lora *lora;     /* (layers, QL_SLOTS) of the adapter */
+    float *adapter_memory; /* its parameters on the device */
 } LlamaObject;
 
 static inline const ql_backend *ql_llama_backend(const LlamaObject *self) { return self->be != NULL ? self->be : ql_cpu(); }
@@ -68,6 +69,7 @@ typedef struct {
 } AdapterObject;
 
 int ql_adapter_attach(LlamaObject *self, PyObject *adapter); /* 0 with an error */
+ql_status ql_adapter_place(LlamaObject *self);               /* the parameters go to self->be; without the GIL */
 
 /* py_llama.c: parses and checks (with the GIL). o: input_ids, positions, q_start, kv_start, kv_len; cache_rows < 0: none.
  * rows is made with PyMem_RawMalloc: the caller frees it. 0 with an error. */

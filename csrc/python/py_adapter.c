@@ -93,6 +93,19 @@ int ql_adapter_attach(LlamaObject *self, PyObject *object) {
     return 1;
 }
 
+ql_status ql_adapter_place(LlamaObject *self) {
+    if (self->adapter == NULL) { return QL_OK; }
+    PyArrayObject *parameters = ((AdapterObject *)self->adapter)->parameters;
+    size_t bytes = (size_t)ql_dim(parameters, 0) * sizeof(float);
+    ql_status status = self->be->alloc((void **)&self->adapter_memory, bytes);
+    if (status == QL_OK) { status = self->be->upload(self->adapter_memory, ql_data(parameters), bytes); }
+    for (int64_t i = 0; i < self->model.layers * QL_SLOTS; i++) {
+        self->lora[i].a.codes = self->adapter_memory + self->lora[i].a_at;
+        self->lora[i].b.codes = self->adapter_memory + self->lora[i].b_at;
+    }
+    return status;
+}
+
 static PyType_Slot slots[] = {
     {Py_tp_doc, "Adapter(parameters (floats,), layout (parts, 5): layer, slot, rank, where A (r, k) and B (n, r) begin, "
                 "scales (parts,))"},

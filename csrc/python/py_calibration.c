@@ -113,7 +113,7 @@ static PyObject *device_attention(PyObject *self, PyObject *arguments) {
     BEGIN(be, qkv_forward)
     be->qkv_forward(q->memory, k->memory, v->memory, a.x->memory, a.gain->memory, &a.q->weight, &a.k->weight, &a.v->weight,
                     a.cos->memory, a.sin->memory, a.positions->memory, NULL, t, a.hq, a.hkv, a.d, a.eps);
-    be->attention_fused_forward(out->memory, q->memory, k->memory, v->memory, a.q_start->memory, a.kv_start->memory,
+    be->attention_fused_forward(out->memory, NULL, q->memory, k->memory, v->memory, a.q_start->memory, a.kv_start->memory,
                                 a.kv_len->memory, t, b, a.hq, a.hkv, a.d, a.longest, a.longest, 1.0f / sqrtf((float)a.d));
     END
     Py_DECREF(q), Py_DECREF(k), Py_DECREF(v);

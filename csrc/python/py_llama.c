@@ -107,10 +107,6 @@ static PyObject *llama_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     self->vocabulary = table->n;
     self->parts = PyTuple_Pack(3, embed, norm, layers);
     if (self->parts == NULL || !list_matrices(self, embed, layers)) { return Py_DECREF(self), NULL; }
-    if (adapter != Py_None && device >= 0) {
-        Py_DECREF(self);
-        return PyErr_Format(PyExc_ValueError, "adapter: a model on a device takes none: merge it into the weights first");
-    }
     if (adapter != Py_None && !ql_adapter_attach(self, adapter)) { return Py_DECREF(self), NULL; }
     if (device >= 0 && ((self->be = ql_device_arg(device)) == NULL || !place(self))) { return Py_DECREF(self), NULL; }
     return (PyObject *)self;

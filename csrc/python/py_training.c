@@ -1,11 +1,19 @@
-/* py_training.c: _core.Trainer: the gradient of a model's adapter, pass by pass, in memory that it keeps. */
+/* py_training.c: _core.Trainer: the gradient of a model's adapter, pass by pass, in memory that it keeps, and steps of AdamW.
+ * Where the model is on a device, the parameters, their gradients and AdamW's moments are there too, and the arrays of the
+ * caller hold what `read` brought last. */
 #include "llama_object.h"
+
+#include <math.h> /* sqrt */
+
+enum { GRADIENTS, MEAN, SQUARE, STATES }; /* vectors as long as the parameters */
 
 typedef struct {
     PyObject_HEAD
     LlamaObject *llama;
     WeightObject *head;       /* NULL: it has none */
+    ql_placed *placed_head;   /* NULL on the CPU */
     PyArrayObject *gradients; /* float32 (floats,) like the adapter's parameters, of the caller */
+    float *on_device[STATES]; /* NULL on the CPU */
     float dropout;
     uint64_t seed;
     float *workspace;
@@ -14,6 +22,22 @@ typedef struct {
 } TrainerObject;
 
 static const char *const recompute_names[] = {"none", "selective", "full"};
+
+static size_t state_bytes(const TrainerObject *self) { return ql_nbytes(self->gradients); }
+
+/* what the passes and steps of a model on a device need there */
+static ql_status place(TrainerObject *self) {
+    const ql_backend *be = self->llama->be;
+    ql_status status = be->begin(be->device);
+    if (status != QL_OK) { return status; }
+    for (int i = 0; i < STATES && status == QL_OK; i++) {
+        status = be->alloc((void **)&self->on_device[i], state_bytes(self));
+        if (status == QL_OK) { status = be->fill(self->on_device[i], 0, state_bytes(self)); }
+    }
+    if (status == QL_OK && self->head != NULL && (self->placed_head = ql_place(self->head, be)) == NULL) { status = QL_ECUDA; }
+    ql_status first = be->end();
+    return first != QL_OK ? first : status;
+}
 
 static PyObject *trainer_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"llama", "head", "gradients", "dropout", "seed", NULL};
@@ -42,12 +66,31 @@ static PyObject *trainer_new(PyTypeObject *type, PyObject *arguments, PyObject *
     self->head = head == Py_None ? NULL : (WeightObject *)Py_NewRef(head);
     self->gradients = (PyArrayObject *)Py_NewRef(gradients_object);
     self->dropout = dropout, self->seed = seed;
+    if (self->llama->be == NULL) { return (PyObject *)self; }
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    status = place(self);
+    QL_CALL_END(stopped)
+    if (stopped || status != QL_OK) { return Py_DECREF(self), ql_raise(stopped ? QL_EINTERRUPT : status); }
     return (PyObject *)self;
+}
+
+/* the memory of the backend */
+static void release(TrainerObject *self) {
+    const ql_backend *be = ql_llama_backend(self->llama);
+    if (be->begin(be->device) != QL_OK) { return; }
+    be->release(self->workspace);
+    for (int i = 0; i < STATES; i++) { be->release(self->on_device[i]); }
+    if (self->placed_head != NULL) { ql_unplace(self->head, self->placed_head); }
+    (void)be->end();
 }
 
 static void trainer_dealloc(TrainerObject *self) {
     PyTypeObject *type = Py_TYPE(self);
-    if (self->workspace != NULL) { ql_llama_backend(self->llama)->release(self->workspace); }
+    Py_BEGIN_ALLOW_THREADS
+    release(self);
+    Py_END_ALLOW_THREADS
     Py_XDECREF(self->llama);
     Py_XDECREF(self->head);
     Py_XDECREF(self->gradients);
@@ -113,7 +156,7 @@ static int check_number(long long number) {
 static int pass_args(training_pass *pass, TrainerObject *self, PyObject *const o[7], const char *recompute) {
     ql_llama_training *call = &pass->call;
     call->model = &self->llama->model;
-    call->gradients = ql_data(self->gradients);
+    call->gradients = self->llama->be != NULL ? self->on_device[GRADIENTS] : ql_data(self->gradients);
     call->dropout = self->dropout, call->seed = self->seed;
     return recompute_arg(&call->recompute, recompute) &&
            ql_rope_arg(&call->batch.cos, &call->batch.sin, &call->positions, o[5], o[6], call->model->d) &&
@@ -122,17 +165,37 @@ static int pass_args(training_pass *pass, TrainerObject *self, PyObject *const o
 
 /* ---- passes --------------------------------------------------------------------------------------------------------- */
 
+static ql_status grow_workspace(TrainerObject *self, int64_t floats, const ql_backend *be) {
+    if (floats <= self->floats) { return QL_OK; }
+    be->release(self->workspace);
+    self->workspace = NULL, self->floats = 0;
+    ql_status status = be->alloc((void **)&self->workspace, (size_t)floats * sizeof(float));
+    if (status == QL_OK) { self->floats = floats; }
+    return status;
+}
+
 static ql_status run(TrainerObject *self, training_pass *pass) {
     const ql_backend *be = ql_llama_backend(self->llama);
-    int64_t floats = ql_llama_training_workspace(&pass->call);
-    ql_status status = QL_OK;
-    if (floats > self->floats) {
-        be->release(self->workspace);
-        self->workspace = NULL, self->floats = 0;
-        status = be->alloc((void **)&self->workspace, (size_t)floats * sizeof(float));
-        if (status == QL_OK) { self->floats = floats; }
+    ql_llama_training call = pass->call;
+    ql_bundle arrays = {.count = 0}, extra = {.count = 0};
+    size_t items = (size_t)call.count;
+    ql_status status = be->begin(be->device);
+    if (status != QL_OK) { return status; }
+    int kept = ql_bundle_add(&extra, pass->kept, items * sizeof *pass->kept);
+    int targets = ql_bundle_add(&extra, pass->targets, items * sizeof *pass->targets);
+    int losses = ql_bundle_add(&extra, NULL, items * sizeof *pass->losses);
+    status = ql_batch_upload(&call.batch, &arrays, &pass->call.batch, call.positions, call.model->d, be);
+    if (status == QL_OK) { status = ql_bundle_upload(&extra, be); }
+    if (status == QL_OK) { status = grow_workspace(self, ql_llama_training_workspace(&call, be), be); }
+    if (status == QL_OK) {
+        call.kept = ql_bundle_at(&extra, kept), call.targets = ql_bundle_at(&extra, targets);
+        status = ql_llama_accumulate(ql_bundle_at(&extra, losses), &call, self->workspace, be);
     }
-    return status == QL_OK ? ql_llama_accumulate(pass->losses, &pass->call, self->workspace, be) : status;
+    if (status == QL_OK) { status = be->download(pass->losses, ql_bundle_at(&extra, losses), items * sizeof *pass->losses); }
+    be->release(arrays.memory);
+    be->release(extra.memory);
+    ql_status first = be->end();
+    return first != QL_OK ? first : status;
 }
 
 /* the sum of the losses, in one order */
@@ -164,7 +227,7 @@ static PyObject *trainer_accumulate(PyObject *object, PyObject *arguments) {
         return NULL;
     }
     if (self->head == NULL) { return PyErr_Format(PyExc_ValueError, "head: this trainer was made without one"); }
-    const ql_weight *head = &self->head->weight;
+    const ql_weight *head = self->placed_head != NULL ? &self->placed_head->weight : &self->head->weight;
     PyArrayObject *targets = ql_array(targets_object, "targets", NPY_INT32, 1);
     if (targets == NULL || !check_number(number)) { return NULL; }
     pass.call.head = head, pass.call.factor = factor, pass.call.call = number;
@@ -211,6 +274,7 @@ static PyObject *trainer_accumulate_pooled(PyObject *object, PyObject *arguments
     long long number;
     ql_weight score;
     training_pass pass = {.rows = NULL};
+    if (self->llama->be != NULL) { return PyErr_Format(PyExc_ValueError, "score: a head is trained on the CPU alone"); }
     if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOfLs", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &pooled_object,
                           &labels_object, &score_object, &gradient_object, &factor, &number, &recompute) ||
         !score_args(&score, &pass.call.head_gradient, score_object, gradient_object, self->llama->model.c)) {
@@ -241,7 +305,117 @@ static PyObject *trainer_activation_bytes(PyObject *object, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "Ls", &t, &recompute) || !recompute_arg(&call.recompute, recompute)) { return NULL; }
     if (t < 0 || t > INT32_MAX) { return PyErr_Format(PyExc_ValueError, "t: got %lld, expected 0 to 2^31 - 1", t); }
     call.batch.t = call.count = call.positions = t;
-    return PyLong_FromLongLong((long long)ql_llama_training_workspace(&call) * (long long)sizeof(float));
+    return PyLong_FromLongLong((long long)ql_llama_training_workspace(&call, ql_llama_backend(self->llama)) * (long long)sizeof(float));
+}
+
+/* ---- steps ---------------------------------------------------------------------------------------------------------- */
+
+/* mean, square: like the gradients; 0 with an error */
+static int moments_arg(const TrainerObject *self, float *moments[2], PyObject *mean_object, PyObject *square_object) {
+    static const char *const names[] = {"mean", "square"};
+    PyObject *const objects[] = {mean_object, square_object};
+    for (int i = 0; i < 2; i++) {
+        PyArrayObject *array = ql_array(objects[i], names[i], NPY_FLOAT32, 1);
+        if (array == NULL || !ql_check_dim(array, names[i], 0, ql_dim(self->gradients, 0))) { return 0; }
+        if (!PyArray_ISWRITEABLE(array)) { return PyErr_Format(PyExc_ValueError, "%s: not writeable", names[i]), 0; }
+        moments[i] = ql_data(array);
+    }
+    return 1;
+}
+
+static float *host_parameters(const TrainerObject *self) { return ql_data(((AdapterObject *)self->llama->adapter)->parameters); }
+
+/* zero(): the gradients */
+static PyObject *trainer_zero(PyObject *object, PyObject *none) {
+    (void)none;
+    TrainerObject *self = (TrainerObject *)object;
+    const ql_backend *be = ql_llama_backend(self->llama);
+    ql_status status, first;
+    Py_BEGIN_ALLOW_THREADS
+    status = be->begin(be->device);
+    if (status == QL_OK) {
+        status = be->fill(self->llama->be != NULL ? self->on_device[GRADIENTS] : ql_data(self->gradients), 0, state_bytes(self));
+        first = be->end();
+        status = first != QL_OK ? first : status;
+    }
+    Py_END_ALLOW_THREADS
+    return ql_finish(Py_NewRef(Py_None), 0, status);
+}
+
+/* the vectors of the host and of the device, in one direction */
+static ql_status exchange(const TrainerObject *self, float *const moments[2], int to_host) {
+    const ql_backend *be = self->llama->be;
+    float *const host[] = {host_parameters(self), ql_data(self->gradients), moments[0], moments[1]};
+    float *const there[] = {self->llama->adapter_memory, self->on_device[GRADIENTS], self->on_device[MEAN], self->on_device[SQUARE]};
+    if (be == NULL) { return QL_OK; }
+    ql_status status = be->begin(be->device);
+    if (status != QL_OK) { return status; }
+    for (int i = 0; i < 4 && status == QL_OK; i++) {
+        status = to_host ? be->download(host[i], there[i], state_bytes(self)) : be->upload(there[i], host[i], state_bytes(self));
+    }
+    ql_status first = be->end();
+    return first != QL_OK ? first : status;
+}
+
+static PyObject *move(TrainerObject *self, PyObject *arguments, int to_host) {
+    PyObject *o[2];
+    float *moments[2];
+    ql_status status;
+    if (!PyArg_ParseTuple(arguments, "OO", &o[0], &o[1]) || !moments_arg(self, moments, o[0], o[1])) { return NULL; }
+    Py_BEGIN_ALLOW_THREADS
+    ql_call_begin(NULL); /* all or nothing */
+    status = exchange(self, moments, to_host);
+    ql_call_end();
+    Py_END_ALLOW_THREADS
+    return ql_finish(Py_NewRef(Py_None), 0, status);
+}
+
+static PyObject *trainer_read(PyObject *self, PyObject *arguments) { return move((TrainerObject *)self, arguments, 1); }
+static PyObject *trainer_write(PyObject *self, PyObject *arguments) { return move((TrainerObject *)self, arguments, 0); }
+
+/* *squares: the sum of the gradients' squares */
+static ql_status step_on(const TrainerObject *self, float *const moments[2], const ql_adamw_step *step, double *squares) {
+    const ql_backend *be = ql_llama_backend(self->llama);
+    int there = self->llama->be != NULL;
+    int64_t count = ql_dim(self->gradients, 0);
+    float *w = there ? self->llama->adapter_memory : host_parameters(self);
+    float *m = there ? self->on_device[MEAN] : moments[0], *v = there ? self->on_device[SQUARE] : moments[1];
+    const float *g = there ? self->on_device[GRADIENTS] : ql_data(self->gradients);
+    double *sum = NULL;
+    ql_status status = be->begin(be->device);
+    if (status != QL_OK) { return status; }
+    status = be->alloc((void **)&sum, sizeof *sum);
+    if (status == QL_OK) {
+        be->square_sum_forward(sum, g, count);
+        be->adamw_forward(w, m, v, g, sum, count, step);
+        status = be->download(squares, sum, sizeof *sum);
+    }
+    be->release(sum);
+    ql_status first = be->end();
+    return first != QL_OK ? first : status;
+}
+
+/* step(mean, square, lr, beta1, beta2, eps, weight_decay, step, max_norm) -> norm of the gradients */
+static PyObject *trainer_step(PyObject *object, PyObject *arguments) {
+    TrainerObject *self = (TrainerObject *)object;
+    PyObject *o[2];
+    float *moments[2];
+    ql_adamw_step step;
+    long long number;
+    double squares = 0.0;
+    ql_status status;
+    if (!PyArg_ParseTuple(arguments, "OOdddddLd", &o[0], &o[1], &step.lr, &step.beta1, &step.beta2, &step.eps, &step.weight_decay,
+                          &number, &step.max_norm) ||
+        !moments_arg(self, moments, o[0], o[1])) {
+        return NULL;
+    }
+    if (!ql_adamw_number(&step, number)) { return NULL; }
+    Py_BEGIN_ALLOW_THREADS
+    ql_call_begin(NULL); /* Ctrl-C waits: half a step would be lost */
+    status = step_on(self, moments, &step, &squares);
+    ql_call_end();
+    Py_END_ALLOW_THREADS
+    return ql_finish(PyFloat_FromDouble(sqrt(squares)), 0, status);
 }
 
 static PyMethodDef trainer_methods[] = {
@@ -251,6 +425,12 @@ static PyMethodDef trainer_methods[] = {
     {"accumulate_pooled", trainer_accumulate_pooled, METH_VARARGS,
      "accumulate_pooled(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, pooled (s,), "
      "labels (s,), score (classes, c), score_gradient (classes, c), factor, call, recompute) -> sum of the losses of the rows `pooled`"},
+    {"zero", trainer_zero, METH_NOARGS, "zero(): the gradients are 0"},
+    {"step", trainer_step, METH_VARARGS,
+     "step(mean (floats,), square (floats,), lr, beta1, beta2, eps, weight_decay, step, max_norm) -> the norm of the gradients; a "
+     "step of AdamW where the model is"},
+    {"read", trainer_read, METH_VARARGS, "read(mean, square): the adapter's parameters, the gradients and the moments from the device"},
+    {"write", trainer_write, METH_VARARGS, "write(mean, square): the same to the device"},
     {"activation_bytes", trainer_activation_bytes, METH_VARARGS,
      "activation_bytes(t, recompute) -> bytes that a pass over t tokens works in"},
     {NULL, NULL, 0, NULL},

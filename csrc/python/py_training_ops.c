@@ -215,6 +215,12 @@ static PyObject *square_sum(PyObject *self, PyObject *x_object) {
     return ql_finish(PyFloat_FromDouble(sum), stopped, status);
 }
 
+int ql_adamw_number(ql_adamw_step *step, long long number) {
+    if (number < 1) { return PyErr_Format(PyExc_ValueError, "step: got %lld, expected 1 or more", number), 0; }
+    step->correction1 = 1.0 - pow(step->beta1, (double)number), step->correction2 = 1.0 - pow(step->beta2, (double)number);
+    return 1;
+}
+
 /* adamw(w, m, v, g, lr, beta1, beta2, eps, weight_decay, step, max_norm) -> norm of g */
 static PyObject *adamw(PyObject *self, PyObject *arguments) {
     (void)self;
@@ -232,8 +238,7 @@ static PyObject *adamw(PyObject *self, PyObject *arguments) {
         if (a[i] == NULL) { return NULL; }
         if (i < 3 && !PyArray_ISWRITEABLE(a[i])) { return PyErr_Format(PyExc_ValueError, "%s: not writeable", names[i]); }
     }
-    if (number < 1) { return PyErr_Format(PyExc_ValueError, "step: got %lld, expected 1 or more", number); }
-    step.correction1 = 1.0 - pow(step.beta1, (double)number), step.correction2 = 1.0 - pow(step.beta2, (double)number);
+    if (!ql_adamw_number(&step, number)) { return NULL; }
     double squares = 0.0;
     int64_t count = ql_dim(a[0], 0);
     ql_status status;

@@ -121,6 +121,9 @@ PyObject *ql_finish(PyObject *result, int stopped, ql_status status);
 /* attention's ranges q_start (b + 1,), kv_start, kv_len (b,) against q and k; 0 with a ValueError */
 int ql_check_ranges(PyArrayObject *q, PyArrayObject *k, PyArrayObject *q_start, PyArrayObject *kv_start, PyArrayObject *kv_len);
 
+/* py_training_ops.c: sets what follows from a step's number, from 1; 0 with an error */
+int ql_adamw_number(ql_adamw_step *step, long long number);
+
 /* x W^T or, backward, x W on a backend (py_ops.c) */
 PyObject *ql_linear_on(const ql_backend *be, PyObject *x, PyObject *weight, PyObject *out, int accumulate, int backward);
 

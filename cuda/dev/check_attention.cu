@@ -75,7 +75,7 @@ template <typename T> struct on_device {
                                  p.max_queries);
             return;
         }
-        ql_attention_fused_forward_cuda(out.get(), q.get(), k.get(), v.get(), q_start.get(), kv_start.get(), kv_len.get(), p.t,
+        ql_attention_fused_forward_cuda(out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(), kv_len.get(), p.t,
                                         p.b, p.hq, p.hkv, p.d, p.max_queries, p.max_keys, p.scale);
     }
     void run(const problem<float> &p) {
@@ -215,7 +215,7 @@ static void time_decode(int64_t b, int64_t context, int64_t hq, int64_t hkv, int
         cudaMemcpy(v.memory + i * layer * 2, device.v.get(), layer * 2, cudaMemcpyDeviceToDevice);
     }
     double us = time_us(layers, [&](int i) {
-        ql_attention_fused_forward_cuda(device.out.get(), device.q.get(), k.memory + i * layer * 2, v.memory + i * layer * 2,
+        ql_attention_fused_forward_cuda(device.out.get(), NULL, device.q.get(), k.memory + i * layer * 2, v.memory + i * layer * 2,
                                         device.q_start.get(), device.kv_start.get(), device.kv_len.get(), p.t, p.b, hq, hkv, d, 1,
                                         p.max_keys, p.scale);
     });

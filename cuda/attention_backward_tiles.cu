@@ -1,0 +1,212 @@
+/* attention_backward_tiles.cu: the gradient of causal attention, bf16 with float32 sums, in two passes (FlashAttention-2, Dao
+ * 2023): one makes dk and dv, one dq, each sum in a block of its own, so that the bits are the same each time.
+ *
+ * A block of 4 warps owns 64 rows, a warp 16 of them: keys and values, or queries and gradients of their outputs. The other
+ * side comes in tiles of 64 rows, the next one on its way while this one is worked on. With A, B the own rows and Y, Z the
+ * tile's, p = exp(scale A Y^T - lse), ds = p (B Z^T - delta), and then, of keys (A, B = k, v; Y, Z = q, dout):
+ * dk += ds Y, dv += p Z; of queries (A, B = q, dout; Y, Z = k, v): dq += ds Y.
+ *
+ *   shared: A, B (2, 64, d + 8) | Y, Z of tile 0 (2, 64, d + 8) | Y, Z of tile 1 | keys: lse, delta of both tiles (2, 2, 64) */
+#include "attention_backward.cuh"
+#include "attention_tiles.cuh"
+#include "cuda.h"
+
+#define LOG2_E 1.4426950408889634f
+
+/* ---- delta ----------------------------------------------------------------------------------------------------------- */
+
+/* delta (rows,) = the sum of dout out along a row of d; a warp a row */
+static __global__ void __launch_bounds__(THREADS) delta_kernel(float *delta, const bf16 *dout, const bf16 *out, int64_t rows, int d) {
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
+    if (row >= rows) { return; }
+    float sum = 0.0f;
+    for (int i = 2 * (threadIdx.x % WARP); i < d; i += 2 * WARP) {
+        float2 a = unpack_bf16(*(const uint32_t *)(dout + row * d + i)), b = unpack_bf16(*(const uint32_t *)(out + row * d + i));
+        sum += a.x * b.x + a.y * b.y;
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % WARP == 0) { delta[row] = sum; }
+}
+
+/* ---- tiles ----------------------------------------------------------------------------------------------------------- */
+
+/* one sequence's part of a block's work: own rows [first, first + 64) of `own`, tiles of the other side */
+struct strip {
+    int64_t first_query, first_key; /* rows of q, of k */
+    int queries, keys, before;      /* query r sees keys [0, before + r] */
+    int first;
+};
+
+template <int D, bool keys> struct backward_block {
+    static constexpr int stride = D + 8, tile = KEYS * stride;
+    static constexpr size_t shared_bytes = (size_t)6 * tile * sizeof(bf16) + (keys ? 4 * KEYS * sizeof(float) : 0);
+};
+
+/* tile [from, from + 64) of the other side, for head `head` of q */
+template <int D, bool keys>
+static __device__ __forceinline__ void load_tile(const gradient_args<bf16> &a, const strip &s, bf16 *tile, float *statistics,
+                                                 int from, int head) {
+    constexpr int size = backward_block<D, keys>::tile;
+    int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
+    if constexpr (keys) {
+        int64_t at = (s.first_query + from) * q_step + head * D;
+        load_rows<D, KEYS>(tile, a.q + at, q_step, s.queries - from);
+        load_rows<D, KEYS>(tile + size, a.dout + at, q_step, s.queries - from);
+        int row = threadIdx.x % KEYS;
+        bool there = from + row < s.queries;
+        int64_t place = (s.first_query + from + (there ? row : 0)) * a.hq + head;
+        if (threadIdx.x < KEYS) {
+            statistics[row] = there ? a.lse[place] * LOG2_E : INFINITY; /* a weight of 0 */
+        } else {
+            statistics[KEYS + row] = there ? a.delta[place] : 0.0f;
+        }
+    } else {
+        int64_t at = (s.first_key + from) * kv_step + head / (a.hq / a.hkv) * D;
+        load_rows<D, KEYS>(tile, a.k + at, kv_step, s.keys - from);
+        load_rows<D, KEYS>(tile + size, a.v + at, kv_step, s.keys - from);
+    }
+}
+
+/* score -> p, dp -> ds of this warp's 16 rows. seen: keys: column of the tile from which on the lane's first row is seen;
+ * queries: keys of the tile that it sees. lse, delta: of keys those of the tile, else of the lane's two rows */
+template <bool keys>
+static __device__ __forceinline__ void weigh(float (&score)[1][KEYS / 8][4], float (&dp)[1][KEYS / 8][4], const float *lse,
+                                             const float *delta, float scale_log2, int seen, bool masked) {
+    int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int at = n * 8 + column + (e & 1), of = keys ? at : e >> 1;
+            float p = exp2_fast(fmaf(score[0][n][e], scale_log2, -lse[of]));
+            bool hidden = keys ? at < seen + (e >> 1) * 8 : at >= seen + (e >> 1) * 8;
+            if (masked && hidden) { p = 0.0f; }
+            score[0][n][e] = p;
+            dp[0][n][e] = p * (dp[0][n][e] - delta[of]);
+        }
+    }
+}
+
+/* the warp's 16 rows of sums * factor as bf16, through its rows of `shared` */
+template <int D>
+static __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, const float (&sums)[1][D / 8][4],
+                                                  float factor) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            *(uint32_t *)(shared + (r * 8 + lane / 4) * (D + 8) + n * 8 + 2 * (lane % 4)) =
+                pack_bf16(sums[0][n][2 * r] * factor, sums[0][n][2 * r + 1] * factor);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * (D / 8) / WARP; i++) {
+        int index = lane + i * WARP, row = index / (D / 8), chunk = index % (D / 8);
+        if (row < valid) { *(uint4 *)(to + row * step + chunk * 8) = *(const uint4 *)(shared + row * (D + 8) + chunk * 8); }
+    }
+    __syncwarp();
+}
+
+/* false where this block has no rows */
+template <bool keys> static __device__ __forceinline__ bool find(strip &s, const gradient_args<bf16> &a) {
+    s.first_query = a.q_start[blockIdx.y], s.first_key = a.kv_start[blockIdx.y];
+    s.queries = (int)(a.q_start[blockIdx.y + 1] - s.first_query), s.keys = (int)a.kv_len[blockIdx.y];
+    s.before = s.keys - s.queries;
+    s.first = (keys ? blockIdx.z : gridDim.z - 1 - blockIdx.z) * KEYS; /* the longest first */
+    return s.first < (keys ? s.keys : s.queries);
+}
+
+/* grid (heads: of k, or of q, b, tiles of own rows) */
+template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2) backward_kernel(gradient_args<bf16> a) {
+    typedef backward_block<D, keys> block;
+    extern __shared__ __align__(16) bf16 shared[];
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    strip s;
+    if (!find<keys>(s, a)) { return; }
+    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = a.hq / a.hkv;
+    int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
+    int64_t own = keys ? (s.first_key + s.first) * kv_step + blockIdx.x * D : (s.first_query + s.first) * q_step + blockIdx.x * D;
+    int valid = (keys ? s.keys : s.queries) - s.first;
+    bf16 *stages = shared + 2 * block::tile;
+    float *statistics = (float *)(stages + 4 * block::tile);
+    load_rows<D, KEYS>(shared, (keys ? a.k : a.q) + own, keys ? kv_step : q_step, valid);
+    load_rows<D, KEYS>(shared + block::tile, (keys ? a.v : a.dout) + own, keys ? kv_step : q_step, valid);
+
+    /* tiles of the other side: of keys, from the first query that sees one of them, for each head of the group */
+    int begin = keys ? max(0, s.first - s.before) / KEYS : 0;
+    int end = keys ? (s.queries + KEYS - 1) / KEYS : (min(s.before + s.first + KEYS, s.keys) + KEYS - 1) / KEYS;
+    int tiles = end - begin, steps = keys ? tiles * group : tiles;
+    int head = keys ? blockIdx.x * group : blockIdx.x;
+    if (steps > 0) { load_tile<D, keys>(a, s, stages, statistics, begin * KEYS, head); }
+    copy_async_commit();
+
+    float first_sum[1][D / 8][4] = {}, second_sum[1][keys ? D / 8 : 1][4] = {}; /* dk or dq; dv */
+    float row_lse[2] = {}, row_delta[2] = {};
+    int row = s.first + warp * 16 + lane / 4; /* the lane's first */
+    if constexpr (!keys) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int64_t place = (s.first_query + min(row + 8 * r, s.queries - 1)) * a.hq + head;
+            row_lse[r] = a.lse[place] * LOG2_E, row_delta[r] = a.delta[place];
+        }
+    }
+    uint32_t a_lane = row_address<D>(shared, warp * 16), tile_bytes = block::tile * sizeof(bf16);
+    uint32_t score_lane = key_address<D>(stages), sum_lane = value_address<D>(stages);
+    for (int j = 0; j < steps; j++) {
+        copy_async_wait<0>();
+        __syncthreads(); /* tile j is here, and nobody reads tile j - 1 any more */
+        int next = j + 1, from = (begin + j % tiles) * KEYS;
+        if (next < steps) {
+            load_tile<D, keys>(a, s, stages + next % 2 * 2 * block::tile, statistics + next % 2 * 2 * KEYS,
+                               (begin + next % tiles) * KEYS, head + next / tiles);
+        }
+        copy_async_commit();
+        uint32_t stage = j % 2 * 2 * tile_bytes;
+        const float *of_tile = statistics + j % 2 * 2 * KEYS;
+        float score[1][KEYS / 8][4], dp[1][KEYS / 8][4];
+        multiply_keys<D, 1>(score, a_lane, score_lane + stage);
+        multiply_keys<D, 1>(dp, a_lane + tile_bytes, score_lane + stage + tile_bytes);
+        /* a query sees keys up to before + itself */
+        int seen = keys ? row - s.before - from : s.before + row + 1 - from;
+        bool masked = keys ? s.first + KEYS - 1 - s.before > from : s.before + s.first + 1 < from + KEYS;
+        weigh<keys>(score, dp, keys ? of_tile : row_lse, keys ? of_tile + KEYS : row_delta, a.scale * LOG2_E, seen, masked);
+        if constexpr (keys) { multiply_values<D, 1>(second_sum, score, sum_lane + stage + tile_bytes); }
+        multiply_values<D, 1>(first_sum, dp, sum_lane + stage);
+    }
+    copy_async_wait<0>();
+    __syncthreads(); /* also where no tile came: the own rows are here, and give way */
+    bf16 *rows = shared + warp * 16 * block::stride;
+    int64_t step = keys ? kv_step : q_step, at = own + warp * 16 * step;
+    write_rows<D>((keys ? a.dk : a.dq) + at, step, valid - warp * 16, rows, first_sum, a.scale);
+    if constexpr (keys) { write_rows<D>(a.dv + at, step, valid - warp * 16, rows, second_sum, 1.0f); }
+}
+
+template <int D> static void launch(const gradient_args<bf16> &args, int64_t max_queries, int64_t max_keys) {
+    dim3 keys((unsigned)args.hkv, (unsigned)args.b, (unsigned)((max_keys + KEYS - 1) / KEYS));
+    dim3 queries((unsigned)args.hq, (unsigned)args.b, (unsigned)((max_queries + KEYS - 1) / KEYS));
+    ql_cuda_launch(backward_kernel<D, true>, keys, dim3(THREADS), backward_block<D, true>::shared_bytes, true, args);
+    ql_cuda_launch(backward_kernel<D, false>, queries, dim3(THREADS), backward_block<D, false>::shared_bytes, true, args);
+}
+
+bool ql_attention_backward_tiles(gradient_args<bf16> args, int64_t t, int64_t max_queries, int64_t max_keys) {
+    if (args.b > 65535 || max_queries > 65535 * KEYS || max_keys > 65535 * KEYS) { return false; }
+    if (args.d != 64 && args.d != 80 && args.d != 96 && args.d != 128) { return false; }
+    int64_t rows = t * args.hq;
+    float *delta = (float *)ql_cuda_scratch(QL_SCRATCH_ATTENTION, (size_t)rows * sizeof(float));
+    if (delta == NULL) { return true; }
+    ql_cuda_launch(delta_kernel, dim3((unsigned)((rows + WARPS - 1) / WARPS)), dim3(THREADS), 0, true, delta, args.dout, args.out, rows,
+                   args.d);
+    args.delta = delta;
+    switch (args.d) {
+    case 64: launch<64>(args, max_queries, max_keys); break;
+    case 80: launch<80>(args, max_queries, max_keys); break;
+    case 96: launch<96>(args, max_queries, max_keys); break;
+    default: launch<128>(args, max_queries, max_keys); break;
+    }
+    return true;
+}
