@@ -275,7 +275,7 @@ typedef struct ql_step ql_step; /* a recorded sequence of ops */
     X(ql_status, download, (void *host, const void *memory, size_t bytes)) /* waits */                                  \
     X(ql_status, fill, (void *memory, int byte, size_t bytes))                                                          \
     X(ql_status, copy, (void *to, const void *from, size_t bytes)) /* within the backend */                             \
-    X(ql_status, weight_upload, (ql_weight *to, const ql_weight *from)) /* pointers of the backend, packed included */  \
+    X(ql_status, weight_upload, (ql_weight *to, const ql_weight *from)) /* pointers of the backend */  \
     X(void, weight_release, (ql_weight *weight))                                                                        \
     /* What is issued between record and record_end is kept in *step and not run. Scratch memory must have its size by  \
      * then: issue the same once before. replay issues it; 0 from step_valid: scratch memory has moved, record again */ \

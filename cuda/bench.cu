@@ -206,7 +206,7 @@ static ql_status run(double *seconds, const ql_bench *c, int samples, const ql_b
     a.of = c;
     ql_step *step = NULL;
     ql_status status = make_arrays(&a, be);
-    if (status == QL_OK) { launch(&a, 0, be); } /* scratch memory and libraries are there before the record */
+    for (int copy = 0; copy < a.copies && status == QL_OK; copy++) { launch(&a, copy, be); } /* packed weights, scratch memory and libraries are there before the record */
     if (status == QL_OK) { status = ql_cuda_finish(); }
     if (status == QL_OK) { status = be->record(); }
     if (status == QL_OK) {

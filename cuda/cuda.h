@@ -71,8 +71,7 @@ QL_FUSED_OPS(X)
 QL_FORMAT_OPS(X)
 #undef X
 
-/* Called once a weight after its arrays are on the device: makes w->packed (with ql_cuda_alloc), and may release and clear
- * arrays that no kernel reads beside it. unpack releases w->packed. (cuda/pack.cu) */
+/* Makes w->packed, where its layout is known, from the arrays on the device; unpack releases it. (cuda/pack.cu) */
 ql_status ql_cuda_pack(ql_weight *w);
 void ql_cuda_unpack(ql_weight *w);
 

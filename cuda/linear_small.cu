@@ -230,12 +230,20 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     return true;
 }
 
+/* whether w is packed; the first product of few tokens packs it: a model that only trains has no second copy of its weights */
+static bool is_packed(const ql_weight *w) {
+    if (w->packed == NULL && !ql_cuda_recording() && ql_cuda_pack((ql_weight *)w) == QL_OK && w->packed != NULL) {
+        (void)ql_cuda_finish(); /* the products read it before they wait for what was issued ahead of them */
+    }
+    return w->packed != NULL;
+}
+
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
     int64_t most = has_groups() ? 128 : ql_cuda_capability() < 90 ? 16 : 64; /* from there on cuBLAS is as fast */
     if (m < 1 || m > most) { return false; }
     for (int i = 0; i < count; i++) {
-        if (products[i].w->packed == NULL) { return false; }
+        if (!is_packed(products[i].w)) { return false; }
         together = together && alike(products[0].w, products[i].w);
     }
     if (together) { return launch_products(products, count, x, rotation, m); }

@@ -194,7 +194,6 @@ static ql_status weight_upload(ql_weight *to, const ql_weight *from) {
     for (auto &part : parts) {
         if (status == QL_OK) { status = upload_part(part.to, part.from, part.bytes); }
     }
-    if (status == QL_OK) { status = ql_cuda_pack(to); }
     if (status != QL_OK) { weight_release(to); }
     return status;
 }

@@ -108,7 +108,7 @@ static __global__ void __launch_bounds__(MAX_THREADS) rmsnorm_backward_kernel(fl
     float inverse = inv_rms != NULL ? inv_rms[blockIdx.x] : inverse_rms(block_sum(squares, scratch), c, eps);
     float part = (float)(along / (double)c) * inverse * inverse;
     for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
-        float d = inverse * (dy[first + i] * gain[i] - x[first + i] * part);
+        float d = __fmul_rn(inverse, dy[first + i] * gain[i] - x[first + i] * part); /* rounded before it is added */
         float sum = accumulate ? dx[first + i] + d : d;
         dx[first + i] = sum;
         if (copy != NULL) { copy[first + i] = __float2bfloat16_rn(sum); }

@@ -357,9 +357,8 @@ class Trainer:
         recompute: Literal["none", "selective", "full"],
         /,
     ) -> float: ...
-    # what a pass over t tokens works in; the trainer keeps the most that it needed
-    # On a device the parameters, gradients and moments live there: write brings the host's, read fetches them. On the CPU
-    # both do nothing.
+    # On a device the parameters, gradients and moments live there: write brings the host's, read fetches them. On the
+    # CPU both do nothing.
     def write(self, mean: F32, square: F32, /) -> None: ...
     def read(self, mean: F32, square: F32, /) -> None: ...
     def zero(self) -> None: ...  # the gradients
@@ -377,6 +376,7 @@ class Trainer:
         max_norm: float,  # 0: gradients are not cut
         /,
     ) -> float: ...
+    # what a pass over t tokens works in; the trainer keeps the most that it needed
     def activation_bytes(self, t: int, recompute: Literal["none", "selective", "full"], /) -> int: ...
 
 class Generation:

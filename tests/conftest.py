@@ -16,8 +16,8 @@ from quantlab import _core, cuda
 USABLE = [isa for isa, state in _core.isa_info().items() if state["usable"]]
 # the tests whose ops have CUDA kernels in the arithmetic of the CPU's: their bounds hold there too
 ON_CUDA = {
-    "test_attention", "test_cross_entropy", "test_decode", "test_gram", "test_quantize_forward", "test_rmsnorm",
-    "test_rope", "test_swiglu",
+    "test_attention", "test_attention_backward", "test_cross_entropy", "test_decode", "test_gradients", "test_gram",
+    "test_optimizer", "test_quantize_forward", "test_rmsnorm", "test_rope", "test_swiglu",
 }  # fmt: skip
 
 

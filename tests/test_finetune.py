@@ -294,7 +294,7 @@ def test_a_run_that_diverges_stops_by_itself():
 
 
 def test_too_little_memory_is_said_before_the_first_step(monkeypatch):
-    monkeypatch.setattr(sys.modules["quantlab.finetune"], "free_bytes", lambda: 1000)
+    monkeypatch.setattr(sys.modules["quantlab.finetune"], "free_bytes", lambda device: 1000)
     with pytest.raises(MemoryError, match="lower max_length or per_device_train_batch_size"):
         ql.finetune(tiny_model(), ALL, made_up(), settings())
     assert free_bytes() > 1000
@@ -312,7 +312,7 @@ def test_memory_chooses_the_policy(monkeypatch, available):
     run = TrainingRun(model, task, settings())
     lengths = sorted((len(row) for row in made_up()), reverse=True)
     needed = run.trainer.activation_bytes(sum(lengths[:2]), available)
-    monkeypatch.setattr(sys.modules["quantlab.finetune"], "free_bytes", lambda: int(needed / FREE_SHARE) + 1)
+    monkeypatch.setattr(sys.modules["quantlab.finetune"], "free_bytes", lambda device: int(needed / FREE_SHARE) + 1)
     assert run._choose_policy() == available
 
 
