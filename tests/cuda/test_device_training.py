@@ -2,7 +2,7 @@
 
 There activations and their gradients are rounded to bfloat16, by 2^-9 / sqrt(3) of themselves in root mean square:
 about 18 times on the way through a layer (test_model.py) and as often on the way back, independently, so that the
-errors add like a random walk. NOISE is three times what comes out of that for the two layers of the test's model; beside
+errors add like a random walk. NOISE is three times what comes out of that for the two layers of the test model; beside
 it a gradient is a sum whose terms cancel, the more the fewer tokens it has: CANCELLATION."""
 
 from __future__ import annotations
