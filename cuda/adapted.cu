@@ -8,7 +8,7 @@
  * M is A, or B transposed, wherever its strides say. */
 #include "linear.cuh"
 
-enum { THREADS = 256, WARPS = THREADS / WARP, RANKS = 8 };
+enum { THREADS = 256, DOWN_THREADS = 512, WARPS = DOWN_THREADS / WARP, RANKS = 8 };
 
 /* element (i, j) at values[i * rank_step + j * step] */
 struct factor_matrix {
@@ -41,9 +41,14 @@ static __device__ __forceinline__ uint4 load_8(const bf16 *z, int64_t row, int64
 /* elements j .. j + 7 of row i of M as pairs: what bf16 holds of them, and what it leaves */
 static __device__ __forceinline__ void load_factors(uint32_t (&high)[4], uint32_t (&low)[4], const factor_matrix &m, int64_t i, bool there,
                                                     int64_t j, int64_t width) {
-    float v[8];
+    __align__(16) float v[8];
+    const float *from = m.values + i * m.rank_step + j * m.step;
+    if (m.step == 1 && there && j + 8 <= width && (uintptr_t)from % 16 == 0) {
+        *(float4 *)v = *(const float4 *)from, *(float4 *)(v + 4) = *(const float4 *)(from + 4);
+    } else {
 #pragma unroll
-    for (int e = 0; e < 8; e++) { v[e] = there && j + e < width ? m.values[i * m.rank_step + (j + e) * m.step] : 0.0f; }
+        for (int e = 0; e < 8; e++) { v[e] = there && j + e < width ? from[e * m.step] : 0.0f; }
+    }
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         high[e] = pack_bf16(v[2 * e], v[2 * e + 1]);
@@ -54,7 +59,7 @@ static __device__ __forceinline__ void load_factors(uint32_t (&high)[4], uint32_
 
 /* grid (tiles of 16 rows, tiles of 8 ranks): the warps share the width; a lane takes 8 neighbours of 32, in the same places of both
  * operands */
-static __global__ void __launch_bounds__(THREADS) down_kernel(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r,
+static __global__ void __launch_bounds__(DOWN_THREADS) down_kernel(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r,
                                                               float factor, mask dropout) {
     __shared__ float sums[WARPS][16][RANKS];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
@@ -63,6 +68,7 @@ static __global__ void __launch_bounds__(THREADS) down_kernel(float *u, const bf
     float sum[4] = {};
     ql_cuda_wait_previous();
     ql_cuda_start_next();
+#pragma unroll 2
     for (int64_t j = warp * WARP + lane % 4 * 8; j - lane % 4 * 8 < width; j += WARPS * WARP) {
         uint4 a = load_8(z, upper, j, width, dropout), b = load_8(z, lower, j, width, dropout);
         uint32_t high[4], low[4];
@@ -86,7 +92,7 @@ static __global__ void __launch_bounds__(THREADS) down_kernel(float *u, const bf
 
 static void down(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
     dim3 grid((unsigned)((t + 15) / 16), (unsigned)((r + RANKS - 1) / RANKS));
-    ql_cuda_launch(down_kernel, grid, dim3(THREADS), 0, true, u, z, m, t, width, r, factor, dropout);
+    ql_cuda_launch(down_kernel, grid, dim3(DOWN_THREADS), 0, true, u, z, m, t, width, r, factor, dropout);
 }
 
 /* ---- up ---------------------------------------------------------------------------------------------------------------- */
@@ -107,8 +113,8 @@ static __device__ __forceinline__ void put_pair(float *y, int64_t at, float a, f
 }
 
 /* grid (pieces of 512 columns, tiles of 16 rows); float32 y is added to, bf16 y is set */
-template <typename T>
-static __global__ void __launch_bounds__(THREADS) up_kernel(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, int64_t r,
+template <typename T, bool drops>
+static __global__ void __launch_bounds__(THREADS, 3) up_kernel(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, int64_t r,
                                                             float factor, mask dropout) {
     __shared__ float us[RANKS][UP_ROWS];
     int64_t column = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 2, row = (int64_t)blockIdx.y * UP_ROWS;
@@ -123,25 +129,32 @@ static __global__ void __launch_bounds__(THREADS) up_kernel(T *y, const float *u
             us[i][s] = rank + i < r && row + s < t ? u[(row + s) * r + rank + i] * factor : 0.0f;
         }
         __syncthreads();
-        for (int i = 0; i < RANKS && rank + i < r; i++) {
-            const float *from = m.values + (rank + i) * m.rank_step + column * m.step;
-            float a = there ? from[0] : 0.0f, b = two ? from[m.step] : 0.0f;
+        const float *from = m.values + rank * m.rank_step + column * m.step;
+        float a[RANKS], b[RANKS];
 #pragma unroll
-            for (int s = 0; s < UP_ROWS; s++) { sum[s][0] = fmaf(us[i][s], a, sum[s][0]), sum[s][1] = fmaf(us[i][s], b, sum[s][1]); }
+        for (int i = 0; i < RANKS; i++) {
+            a[i] = there && rank + i < r ? from[i * m.rank_step] : 0.0f;
+            b[i] = two && rank + i < r ? from[i * m.rank_step + m.step] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < RANKS; i++) {
+#pragma unroll
+            for (int s = 0; s < UP_ROWS; s++) { sum[s][0] = fmaf(us[i][s], a[i], sum[s][0]), sum[s][1] = fmaf(us[i][s], b[i], sum[s][1]); }
         }
     }
 #pragma unroll
     for (int s = 0; s < UP_ROWS; s++) {
         if (!there || row + s >= t) { break; }
         int64_t at = (row + s) * width + column;
-        put_pair(y, at, masked(dropout, at, sum[s][0]), two ? masked(dropout, at + 1, sum[s][1]) : 0.0f, two, width % 2 == 0);
+        if (drops) { sum[s][0] = masked(dropout, at, sum[s][0]), sum[s][1] = masked(dropout, at + 1, sum[s][1]); }
+        put_pair(y, at, sum[s][0], sum[s][1], two, width % 2 == 0);
     }
 }
 
 template <typename T>
 static void up(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
     dim3 grid((unsigned)((width + 2 * THREADS - 1) / (2 * THREADS)), (unsigned)((t + UP_ROWS - 1) / UP_ROWS));
-    ql_cuda_launch(up_kernel<T>, grid, dim3(THREADS), 0, true, y, u, m, t, width, r, factor, dropout);
+    ql_cuda_launch(dropout.p > 0.0f ? up_kernel<T, true> : up_kernel<T, false>, grid, dim3(THREADS), 0, true, y, u, m, t, width, r, factor, dropout);
 }
 
 /* ---- gram --------------------------------------------------------------------------------------------------------------- */
@@ -149,7 +162,8 @@ static void up(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, 
 enum { PART_ROWS = 64, MOST_PARTS = 32 };
 
 /* grid (pieces of 512 columns, parts, tiles of 8 ranks): partial (parts, r, width) = u^T z over the rows of a part */
-static __global__ void __launch_bounds__(THREADS) gram_parts(float *partial, const float *u, const bf16 *z, int64_t t, int64_t width,
+template <bool drops>
+static __global__ void __launch_bounds__(THREADS, 3) gram_parts(float *partial, const float *u, const bf16 *z, int64_t t, int64_t width,
                                                              int64_t r, int64_t rows, mask dropout) {
     __shared__ __align__(16) float us[PART_ROWS][RANKS];
     int64_t column = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 2, rank = (int64_t)blockIdx.z * RANKS;
@@ -167,12 +181,12 @@ static __global__ void __launch_bounds__(THREADS) gram_parts(float *partial, con
         }
         __syncthreads();
         if (!there) { continue; }
+        const bf16 *from = z + first * width + column;
 #pragma unroll 8
-        for (int s = 0; s < count; s++) {
-            int64_t at = (first + s) * width + column;
-            float2 v = pairs ? unpack_bf16(*(const uint32_t *)(z + at))
-                             : make_float2(__bfloat162float(z[at]), two ? __bfloat162float(z[at + 1]) : 0.0f);
-            v.x = masked(dropout, at, v.x), v.y = masked(dropout, at + 1, v.y);
+        for (int s = 0; s < count; s++, from += width) {
+            float2 v = pairs ? unpack_bf16(*(const uint32_t *)from)
+                             : make_float2(__bfloat162float(from[0]), two ? __bfloat162float(from[1]) : 0.0f);
+            if (drops) { v.x = masked(dropout, from - z, v.x), v.y = masked(dropout, from - z + 1, v.y); }
 #pragma unroll
             for (int i = 0; i < RANKS; i++) { sum[i][0] = fmaf(us[s][i], v.x, sum[i][0]), sum[i][1] = fmaf(us[s][i], v.y, sum[i][1]); }
         }
@@ -194,6 +208,7 @@ static __global__ void __launch_bounds__(THREADS) gram_sum(factor_matrix m, cons
     ql_cuda_start_next();
     if (column >= width) { return; }
     float sum = 0.0f;
+#pragma unroll 16
     for (int64_t part = 0; part < parts; part++) { sum += partial[(part * r + i) * width + column]; }
     m.values[i * m.rank_step + column * m.step] += sum * factor;
 }
@@ -205,7 +220,7 @@ static void gram(factor_matrix m, const float *u, const bf16 *z, int64_t t, int6
     float *partial = (float *)ql_cuda_scratch(QL_SCRATCH_PARTIAL, (size_t)(parts * r * width) * sizeof(float));
     if (partial == NULL) { return; }
     dim3 grid((unsigned)((width + 2 * THREADS - 1) / (2 * THREADS)), (unsigned)parts, (unsigned)((r + RANKS - 1) / RANKS));
-    ql_cuda_launch(gram_parts, grid, dim3(THREADS), 0, true, partial, u, z, t, width, r, rows, dropout);
+    ql_cuda_launch(dropout.p > 0.0f ? gram_parts<true> : gram_parts<false>, grid, dim3(THREADS), 0, true, partial, u, z, t, width, r, rows, dropout);
     ql_cuda_launch(gram_sum, dim3((unsigned)((width + THREADS - 1) / THREADS), (unsigned)r), dim3(THREADS), 0, true, m, partial, parts,
                    width, r, factor);
 }

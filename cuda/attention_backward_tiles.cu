@@ -2,11 +2,12 @@
  * 2023): one makes dk and dv, one dq, each sum in a block of its own, so that the bits are the same each time.
  *
  * A block of 4 warps owns 64 rows, a warp 16 of them: keys and values, or queries and gradients of their outputs. The other
- * side comes in tiles of 64 rows, the next one on its way while this one is worked on. With A, B the own rows and Y, Z the
- * tile's, p = exp(scale A Y^T - lse), ds = p (B Z^T - delta), and then, of keys (A, B = k, v; Y, Z = q, dout):
+ * side comes in tiles of 64 rows, the next one on its way while this one is worked on. Of queries, whose sums take half as many
+ * registers, a warp has twice as many, in tiles of 32, so that each fragment of keys and values is read for two products.
+ * With A, B the own rows and Y, Z the tile's, p = exp(scale A Y^T - lse), ds = p (B Z^T - delta), and then, of keys (A, B = k, v; Y, Z = q, dout):
  * dk += ds Y, dv += p Z; of queries (A, B = q, dout; Y, Z = k, v): dq += ds Y.
  *
- *   shared: A, B (2, 64, d + 8) | Y, Z of tile 0 (2, 64, d + 8) | Y, Z of tile 1 | keys: lse, delta of both tiles (2, 2, 64) */
+ *   shared: A, B (2, own, d + 8) | Y, Z of tile 0 (2, tile, d + 8) | Y, Z of tile 1 | keys: lse, delta of both tiles (2, 2, 64) */
 #include "attention_backward.cuh"
 #include "attention_tiles.cuh"
 #include "cuda.h"
@@ -32,7 +33,7 @@ static __global__ void __launch_bounds__(THREADS) delta_kernel(float *delta, con
 
 /* ---- tiles ----------------------------------------------------------------------------------------------------------- */
 
-/* one sequence's part of a block's work: own rows [first, first + 64) of `own`, tiles of the other side */
+/* one sequence's part of a block's work, from own row `first` on */
 struct strip {
     int64_t first_query, first_key; /* rows of q, of k */
     int queries, keys, before;      /* query r sees keys [0, before + r] */
@@ -40,20 +41,22 @@ struct strip {
 };
 
 template <int D, bool keys> struct backward_block {
-    static constexpr int stride = D + 8, tile = KEYS * stride;
-    static constexpr size_t shared_bytes = (size_t)6 * tile * sizeof(bf16) + (keys ? 4 * KEYS * sizeof(float) : 0);
+    static constexpr int MT = keys || D == 80 ? 1 : 2, loaded = MT == 1 ? KEYS : KEYS / 2; /* 16-row tiles a warp, rows a tile */
+    static constexpr int N = KEYS / 2;                                                     /* rows of a tile at once */
+    static constexpr int rows = 16 * MT * WARPS, stride = D + 8, own = rows * stride, tile = loaded * stride;
+    static constexpr size_t shared_bytes = (size_t)(2 * own + 4 * tile) * sizeof(bf16) + (keys ? 4 * KEYS * sizeof(float) : 0);
 };
 
-/* tile [from, from + 64) of the other side, for head `head` of q */
+/* the tile of the other side from row `from` on, for head `head` of q */
 template <int D, bool keys>
 static __device__ __forceinline__ void load_tile(const gradient_args<bf16> &a, const strip &s, bf16 *tile, float *statistics,
                                                  int from, int head) {
-    constexpr int size = backward_block<D, keys>::tile;
+    constexpr int size = backward_block<D, keys>::tile, loaded = backward_block<D, keys>::loaded;
     int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
     if constexpr (keys) {
         int64_t at = (s.first_query + from) * q_step + head * D;
-        load_rows<D, KEYS>(tile, a.q + at, q_step, s.queries - from);
-        load_rows<D, KEYS>(tile + size, a.dout + at, q_step, s.queries - from);
+        load_rows<D, loaded>(tile, a.q + at, q_step, s.queries - from);
+        load_rows<D, loaded>(tile + size, a.dout + at, q_step, s.queries - from);
         int row = threadIdx.x % KEYS;
         bool there = from + row < s.queries;
         int64_t place = (s.first_query + from + (there ? row : 0)) * a.hq + head;
@@ -64,47 +67,53 @@ static __device__ __forceinline__ void load_tile(const gradient_args<bf16> &a, c
         }
     } else {
         int64_t at = (s.first_key + from) * kv_step + head / (a.hq / a.hkv) * D;
-        load_rows<D, KEYS>(tile, a.k + at, kv_step, s.keys - from);
-        load_rows<D, KEYS>(tile + size, a.v + at, kv_step, s.keys - from);
+        load_rows<D, loaded>(tile, a.k + at, kv_step, s.keys - from);
+        load_rows<D, loaded>(tile + size, a.v + at, kv_step, s.keys - from);
     }
 }
 
-/* score -> p, dp -> ds of this warp's 16 rows. seen: keys: column of the tile from which on the lane's first row is seen;
- * queries: keys of the tile that it sees. lse, delta: of keys those of the tile, else of the lane's two rows */
-template <bool keys>
-static __device__ __forceinline__ void weigh(float (&score)[1][KEYS / 8][4], float (&dp)[1][KEYS / 8][4], const float *lse,
+/* score -> p, dp -> ds of this warp's rows. seen: keys: column of the tile from which on the lane's first row is seen; queries:
+ * keys of the tile that it sees. lse, delta: of keys those of the tile, else of the lane's rows */
+template <bool keys, int MT, int N>
+static __device__ __forceinline__ void weigh(float (&score)[MT][N / 8][4], float (&dp)[MT][N / 8][4], const float *lse,
                                              const float *delta, float scale_log2, int seen, bool masked) {
     int column = 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
+    for (int m = 0; m < MT; m++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int at = n * 8 + column + (e & 1), of = keys ? at : e >> 1;
-            float p = exp2_fast(fmaf(score[0][n][e], scale_log2, -lse[of]));
-            bool hidden = keys ? at < seen + (e >> 1) * 8 : at >= seen + (e >> 1) * 8;
-            if (masked && hidden) { p = 0.0f; }
-            score[0][n][e] = p;
-            dp[0][n][e] = p * (dp[0][n][e] - delta[of]);
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int at = n * 8 + column + (e & 1), row = m * 16 + (e >> 1) * 8, of = keys ? at : 2 * m + (e >> 1);
+                float p = exp2_fast(fmaf(score[m][n][e], scale_log2, -lse[of]));
+                bool hidden = keys ? at < seen + row : at >= seen + row;
+                if (masked && hidden) { p = 0.0f; }
+                score[m][n][e] = p;
+                dp[m][n][e] = p * (dp[m][n][e] - delta[of]);
+            }
         }
     }
 }
 
-/* the warp's 16 rows of sums * factor as bf16, through its rows of `shared` */
-template <int D>
-static __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, const float (&sums)[1][D / 8][4],
+/* the warp's rows of sums * factor as bf16, through its rows of `shared` */
+template <int D, int MT>
+static __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, const float (&sums)[MT][D / 8][4],
                                                   float factor) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
+    for (int m = 0; m < MT; m++) {
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) {
-            *(uint32_t *)(shared + (r * 8 + lane / 4) * (D + 8) + n * 8 + 2 * (lane % 4)) =
-                pack_bf16(sums[0][n][2 * r] * factor, sums[0][n][2 * r + 1] * factor);
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                *(uint32_t *)(shared + (m * 16 + r * 8 + lane / 4) * (D + 8) + n * 8 + 2 * (lane % 4)) =
+                    pack_bf16(sums[m][n][2 * r] * factor, sums[m][n][2 * r + 1] * factor);
+            }
         }
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 16 * (D / 8) / WARP; i++) {
+    for (int i = 0; i < MT * 16 * (D / 8) / WARP; i++) {
         int index = lane + i * WARP, row = index / (D / 8), chunk = index % (D / 8);
         if (row < valid) { *(uint4 *)(to + row * step + chunk * 8) = *(const uint4 *)(shared + row * (D + 8) + chunk * 8); }
     }
@@ -112,83 +121,89 @@ static __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int va
 }
 
 /* false where this block has no rows */
-template <bool keys> static __device__ __forceinline__ bool find(strip &s, const gradient_args<bf16> &a) {
+template <bool keys> static __device__ __forceinline__ bool find(strip &s, const gradient_args<bf16> &a, int rows) {
     s.first_query = a.q_start[blockIdx.y], s.first_key = a.kv_start[blockIdx.y];
     s.queries = (int)(a.q_start[blockIdx.y + 1] - s.first_query), s.keys = (int)a.kv_len[blockIdx.y];
     s.before = s.keys - s.queries;
-    s.first = (keys ? blockIdx.z : gridDim.z - 1 - blockIdx.z) * KEYS; /* the longest first */
+    s.first = (keys ? blockIdx.z : gridDim.z - 1 - blockIdx.z) * rows; /* the longest first */
     return s.first < (keys ? s.keys : s.queries);
 }
 
 /* grid (heads: of k, or of q, b, tiles of own rows) */
 template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2) backward_kernel(gradient_args<bf16> a) {
     typedef backward_block<D, keys> block;
+    constexpr int MT = block::MT, N = block::N, loaded = block::loaded;
     extern __shared__ __align__(16) bf16 shared[];
     ql_cuda_wait_previous();
     ql_cuda_start_next();
     strip s;
-    if (!find<keys>(s, a)) { return; }
+    if (!find<keys>(s, a, block::rows)) { return; }
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = a.hq / a.hkv;
     int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
     int64_t own = keys ? (s.first_key + s.first) * kv_step + blockIdx.x * D : (s.first_query + s.first) * q_step + blockIdx.x * D;
     int valid = (keys ? s.keys : s.queries) - s.first;
-    bf16 *stages = shared + 2 * block::tile;
+    bf16 *stages = shared + 2 * block::own;
     float *statistics = (float *)(stages + 4 * block::tile);
-    load_rows<D, KEYS>(shared, (keys ? a.k : a.q) + own, keys ? kv_step : q_step, valid);
-    load_rows<D, KEYS>(shared + block::tile, (keys ? a.v : a.dout) + own, keys ? kv_step : q_step, valid);
+    load_rows<D, block::rows>(shared, (keys ? a.k : a.q) + own, keys ? kv_step : q_step, valid);
+    load_rows<D, block::rows>(shared + block::own, (keys ? a.v : a.dout) + own, keys ? kv_step : q_step, valid);
 
     /* tiles of the other side: of keys, from the first query that sees one of them, for each head of the group */
-    int begin = keys ? max(0, s.first - s.before) / KEYS : 0;
-    int end = keys ? (s.queries + KEYS - 1) / KEYS : (min(s.before + s.first + KEYS, s.keys) + KEYS - 1) / KEYS;
+    int begin = keys ? max(0, s.first - s.before) / loaded : 0;
+    int end = ((keys ? s.queries : min(s.before + s.first + block::rows, s.keys)) + loaded - 1) / loaded;
     int tiles = end - begin, steps = keys ? tiles * group : tiles;
     int head = keys ? blockIdx.x * group : blockIdx.x;
-    if (steps > 0) { load_tile<D, keys>(a, s, stages, statistics, begin * KEYS, head); }
+    if (steps > 0) { load_tile<D, keys>(a, s, stages, statistics, begin * loaded, head); }
     copy_async_commit();
 
-    float first_sum[1][D / 8][4] = {}, second_sum[1][keys ? D / 8 : 1][4] = {}; /* dk or dq; dv */
-    float row_lse[2] = {}, row_delta[2] = {};
-    int row = s.first + warp * 16 + lane / 4; /* the lane's first */
+    float first_sum[MT][D / 8][4] = {}, second_sum[1][keys ? D / 8 : 1][4] = {}; /* dk or dq; dv */
+    float row_lse[2 * MT] = {}, row_delta[2 * MT] = {};
+    int row = s.first + warp * 16 * MT + lane / 4; /* the lane's first */
     if constexpr (!keys) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < 2 * MT; r++) {
             int64_t place = (s.first_query + min(row + 8 * r, s.queries - 1)) * a.hq + head;
             row_lse[r] = a.lse[place] * LOG2_E, row_delta[r] = a.delta[place];
         }
     }
-    uint32_t a_lane = row_address<D>(shared, warp * 16), tile_bytes = block::tile * sizeof(bf16);
+    uint32_t a_lane = row_address<D>(shared, warp * 16 * MT), own_bytes = block::own * sizeof(bf16), tile_bytes = block::tile * sizeof(bf16);
     uint32_t score_lane = key_address<D>(stages), sum_lane = value_address<D>(stages);
     for (int j = 0; j < steps; j++) {
         copy_async_wait<0>();
         __syncthreads(); /* tile j is here, and nobody reads tile j - 1 any more */
-        int next = j + 1, from = (begin + j % tiles) * KEYS;
+        int next = j + 1;
         if (next < steps) {
             load_tile<D, keys>(a, s, stages + next % 2 * 2 * block::tile, statistics + next % 2 * 2 * KEYS,
-                               (begin + next % tiles) * KEYS, head + next / tiles);
+                               (begin + next % tiles) * loaded, head + next / tiles);
         }
         copy_async_commit();
-        uint32_t stage = j % 2 * 2 * tile_bytes;
-        const float *of_tile = statistics + j % 2 * 2 * KEYS;
-        float score[1][KEYS / 8][4], dp[1][KEYS / 8][4];
-        multiply_keys<D, 1>(score, a_lane, score_lane + stage);
-        multiply_keys<D, 1>(dp, a_lane + tile_bytes, score_lane + stage + tile_bytes);
-        /* a query sees keys up to before + itself */
-        int seen = keys ? row - s.before - from : s.before + row + 1 - from;
-        bool masked = keys ? s.first + KEYS - 1 - s.before > from : s.before + s.first + 1 < from + KEYS;
-        weigh<keys>(score, dp, keys ? of_tile : row_lse, keys ? of_tile + KEYS : row_delta, a.scale * LOG2_E, seen, masked);
-        if constexpr (keys) { multiply_values<D, 1>(second_sum, score, sum_lane + stage + tile_bytes); }
-        multiply_values<D, 1>(first_sum, dp, sum_lane + stage);
+#pragma unroll 1
+        for (int part = 0; part < loaded; part += N) {
+            int from = (begin + j % tiles) * loaded + part;
+            uint32_t stage = j % 2 * 2 * tile_bytes + part * block::stride * (uint32_t)sizeof(bf16);
+            const float *of_tile = statistics + j % 2 * 2 * KEYS + part;
+            float score[MT][N / 8][4], dp[MT][N / 8][4];
+            multiply_keys<D, MT, N>(score, a_lane, score_lane + stage);
+            multiply_keys<D, MT, N>(dp, a_lane + own_bytes, score_lane + stage + tile_bytes);
+            /* a query sees keys up to before + itself */
+            int seen = keys ? row - s.before - from : s.before + row + 1 - from;
+            bool masked = keys ? s.first + block::rows - 1 - s.before > from : s.before + s.first + 1 < from + N;
+            weigh<keys, MT, N>(score, dp, keys ? of_tile : row_lse, keys ? of_tile + KEYS : row_delta, a.scale * LOG2_E, seen, masked);
+            if constexpr (keys) { multiply_values<D, 1, N>(second_sum, score, sum_lane + stage + tile_bytes); }
+            multiply_values<D, MT, N>(first_sum, dp, sum_lane + stage);
+        }
     }
     copy_async_wait<0>();
     __syncthreads(); /* also where no tile came: the own rows are here, and give way */
-    bf16 *rows = shared + warp * 16 * block::stride;
-    int64_t step = keys ? kv_step : q_step, at = own + warp * 16 * step;
-    write_rows<D>((keys ? a.dk : a.dq) + at, step, valid - warp * 16, rows, first_sum, a.scale);
-    if constexpr (keys) { write_rows<D>(a.dv + at, step, valid - warp * 16, rows, second_sum, 1.0f); }
+    bf16 *rows = shared + warp * 16 * MT * block::stride;
+    int64_t step = keys ? kv_step : q_step, at = own + warp * 16 * MT * step;
+    write_rows<D, MT>((keys ? a.dk : a.dq) + at, step, valid - warp * 16 * MT, rows, first_sum, a.scale);
+    if constexpr (keys) { write_rows<D, 1>(a.dv + at, step, valid - warp * 16, rows, second_sum, 1.0f); }
 }
 
 template <int D> static void launch(const gradient_args<bf16> &args, int64_t max_queries, int64_t max_keys) {
-    dim3 keys((unsigned)args.hkv, (unsigned)args.b, (unsigned)((max_keys + KEYS - 1) / KEYS));
-    dim3 queries((unsigned)args.hq, (unsigned)args.b, (unsigned)((max_queries + KEYS - 1) / KEYS));
+    constexpr int key_rows = backward_block<D, true>::rows, query_rows = backward_block<D, false>::rows;
+    dim3 keys((unsigned)args.hkv, (unsigned)args.b, (unsigned)((max_keys + key_rows - 1) / key_rows));
+    dim3 queries((unsigned)args.hq, (unsigned)args.b, (unsigned)((max_queries + query_rows - 1) / query_rows));
     ql_cuda_launch(backward_kernel<D, true>, keys, dim3(THREADS), backward_block<D, true>::shared_bytes, true, args);
     ql_cuda_launch(backward_kernel<D, false>, queries, dim3(THREADS), backward_block<D, false>::shared_bytes, true, args);
 }

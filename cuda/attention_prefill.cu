@@ -146,10 +146,10 @@ template <int D, int MT> __global__ void __launch_bounds__(THREADS, 2) attention
         if (j * KEYS >= warp_last) { continue; } /* no row of this warp sees a key of this tile */
         uint32_t stage = j % 2 * 2 * tile * (uint32_t)sizeof(bf16);
         float score[MT][KEYS / 8][4];
-        multiply_keys<D, MT>(score, q_lane, k_lane + stage);
+        multiply_keys<D, MT, KEYS>(score, q_lane, k_lane + stage);
         if ((j + 1) * KEYS > warp_first) { mask_keys<MT>(score, seen - j * KEYS); }
         online_softmax<D, MT>(score, out, maximum, sum, args.scale);
-        multiply_values<D, MT>(out, score, v_lane + stage);
+        multiply_values<D, MT, KEYS>(out, score, v_lane + stage);
     }
     int64_t row = first_query + first_row + warp_row;
     write_rows<D, MT>(args.out + row * q_step + head * D, q_step, queries - first_row - warp_row, shared + warp_row * stride, out,

@@ -1,4 +1,4 @@
-/* attention_tiles.cuh: products of tiles of 64 keys by mma.sync, for blocks of 4 warps. Rows of shared memory are D + 8
+/* attention_tiles.cuh: products of tiles of N keys by mma.sync, for blocks of 4 warps. Rows of shared memory are D + 8
  * elements apart: an odd number of 16-byte chunks, so the 8 rows of an ldmatrix meet all 32 banks, and every address is a
  * constant away from the lane's own. */
 #ifndef QL_CUDA_ATTENTION_TILES_CUH
@@ -33,14 +33,14 @@ __device__ __forceinline__ void load_rows(bf16 *to, const bf16 *from, int64_t st
     }
 }
 
-/* score (16 MT, 64) = Q K^T of this warp; q, k: the lane's addresses in shared memory (row_address, key_address) */
-template <int D, int MT>
-__device__ __forceinline__ void multiply_keys(float (&score)[MT][KEYS / 8][4], uint32_t q, uint32_t k) {
+/* score (16 MT, N) = Q K^T of this warp; q, k: the lane's addresses in shared memory (row_address, key_address) */
+template <int D, int MT, int N>
+__device__ __forceinline__ void multiply_keys(float (&score)[MT][N / 8][4], uint32_t q, uint32_t k) {
     constexpr int row_bytes = (D + 8) * 2;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) { score[m][n][0] = score[m][n][1] = score[m][n][2] = score[m][n][3] = 0.0f; }
+        for (int n = 0; n < N / 8; n++) { score[m][n][0] = score[m][n][1] = score[m][n][2] = score[m][n][3] = 0.0f; }
     }
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply_keys(float (&score)[MT][KEYS / 8][4], u
 #pragma unroll
         for (int m = 0; m < MT; m++) { load_matrix_4(a[m], q + m * 16 * row_bytes + i * 32); }
 #pragma unroll
-        for (int n = 0; n < KEYS / 16; n++) {
+        for (int n = 0; n < N / 16; n++) {
             uint32_t b[4];
             load_matrix_4(b, k + n * 16 * row_bytes + i * 32);
 #pragma unroll
@@ -61,12 +61,12 @@ __device__ __forceinline__ void multiply_keys(float (&score)[MT][KEYS / 8][4], u
 }
 
 /* out (16 MT, D) += weights V; v: value_address */
-template <int D, int MT>
-__device__ __forceinline__ void multiply_values(float (&out)[MT][D / 8][4], const float (&weight)[MT][KEYS / 8][4],
+template <int D, int MT, int N>
+__device__ __forceinline__ void multiply_values(float (&out)[MT][D / 8][4], const float (&weight)[MT][N / 8][4],
                                                 uint32_t v) {
     constexpr int row_bytes = (D + 8) * 2;
 #pragma unroll
-    for (int i = 0; i < KEYS / 16; i++) {
+    for (int i = 0; i < N / 16; i++) {
         uint32_t a[MT][4];
 #pragma unroll
         for (int m = 0; m < MT; m++) {

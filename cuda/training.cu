@@ -7,35 +7,6 @@ enum { THREADS = 256, VALUES = 8 };
 
 static unsigned blocks_of(int64_t items) { return (unsigned)((items + THREADS - 1) / THREADS); }
 
-/* ---- rotary embedding ---------------------------------------------------------------------------------------------- */
-
-/* grid (t, parts of a token): a thread turns a pair of neighbours of each half */
-static __global__ void __launch_bounds__(THREADS) rope_pairs(bf16 *x, const float *cosines, const float *sines, const int32_t *positions,
-                                                             int heads, int half) {
-    int i = 2 * (int)(blockIdx.y * THREADS + threadIdx.x);
-    ql_cuda_wait_previous();
-    ql_cuda_start_next();
-    if (i >= heads * half) { return; }
-    bf16 *low = x + ((int64_t)blockIdx.x * heads + i / half) * 2 * half + i % half;
-    int64_t angle = (int64_t)positions[blockIdx.x] * half + i % half;
-    int count = half % 2 == 0 ? 2 : min(2, heads * half - i);
-    for (int e = 0; e < count; e++) {
-        int at = i + e;
-        bf16 *a = half % 2 == 0 ? low + e : x + ((int64_t)blockIdx.x * heads + at / half) * 2 * half + at % half;
-        int64_t turn = half % 2 == 0 ? angle + e : (int64_t)positions[blockIdx.x] * half + at % half;
-        float2 turned = rope_pair(__bfloat162float(*a), __bfloat162float(a[half]), cosines[turn], sines[turn]);
-        *a = __float2bfloat16_rn(turned.x), a[half] = __float2bfloat16_rn(turned.y);
-    }
-}
-
-extern "C" void ql_rope_fused_forward_cuda(void *x, const float *cosines, const float *sines, const int32_t *positions, int64_t t,
-                                           int64_t heads, int64_t d) {
-    dim3 grid((unsigned)t, blocks_of((heads * (d / 2) + 1) / 2));
-    ql_cuda_launch(rope_pairs, grid, dim3(THREADS), 0, true, (bf16 *)x, cosines, sines, positions, heads, d / 2);
-}
-
-/* ---- element by element --------------------------------------------------------------------------------------------- */
-
 /* 8 values from element i on, or those that are there */
 static __device__ __forceinline__ void get(float (&v)[VALUES], const bf16 *x, int64_t i, int64_t count) {
     if (i + VALUES <= count) {
@@ -57,6 +28,38 @@ static __device__ __forceinline__ void put(bf16 *x, const float (&v)[VALUES], in
     }
     for (int e = 0; e < VALUES && i + e < count; e++) { x[i + e] = __float2bfloat16_rn(v[e]); }
 }
+
+/* ---- rotary embedding ---------------------------------------------------------------------------------------------- */
+
+/* grid (t, parts of a token): a thread turns `width` neighbours of each half */
+template <int width>
+static __global__ void __launch_bounds__(THREADS) rope_kernel(bf16 *x, const float *cosines, const float *sines, const int32_t *positions,
+                                                              int heads, int half) {
+    int i = width * (int)(blockIdx.y * THREADS + threadIdx.x);
+    ql_cuda_wait_previous();
+    ql_cuda_start_next();
+    if (i >= heads * half) { return; }
+    bf16 *low = x + ((int64_t)blockIdx.x * heads + i / half) * 2 * half + i % half;
+    int64_t angle = (int64_t)positions[blockIdx.x] * half + i % half;
+    float a[VALUES], b[VALUES];
+    get(a, low, 0, width), get(b, low + half, 0, width);
+#pragma unroll
+    for (int e = 0; e < width; e++) {
+        float2 turned = rope_pair(a[e], b[e], cosines[angle + e], sines[angle + e]);
+        a[e] = turned.x, b[e] = turned.y;
+    }
+    put(low, a, 0, width), put(low + half, b, 0, width);
+}
+
+extern "C" void ql_rope_fused_forward_cuda(void *x, const float *cosines, const float *sines, const int32_t *positions, int64_t t,
+                                           int64_t heads, int64_t d) {
+    bool vectors = d / 2 % VALUES == 0;
+    dim3 grid((unsigned)t, blocks_of(heads * (d / 2) / (vectors ? VALUES : 1)));
+    ql_cuda_launch(vectors ? rope_kernel<VALUES> : rope_kernel<1>, grid, dim3(THREADS), 0, true, (bf16 *)x, cosines, sines, positions,
+                   heads, d / 2);
+}
+
+/* ---- element by element --------------------------------------------------------------------------------------------- */
 
 static __global__ void __launch_bounds__(THREADS) swiglu_kernel(bf16 *out, const bf16 *gate, const bf16 *up, int64_t count) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * VALUES;

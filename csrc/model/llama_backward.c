@@ -42,8 +42,9 @@ static void cut_layer(activations *s, const pass *p, ql_workspace *own, ql_works
     int reads_h = adapted[QL_SLOT_Q] || adapted[QL_SLOT_K] || adapted[QL_SLOT_V];
     int reads_h2 = adapted[QL_SLOT_GATE] || adapted[QL_SLOT_UP];
     s->h = take_activations(p, remakes || !reads_h ? shared : own, t * m->c);
-    s->h2 = take_activations(p, remakes || !reads_h2 ? shared : own, t * m->c);
     s->act = take_activations(p, remakes || !adapted[QL_SLOT_DOWN] ? shared : own, t * m->f);
+    /* where nothing reads h2 later, it is gone before act begins */
+    s->h2 = !reads_h2 && m->f >= m->c ? s->act : take_activations(p, remakes || !reads_h2 ? shared : own, t * m->c);
 }
 
 /* of layer i; those before `first` all work in the memory of `first`, which they leave before it begins */
@@ -62,32 +63,39 @@ static int64_t widest_input(const pass *p) {
     return widest;
 }
 
+static void cut_losses(pass *p, ql_workspace *w) {
+    int64_t chunk = p->call->count < LOSS_ROWS ? p->call->count : LOSS_ROWS;
+    p->rows = ql_take(w, chunk * p->m->c);
+    p->hidden = ql_take(w, chunk * p->m->c);
+    p->inv = ql_take(w, chunk);
+    p->logits = ql_take(w, chunk * p->call->head->n);
+}
+
 static void cut(pass *p, ql_workspace *w) {
     const ql_llama *m = p->m;
     int64_t t = p->t, layers = m->layers > p->first ? m->layers - p->first : 1;
-    int64_t chunk = p->call->count < LOSS_ROWS ? p->call->count : LOSS_ROWS;
     activations none;
     ql_workspace own = {NULL, 0}, shared = {NULL, 0};
     cut_layer(&none, p, &own, &shared);
     p->layer_floats = own.used;
     p->layers = ql_take(w, layers * own.used);
-    p->shared = ql_take(w, shared.used);
+    ql_workspace losses = {NULL, 0};
+    cut_losses(p, &losses);
+    p->shared = ql_take(w, shared.used > losses.used ? shared.used : losses.used);
+    losses = (ql_workspace){p->shared, 0}; /* they are taken between the layers' forward pass and the way back */
+    cut_losses(p, &losses);
     p->last = ql_take(w, t * m->c);
     p->minus_sin = ql_take(w, p->call->positions * (m->d / 2));
     p->dx = ql_take(w, t * m->c);
     p->dh = ql_take(w, t * m->c);
     p->dx_own = take_activations(p, w, p->fused ? t * m->c : 0);
-    p->dact = take_activations(p, w, t * m->f);
+    p->dact = take_activations(p, w, p->adapted[QL_SLOT_DOWN] ? t * m->f : 0);
     p->da = take_activations(p, w, t * m->hq * m->d);
     p->dq = take_activations(p, w, t * m->hq * m->d);
     p->dk = take_activations(p, w, t * m->hkv * m->d);
     p->dv = take_activations(p, w, t * m->hkv * m->d);
     p->du = ql_take(w, t * m->rank);
     p->dropped = ql_take(w, p->call->dropout > 0.0f && !p->fused ? t * widest_input(p) : 0);
-    p->rows = ql_take(w, chunk * m->c);
-    p->hidden = ql_take(w, chunk * m->c);
-    p->inv = ql_take(w, chunk);
-    p->logits = ql_take(w, chunk * p->call->head->n);
 }
 
 static pass begin(const ql_llama_training *call, float *memory, int64_t *floats, const ql_backend *be) {
@@ -229,8 +237,9 @@ static void remake(const pass *p, int64_t i, const activations *s) {
 
 static void mlp_backward(const pass *p, int64_t i, const activations *s) {
     const ql_llama *m = p->m;
-    product_backward(p, i, QL_SLOT_DOWN, p->dact, p->dx, s->act, s, 0);
-    p->be->swiglu_backward(s->gate, s->up, p->dact, s->gate, s->up, p->t * m->f);
+    void *dact = ql_dact(p, s);
+    product_backward(p, i, QL_SLOT_DOWN, dact, p->dx, s->act, s, 0);
+    p->be->swiglu_backward(s->gate, s->up, dact, s->gate, s->up, p->t * m->f);
     product_backward(p, i, QL_SLOT_GATE, p->dh, s->gate, s->h2, s, 0);
     product_backward(p, i, QL_SLOT_UP, p->dh, s->up, s->h2, s, 1);
     p->be->rmsnorm_backward(p->dx, p->dh, s->x2, m->layer[i].post_norm, s->inv_rms2, p->t, m->c, 1);

@@ -45,7 +45,7 @@ void ql_fused_layer_forward(const ql_training_pass *p, int64_t i, const ql_activ
     be->norm_fused_forward(s->h2, s->x2, m->layer[i].post_norm, t, m->c, m->eps);
     product(p, i, QL_SLOT_GATE, s->gate, NULL, s->h2, s);
     product(p, i, QL_SLOT_UP, s->up, NULL, s->h2, s);
-    be->swiglu_fused_forward(s->act, s->gate, s->up, t * m->f);
+    if (out != NULL || ql_has_adapter(&m->layer[i], QL_SLOT_DOWN)) { be->swiglu_fused_forward(s->act, s->gate, s->up, t * m->f); }
     if (out == NULL) { return; }
     (void)be->copy(out, s->x2, stream_bytes);
     product(p, i, QL_SLOT_DOWN, NULL, out, s->act, s);
@@ -77,8 +77,9 @@ static void product_backward(const ql_training_pass *p, int64_t i, int slot, voi
 
 static void mlp_backward(const ql_training_pass *p, int64_t i, const ql_activations_kept *s) {
     const ql_llama *m = p->m;
-    product_backward(p, i, QL_SLOT_DOWN, p->dact, NULL, p->dx_own, s->act, s, 0);
-    p->be->swiglu_fused_backward(s->gate, s->up, p->dact, s->gate, s->up, p->t * m->f);
+    void *dact = ql_dact(p, s);
+    product_backward(p, i, QL_SLOT_DOWN, dact, NULL, p->dx_own, s->act, s, 0);
+    p->be->swiglu_fused_backward(s->gate, s->up, dact, s->gate, s->up, p->t * m->f);
     product_backward(p, i, QL_SLOT_GATE, NULL, p->dh, s->gate, s->h2, s, 0);
     product_backward(p, i, QL_SLOT_UP, NULL, p->dh, s->up, s->h2, s, 1);
     p->be->rmsnorm_fused_backward(p->dx, p->dx_own, p->dh, s->x2, m->layer[i].post_norm, p->t, m->c, m->eps);

@@ -32,7 +32,7 @@ typedef struct {
     float *minus_sin;           /* (positions, d / 2) */
     float *dx, *dh;             /* (t, c) gradients of the residual stream, of a block's normed input */
     void *dx_own;               /* (t, c) dx in the backend's type, where the pass is fused */
-    void *dact;                 /* (t, f) */
+    void *dact;                 /* (t, f), of ql_dact */
     void *da, *dq, *dk, *dv;    /* (t, hq d) (t, hq d) (t, hkv d) (t, hkv d) */
     float *du;                  /* (t, rank) */
     float *dropped;             /* (t, widest input of an adapter), with dropout, where the pass is not fused */
@@ -45,6 +45,11 @@ static inline int ql_has_adapter(const ql_llama_layer *layer, int slot) { return
 /* Masks are numbered, so that the way back draws those of the forward pass again. */
 static inline int64_t ql_mask_stream(const ql_training_pass *p, int64_t i, int slot) {
     return (p->call->call * p->m->layers + i) * QL_SLOTS + slot;
+}
+
+/* the gradient of the down product's input takes its place where nothing reads that */
+static inline void *ql_dact(const ql_training_pass *p, const ql_activations_kept *s) {
+    return p->adapted[QL_SLOT_DOWN] ? p->dact : s->act;
 }
 
 int ql_training_fused(const ql_backend *backend);

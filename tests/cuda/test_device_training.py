@@ -131,7 +131,7 @@ def test_generation_beside_an_adapter() -> None:
     tuned = ql.finetune(tiny_model().to("cuda"), LORA, made_up(), settings(num_train_epochs=4))
     prompts = [row[:2] for row in made_up(3, seed=3)]
     for prompt, new in zip(prompts, tuned.generate(prompts, max_new_tokens=8), strict=True):
-        logits = tuned(new)[len(prompt) - 1 : -1]
+        logits = tuned(new)[0, len(prompt) - 1 : -1]
         chosen = logits[np.arange(len(logits)), new[len(prompt) :]]
         assert (chosen >= logits.max(-1) - NOISE * np.abs(logits).max()).all()
 
