@@ -96,6 +96,18 @@ def test_generation_and_training_have_units(study):
     assert "n = 180 conversations, 180 steps of 1" in training.caption
 
 
+def test_a_machine_that_did_other_work_is_told(run, study):
+    assert "other work" not in lima_tables.training(study).caption  # no processor time was recorded
+    crowded = load_lima(run)
+    timings = crowded.cells["tune-bnb"]["timings"]
+    crowded.cells["tune-bnb"]["env"]["threads"] = 2
+    timings["training"] = {"mean": 100.0, "cpu_s": 50.0}
+    assert "too long: tuning over NF4 (25 %) of the processors" in lima_tables.training(crowded).caption
+    assert lima_tables.training_ratio(crowded, "gptq") is None and lima_tables.training_ratio(study, "gptq") == 0.95
+    timings["training"]["cpu_s"] = 190.0
+    assert "other work" not in lima_tables.training(crowded).caption
+
+
 def test_published_figures_are_relative_to_their_own(study):
     table = lima_tables.beside_published(study)
     rows = {row[0]: row for row in table.rows}

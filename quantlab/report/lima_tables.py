@@ -8,6 +8,7 @@ from typing import Any
 from . import lima_published as published
 from .lima import ARROW, Lima, Loss
 from .numbers import ABSENT, EN_DASH, number, scaled, significant, spread, times
+from .records import ALONE
 from .table import Table, energy_sentence
 
 ROW = f"Tuned over {ARROW} inferred in"
@@ -111,6 +112,7 @@ def generation(study: Lima) -> Table:
         f"One generate of {tokens} tokens that never stops early, prompts included; median of {found['repeats']}, in "
     )
     caption += f"brackets the fastest and the slowest. Prompt: {prompt}. Decoding: tokens after the first."
+    caption += study.crowded([f"infer-{name}" for name in study.baselines], "generation")
     return Table("generation", "Generation", columns, rows, caption)
 
 
@@ -178,7 +180,8 @@ def training_caption(study: Lima) -> str:
     text += (
         f"{config['warmup_ratio']:g}. Tokens: all that pass the model. Training loss: means of the first and the last "
     )
-    return text + "tenth of the steps. Speeds without the evaluations in between."
+    text += "tenth of the steps. Speeds without the evaluations in between."
+    return text + study.crowded([f"tune-{part}" for part in study.tuned], "training")
 
 
 def beside_published(study: Lima) -> Table | None:
@@ -203,8 +206,10 @@ def beside_published(study: Lima) -> Table | None:
 
 
 def relative(study: Lima, name: str, size: int, other: str, other_size: int) -> float | None:
-    """The time of a generation divided by that of another, or None."""
+    """The time of a generation divided by that of another, or None; of two cells only where both had the machine."""
     if other not in study.baselines:
+        return None
+    if other != name and min(study.share(f"infer-{each}", "generation") for each in (name, other)) < ALONE:
         return None
     value = study.value(f"infer-{name}", f"generate_{size}")
     base = study.value(f"infer-{other}", f"generate_{other_size}")
@@ -212,7 +217,10 @@ def relative(study: Lima, name: str, size: int, other: str, other_size: int) -> 
 
 
 def training_ratio(study: Lima, part: str) -> float | None:
+    """The speed of a training divided by that over bnb, or None; only where both had the machine to themselves."""
     if not {part, "bnb"} <= set(study.tuned):
+        return None
+    if part != "bnb" and min(study.share(f"tune-{each}", "training") for each in (part, "bnb")) < ALONE:
         return None
     value, base = study.value(f"tune-{part}", "samples_per_s"), study.value("tune-bnb", "samples_per_s")
     return value / base if value and base else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from quantlab.experiments.record import RecordError, read_cells, read_json
 
 NOTHING: dict[str, Any] = {"metrics": {}, "energy": {}, "memory": {}}
+ALONE = 0.7  # share of the processors' time below which a phase was not alone on the machine
 FALLBACK = "#8c6bb1"
 # one family of hues a method, darker for more bits; readable on light and dark grounds
 COLOURS: Mapping[str, str] = {
@@ -71,6 +72,19 @@ class Records:
         """Peak resident memory of a phase of a cell in bytes, or None."""
         found = self.record(name)["memory"].get("peak_host", {}).get(phase)
         return None if found is None else found["value"]
+
+    def share(self, name: str, phase: str) -> float:
+        """The share of the processors' time that a phase got, of all threads; 1 where it was not measured."""
+        record = self.record(name)
+        found = record.get("timings", {}).get(phase, {})
+        return found["cpu_s"] / (found["mean"] * record["env"]["threads"]) if found.get("cpu_s") else 1.0
+
+    def crowded(self, cells: Sequence[str], phase: str) -> str:
+        """A sentence about the cells beside which the machine did other work; empty where there are none."""
+        shares = {name: self.share(name, phase) for name in cells}
+        low = [f"{self.title(name)} ({100 * share:.0f} %)" for name, share in shares.items() if share < ALONE]
+        text = f" The machine did other work too, so that these times are too long: {', '.join(low)} of the processors."
+        return text if low else ""
 
     @property
     def model(self) -> str:
