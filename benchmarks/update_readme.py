@@ -6,7 +6,7 @@ benchmarks/results/: no result is typed by hand.
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`, `quantlab lima
 --out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py, bench_peers.py or
-bench_gptq_cuda.py, or differences of logits beside GPTQModel.
+bench_gptq_cuda.py, bench_training_cuda.py, or differences of logits beside GPTQModel.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def quality_section(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 def lines_section(path: Path, details: bool) -> str:
-    """The section of a .jsonl file: of `quantlab bench`, bench_quality.py, bench_peers.py or bench_gptq_cuda.py; ""
+    """The section of a .jsonl file: of `quantlab bench`, bench_quality.py, bench_peers.py or bench_*_cuda.py; ""
     where it is a detail that is not asked for."""
     records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     if not records:
@@ -69,6 +69,8 @@ def lines_section(path: Path, details: bool) -> str:
         return quality_section(path, records)
     if "gptqmodel" in records[0]:
         return logits_section(path, records) if details else ""
+    if "recompute" in records[0]:
+        return training_section(path, records)
     if "peak_bytes" in records[0]:
         return gptq_section(path, records)
     if "driver" in records[0]:
@@ -229,6 +231,23 @@ def gptq_section(path: Path, records: list[dict[str, Any]]) -> str:
     return (
         f"### GPTQ on a GPU: {first['device']}, shapes of {first['model']}, commit {first['commit']}\n\n{table}\n\n"
         f"From `{path.relative_to(ROOT)}`."
+    )
+
+
+def training_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a case of LoRA training on a GPU."""
+    rows = [
+        [
+            record["base"], f"1 x {record['tokens']}", record["recompute"], f"{1e3 * record['seconds']['median']:.1f}",
+            f"{record['tokens_per_second']:,.0f}", f"{record['peak_bytes'] / 1e9:.2f}",
+        ]
+        for record in records
+    ]  # fmt: skip
+    table = markdown_table(["base", "batch", "recomputed", "ms a step", "tok/s", "peak device memory, GB"], rows)
+    first = records[0]
+    return (
+        f"### LoRA training on a GPU: {first['device']}, shapes of {first['model']}, r {first['r']} on q, k, v, o, "
+        f"commit {first['commit']}\n\n{table}\n\nMedian of a step: gradient and AdamW. From `{path.relative_to(ROOT)}`."
     )
 
 

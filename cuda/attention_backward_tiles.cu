@@ -41,9 +41,8 @@ struct strip {
 };
 
 template <int D, bool keys> struct backward_block {
-    static constexpr int MT = keys || D == 80 ? 1 : 2, loaded = MT == 1 ? KEYS : KEYS / 2; /* 16-row tiles a warp, rows a tile */
-    static constexpr int N = KEYS / 2;                                                     /* rows of a tile at once */
-    static constexpr int rows = 16 * MT * WARPS, stride = D + 8, own = rows * stride, tile = loaded * stride;
+    static constexpr int MT = keys || D == 80 ? 1 : 2, N = MT == 1 ? KEYS : KEYS / 2; /* 16-row tiles a warp, rows a tile */
+    static constexpr int rows = 16 * MT * WARPS, stride = D + 8, own = rows * stride, tile = N * stride;
     static constexpr size_t shared_bytes = (size_t)(2 * own + 4 * tile) * sizeof(bf16) + (keys ? 4 * KEYS * sizeof(float) : 0);
 };
 
@@ -51,12 +50,12 @@ template <int D, bool keys> struct backward_block {
 template <int D, bool keys>
 static __device__ __forceinline__ void load_tile(const gradient_args<bf16> &a, const strip &s, bf16 *tile, float *statistics,
                                                  int from, int head) {
-    constexpr int size = backward_block<D, keys>::tile, loaded = backward_block<D, keys>::loaded;
+    constexpr int size = backward_block<D, keys>::tile, N = backward_block<D, keys>::N;
     int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
     if constexpr (keys) {
         int64_t at = (s.first_query + from) * q_step + head * D;
-        load_rows<D, loaded>(tile, a.q + at, q_step, s.queries - from);
-        load_rows<D, loaded>(tile + size, a.dout + at, q_step, s.queries - from);
+        load_rows<D, N>(tile, a.q + at, q_step, s.queries - from);
+        load_rows<D, N>(tile + size, a.dout + at, q_step, s.queries - from);
         int row = threadIdx.x % KEYS;
         bool there = from + row < s.queries;
         int64_t place = (s.first_query + from + (there ? row : 0)) * a.hq + head;
@@ -67,8 +66,8 @@ static __device__ __forceinline__ void load_tile(const gradient_args<bf16> &a, c
         }
     } else {
         int64_t at = (s.first_key + from) * kv_step + head / (a.hq / a.hkv) * D;
-        load_rows<D, loaded>(tile, a.k + at, kv_step, s.keys - from);
-        load_rows<D, loaded>(tile + size, a.v + at, kv_step, s.keys - from);
+        load_rows<D, N>(tile, a.k + at, kv_step, s.keys - from);
+        load_rows<D, N>(tile + size, a.v + at, kv_step, s.keys - from);
     }
 }
 
@@ -132,7 +131,7 @@ template <bool keys> static __device__ __forceinline__ bool find(strip &s, const
 /* grid (heads: of k, or of q, b, tiles of own rows) */
 template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2) backward_kernel(gradient_args<bf16> a) {
     typedef backward_block<D, keys> block;
-    constexpr int MT = block::MT, N = block::N, loaded = block::loaded;
+    constexpr int MT = block::MT, N = block::N;
     extern __shared__ __align__(16) bf16 shared[];
     ql_cuda_wait_previous();
     ql_cuda_start_next();
@@ -148,11 +147,11 @@ template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2)
     load_rows<D, block::rows>(shared + block::own, (keys ? a.v : a.dout) + own, keys ? kv_step : q_step, valid);
 
     /* tiles of the other side: of keys, from the first query that sees one of them, for each head of the group */
-    int begin = keys ? max(0, s.first - s.before) / loaded : 0;
-    int end = ((keys ? s.queries : min(s.before + s.first + block::rows, s.keys)) + loaded - 1) / loaded;
+    int begin = keys ? max(0, s.first - s.before) / N : 0;
+    int end = ((keys ? s.queries : min(s.before + s.first + block::rows, s.keys)) + N - 1) / N;
     int tiles = end - begin, steps = keys ? tiles * group : tiles;
     int head = keys ? blockIdx.x * group : blockIdx.x;
-    if (steps > 0) { load_tile<D, keys>(a, s, stages, statistics, begin * loaded, head); }
+    if (steps > 0) { load_tile<D, keys>(a, s, stages, statistics, begin * N, head); }
     copy_async_commit();
 
     float first_sum[MT][D / 8][4] = {}, second_sum[1][keys ? D / 8 : 1][4] = {}; /* dk or dq; dv */
@@ -173,24 +172,21 @@ template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2)
         int next = j + 1;
         if (next < steps) {
             load_tile<D, keys>(a, s, stages + next % 2 * 2 * block::tile, statistics + next % 2 * 2 * KEYS,
-                               (begin + next % tiles) * loaded, head + next / tiles);
+                               (begin + next % tiles) * N, head + next / tiles);
         }
         copy_async_commit();
-#pragma unroll 1
-        for (int part = 0; part < loaded; part += N) {
-            int from = (begin + j % tiles) * loaded + part;
-            uint32_t stage = j % 2 * 2 * tile_bytes + part * block::stride * (uint32_t)sizeof(bf16);
-            const float *of_tile = statistics + j % 2 * 2 * KEYS + part;
-            float score[MT][N / 8][4], dp[MT][N / 8][4];
-            multiply_keys<D, MT, N>(score, a_lane, score_lane + stage);
-            multiply_keys<D, MT, N>(dp, a_lane + own_bytes, score_lane + stage + tile_bytes);
-            /* a query sees keys up to before + itself */
-            int seen = keys ? row - s.before - from : s.before + row + 1 - from;
-            bool masked = keys ? s.first + block::rows - 1 - s.before > from : s.before + s.first + 1 < from + N;
-            weigh<keys, MT, N>(score, dp, keys ? of_tile : row_lse, keys ? of_tile + KEYS : row_delta, a.scale * LOG2_E, seen, masked);
-            if constexpr (keys) { multiply_values<D, 1, N>(second_sum, score, sum_lane + stage + tile_bytes); }
-            multiply_values<D, MT, N>(first_sum, dp, sum_lane + stage);
-        }
+        int from = (begin + j % tiles) * N;
+        uint32_t stage = j % 2 * 2 * tile_bytes;
+        const float *of_tile = statistics + j % 2 * 2 * KEYS;
+        float score[MT][N / 8][4], dp[MT][N / 8][4];
+        multiply_keys<D, MT, N>(score, a_lane, score_lane + stage);
+        multiply_keys<D, MT, N>(dp, a_lane + own_bytes, score_lane + stage + tile_bytes);
+        /* a query sees keys up to before + itself */
+        int seen = keys ? row - s.before - from : s.before + row + 1 - from;
+        bool masked = keys ? s.first + block::rows - 1 - s.before > from : s.before + s.first + 1 < from + N;
+        weigh<keys, MT, N>(score, dp, keys ? of_tile : row_lse, keys ? of_tile + KEYS : row_delta, a.scale * LOG2_E, seen, masked);
+        if constexpr (keys) { multiply_values<D, 1, N>(second_sum, score, sum_lane + stage + tile_bytes); }
+        multiply_values<D, MT, N>(first_sum, dp, sum_lane + stage);
     }
     copy_async_wait<0>();
     __syncthreads(); /* also where no tile came: the own rows are here, and give way */

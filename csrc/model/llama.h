@@ -42,6 +42,8 @@ typedef struct {
 
 /* A backend with all the fused ops runs them, on keys and values in its own type; a model with an adapter does without. */
 int ql_llama_fused(const ql_llama *model, const ql_backend *backend);
+/* the fused ops of training; also the forward pass of a model with an adapter takes them where it has no cache */
+int ql_training_fused(const ql_backend *backend);
 /* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
 int64_t ql_llama_kv_bytes(const ql_llama *model, const ql_backend *backend);
 

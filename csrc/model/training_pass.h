@@ -52,8 +52,6 @@ static inline void *ql_dact(const ql_training_pass *p, const ql_activations_kept
     return p->adapted[QL_SLOT_DOWN] ? p->dact : s->act;
 }
 
-int ql_training_fused(const ql_backend *backend);
-
 /* The layer i up to the input of its down product, and on to out (t, c), the next one's input, where it is not NULL. out may be x. */
 void ql_fused_layer_forward(const ql_training_pass *p, int64_t i, const ql_activations_kept *s, float *out);
 /* the inputs of adapted matrices, from norms and SwiGLU */

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from quantlab.cli.common import (
+    Device,
     Dtype,
     Json,
     Local,
@@ -56,6 +57,7 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
     limit: Annotated[int | None, typer.Option(help="At most so many rows of the data.", min=1)] = None,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -71,12 +73,12 @@ def finetune(
     targets: Any = target_modules or ["q_proj", "v_proj"]
     targets = "all-linear" if targets == ["all-linear"] else targets
     adapter = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": targets}
-    _train(source, data, eval_data, (base, bits), adapter, settings, limit, (dtype, local_files_only), as_json)
+    _train(source, data, eval_data, (base, bits), adapter, settings, limit, (dtype, device, local_files_only), as_json)
 
 
 def _train(
     source: str, data: Path, eval_data: Path | None, base: tuple[str | None, int | None], adapter: dict[str, Any],
-    settings: dict[str, Any], limit: int | None, loading: tuple[str, bool], as_json: bool,
+    settings: dict[str, Any], limit: int | None, loading: tuple[str, str, bool], as_json: bool,
 ) -> None:  # fmt: skip
     import quantlab as ql
     from quantlab.conversations import read_json_lines
@@ -89,13 +91,13 @@ def _train(
     for path in (data, eval_data):
         if path is not None and not path.is_file():
             raise typer.BadParameter(f"{path}: there is no such file")
-    dtype, local = loading
+    dtype, device, local = loading
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local)
     if quantization is not None:
         model = ql.quantize(model, quantization)
     rows = data if limit is None else read_json_lines(data)[:limit]
     with told_warnings():
-        tuned = ql.finetune(model, lora, rows, training, eval_data)
+        tuned = ql.finetune(model.to(device), lora, rows, training, eval_data)
     if as_json:
         print_json(
             {"out": settings["output_dir"], "parameters": tuned.adapter.parameters.size, "log": tuned.training_log}
