@@ -16,19 +16,28 @@
 
 /* ---- delta ----------------------------------------------------------------------------------------------------------- */
 
-/* delta (rows,) = the sum of dout out along a row of d; a warp a row */
+enum { DELTA_ROWS = 4 }; /* of a warp */
+
+/* delta (rows,) = the sum of dout out along a row of d */
 static __global__ void __launch_bounds__(THREADS) delta_kernel(float *delta, const bf16 *dout, const bf16 *out, int64_t rows, int d) {
     ql_cuda_wait_previous();
     ql_cuda_start_next();
-    int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
-    if (row >= rows) { return; }
-    float sum = 0.0f;
-    for (int i = 2 * (threadIdx.x % WARP); i < d; i += 2 * WARP) {
-        float2 a = unpack_bf16(*(const uint32_t *)(dout + row * d + i)), b = unpack_bf16(*(const uint32_t *)(out + row * d + i));
-        sum += a.x * b.x + a.y * b.y;
+    int64_t first = ((int64_t)blockIdx.x * WARPS + threadIdx.x / WARP) * DELTA_ROWS;
+    float sum[DELTA_ROWS] = {};
+    for (int i = 4 * (threadIdx.x % WARP); i < d; i += 4 * WARP) {
+#pragma unroll
+        for (int r = 0; r < DELTA_ROWS; r++) {
+            int64_t at = (first + r < rows ? first + r : rows - 1) * d + i;
+            uint2 x = *(const uint2 *)(dout + at), y = *(const uint2 *)(out + at);
+            float2 a = unpack_bf16(x.x), b = unpack_bf16(y.x), c = unpack_bf16(x.y), e = unpack_bf16(y.y);
+            sum[r] += a.x * b.x + a.y * b.y + c.x * e.x + c.y * e.y;
+        }
     }
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) { delta[row] = sum; }
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; r++) {
+        sum[r] = warp_sum(sum[r]);
+        if (threadIdx.x % WARP == 0 && first + r < rows) { delta[first + r] = sum[r]; }
+    }
 }
 
 /* ---- tiles ----------------------------------------------------------------------------------------------------------- */
@@ -128,15 +137,29 @@ template <bool keys> static __device__ __forceinline__ bool find(strip &s, const
     return s.first < (keys ? s.keys : s.queries);
 }
 
-/* grid (heads: of k, or of q, b, tiles of own rows) */
+/* of the lane's rows of queries, from `row` on; rows that are not there take those of the last */
+template <int MT>
+static __device__ __forceinline__ void load_statistics(float (&lse)[2 * MT], float (&delta)[2 * MT], const gradient_args<bf16> &a,
+                                                       const strip &s, int row, int head) {
+#pragma unroll
+    for (int r = 0; r < 2 * MT; r++) {
+        int64_t place = (s.first_query + min(row + 8 * r, s.queries - 1)) * a.hq + head;
+        lse[r] = a.lse[place] * LOG2_E, delta[r] = a.delta[place];
+    }
+}
+
+/* Grid (heads: of k, or of q, b, tiles of own rows). The pass of queries comes second and fills up what the first leaves idle:
+ * it may start once all blocks of that have begun, so after delta has been made, and waits for its end at its own. */
 template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2) backward_kernel(gradient_args<bf16> a) {
     typedef backward_block<D, keys> block;
     constexpr int MT = block::MT, N = block::N;
     extern __shared__ __align__(16) bf16 shared[];
-    ql_cuda_wait_previous();
-    ql_cuda_start_next();
+    if (keys) {
+        ql_cuda_wait_previous();
+        ql_cuda_start_next();
+    }
     strip s;
-    if (!find<keys>(s, a, block::rows)) { return; }
+    if (!find<keys>(s, a, block::rows)) { return keys ? (void)0 : ql_cuda_wait_previous(); }
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = a.hq / a.hkv;
     int64_t q_step = (int64_t)a.hq * D, kv_step = (int64_t)a.hkv * D;
     int64_t own = keys ? (s.first_key + s.first) * kv_step + blockIdx.x * D : (s.first_query + s.first) * q_step + blockIdx.x * D;
@@ -157,13 +180,7 @@ template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2)
     float first_sum[MT][D / 8][4] = {}, second_sum[1][keys ? D / 8 : 1][4] = {}; /* dk or dq; dv */
     float row_lse[2 * MT] = {}, row_delta[2 * MT] = {};
     int row = s.first + warp * 16 * MT + lane / 4; /* the lane's first */
-    if constexpr (!keys) {
-#pragma unroll
-        for (int r = 0; r < 2 * MT; r++) {
-            int64_t place = (s.first_query + min(row + 8 * r, s.queries - 1)) * a.hq + head;
-            row_lse[r] = a.lse[place] * LOG2_E, row_delta[r] = a.delta[place];
-        }
-    }
+    if constexpr (!keys) { load_statistics<MT>(row_lse, row_delta, a, s, row, head); }
     uint32_t a_lane = row_address<D>(shared, warp * 16 * MT), own_bytes = block::own * sizeof(bf16), tile_bytes = block::tile * sizeof(bf16);
     uint32_t score_lane = key_address<D>(stages), sum_lane = value_address<D>(stages);
     for (int j = 0; j < steps; j++) {
@@ -194,6 +211,7 @@ template <int D, bool keys> static __global__ void __launch_bounds__(THREADS, 2)
     int64_t step = keys ? kv_step : q_step, at = own + warp * 16 * MT * step;
     write_rows<D, MT>((keys ? a.dk : a.dq) + at, step, valid - warp * 16 * MT, rows, first_sum, a.scale);
     if constexpr (keys) { write_rows<D, 1>(a.dv + at, step, valid - warp * 16, rows, second_sum, 1.0f); }
+    if (!keys) { ql_cuda_wait_previous(); }
 }
 
 template <int D> static void launch(const gradient_args<bf16> &args, int64_t max_queries, int64_t max_keys) {
@@ -210,8 +228,9 @@ bool ql_attention_backward_tiles(gradient_args<bf16> args, int64_t t, int64_t ma
     int64_t rows = t * args.hq;
     float *delta = (float *)ql_cuda_scratch(QL_SCRATCH_ATTENTION, (size_t)rows * sizeof(float));
     if (delta == NULL) { return true; }
-    ql_cuda_launch(delta_kernel, dim3((unsigned)((rows + WARPS - 1) / WARPS)), dim3(THREADS), 0, true, delta, args.dout, args.out, rows,
-                   args.d);
+    int64_t block_rows = WARPS * DELTA_ROWS;
+    ql_cuda_launch(delta_kernel, dim3((unsigned)((rows + block_rows - 1) / block_rows)), dim3(THREADS), 0, true, delta, args.dout, args.out,
+                   rows, args.d);
     args.delta = delta;
     switch (args.d) {
     case 64: launch<64>(args, max_queries, max_keys); break;
