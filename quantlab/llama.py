@@ -194,7 +194,7 @@ class Llama:
     # ---- LoRA adapters -----------------------------------------------------------------------------------------
 
     def with_adapter(self: Self, adapter: Adapter) -> Self:
-        """The same model, its weights shared, with a LoRA adapter at work beside them."""
+        """The same model, its weights shared, with a LoRA adapter at work beside them; on a GPU, a copy of it."""
         adapter.check(self)
         return self._with({**self.weights, **adapter.trained_weights()}, self.device, adapter)
 
