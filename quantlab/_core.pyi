@@ -266,7 +266,7 @@ class Llama:
         norm: F32,
         layers: tuple[tuple[Any, ...], ...],
         device: int = -1,  # -1: the CPU
-        adapter: Adapter | None = None,  # on the CPU
+        adapter: Adapter | None = None,  # on a device: a copy of it
     ) -> Llama: ...
     def forward(
         self,
