@@ -140,15 +140,6 @@ static void pack_both(uint16_t *columns, uint16_t *steps, const uint16_t *rows, 
 
 /* ---- a tile of rows ---------------------------------------------------------------------------------------------- */
 
-static inline float dot(const float *a, const float *b, int64_t d) {
-    vf sum = v_zero();
-    for (int64_t i = 0; i < d; i += VL) {
-        int64_t count = at_most(VL, d - i);
-        sum = v_fma(v_load_tail(a + i, count), v_load_tail(b + i, count), sum);
-    }
-    return v_sum(sum);
-}
-
 /* rows [32 unit, ..) of the tile, which begins at row0 of the pair */
 static void load_unit(row_block *a, const attention_context *c, const block_pair *pair, int64_t widths, int64_t row0, int64_t unit) {
     alignas(64) uint16_t q[WIDTHS * PART], dout[WIDTHS * PART];
@@ -165,7 +156,7 @@ static void load_unit(row_block *a, const attention_context *c, const block_pair
         pack_row(q, widths, i, c->q + row.index * c->d, c->d, c->scale);
         pack_row(dout, widths, i, slopes, c->d, 1.0f);
         a->index[r] = row.index, a->lse[r] = c->lse[row.index], a->seen[r] = (float)row.seen;
-        a->delta[r] = dot(slopes, c->out + row.index * c->d, c->d);
+        a->delta[r] = v_dot(slopes, c->out + row.index * c->d, c->d);
         a->units = round_up(row.seen, SIDE) / SIDE;
     }
     pack_both(a->qt, a->q, q, widths, unit, a->row_units);

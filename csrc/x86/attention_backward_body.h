@@ -81,15 +81,6 @@ static inline void copy_row(float *row, const float *from, int64_t d, float fact
     for (int64_t i = 0; i < d; i += VL) { v_store(row + i, v_mul(v_load_tail(from + i, at_most(VL, d - i)), scale)); }
 }
 
-static inline float dot(const float *a, const float *b, int64_t d) {
-    vf sum = v_zero();
-    for (int64_t i = 0; i < d; i += VL) {
-        int64_t count = at_most(VL, d - i);
-        sum = v_fma(v_load_tail(a + i, count), v_load_tail(b + i, count), sum);
-    }
-    return v_sum(sum);
-}
-
 /* t (d, rows) = the transpose of x (rows, dp); rows in whole vectors */
 static void transpose(float *t, const float *x, int64_t rows, int64_t dp) {
     for (int64_t i = 0; i < dp; i += 4) {
@@ -111,7 +102,7 @@ static void load_rows(row_block *a, const attention_context *c, const block_pair
         copy_row(a->q + r * dp, c->q + row.index * c->d, c->d, c->scale);
         copy_row(a->dout + r * dp, dout, c->d, 1.0f);
         a->index[r] = row.index, a->lse[r] = c->lse[row.index], a->seen[r] = (float)row.seen;
-        a->delta[r] = dot(dout, c->out + row.index * c->d, c->d);
+        a->delta[r] = v_dot(dout, c->out + row.index * c->d, c->d);
         if (r == 0) { a->plain = row.seen; }
         a->keys = row.seen;
     }

@@ -218,14 +218,6 @@ static void store_rows(attention_rows *a, const attention_context *c) {
 
 /* ---- one query ------------------------------------------------------------------------------------------------- */
 
-static inline float dot(const float *a, const float *b, int64_t d) {
-    vf sum = v_zero();
-    int64_t i = 0;
-    for (; i + VL <= d; i += VL) { sum = v_fma(v_load(a + i), v_load(b + i), sum); }
-    if (i < d) { sum = v_fma(v_load_tail(a + i, d - i), v_load_tail(b + i, d - i), sum); }
-    return v_sum(sum);
-}
-
 /* o[i ..] = o * keep + sum over keys of weights[s] v[s, i ..], `vectors` vectors of it, the last with `last` lanes */
 ALWAYS_INLINE void weigh(float *o, const float *v, int64_t stride, const float *weights, int64_t keys, float keep,
                          const int vectors, int64_t last) {
@@ -272,7 +264,7 @@ static void attend_one(const attention_context *c, int64_t sequence, int64_t que
     for (int64_t first = 0; first < keys; first += KEYS) {
         int64_t count = keys - first < KEYS ? keys - first : KEYS, i = 0;
         const float *k = c->k + offset + first * stride, *v = c->v + offset + first * stride;
-        for (int64_t s = 0; s < count; s++) { st[s] = dot(q, k + s * stride, d); }
+        for (int64_t s = 0; s < count; s++) { st[s] = v_dot(q, k + s * stride, d); }
         float keep = softmax_one(st, count, &maximum, &sum);
         for (; i + 4 * VL <= d; i += 4 * VL) { weigh(o + i, v + i, stride, st, count, keep, 4, VL); }
         for (; i < d; i += VL) { weigh(o + i, v + i, stride, st, count, keep, 1, d - i < VL ? d - i : VL); }

@@ -50,7 +50,7 @@ static void pack_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int
         if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
         fetch_codes(d->w, j, j + count, k1, at_most(k1 + steps, g->k)); /* the next block */
         if (count < 16) { memset(rows, 0, sizeof rows); }
-        decode_rows(rows[0], g->b_planes > 1 ? rows[1] : NULL, LD_ROWS, SIDE, d, j, count, k0, k1);
+        decode_rows(rows[0], g->b_planes > 1 ? rows[1] : NULL, LD_ROWS, d, j, count, k0, k1);
         for (int p = 0; p < g->b_planes; p++) {
             uint16_t *out = panel_at(block, (j - j0) / SIDE, g->b_planes, steps) + p * plane + (j - j0) % SIDE / 16 * TILE;
             for (int64_t s = 0; s < steps; s += SIDE, out += 2 * TILE) { transpose_tile(out, rows[p] + s, LD_ROWS); }
@@ -66,7 +66,7 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
     for (int64_t s = 0; s < round_up(steps, SIDE); s += 2) {
         for (int r = 0; r < 2; r++) {
             if (s + r < steps) {
-                decode_rows(rows[0][r], g->b_planes > 1 ? rows[1][r] : NULL, 0, SIDE, d, k0 + s + r, 1, j0, j1);
+                decode_rows(rows[0][r], g->b_planes > 1 ? rows[1][r] : NULL, 0, d, k0 + s + r, 1, j0, j1);
             } else {
                 memset(rows[0][r], 0, sizeof rows[0][r]), memset(rows[1][r], 0, sizeof rows[1][r]);
             }

@@ -25,4 +25,13 @@ static inline vf v_sigmoid(vf x) {
     return v_div(v_set1(1.0f), v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), x))));
 }
 
+/* the sum of a[i] b[i], i < d */
+static inline float v_dot(const float *a, const float *b, int64_t d) {
+    vf sum = v_zero();
+    int64_t i = 0;
+    for (; i + VL <= d; i += VL) { sum = v_fma(v_load(a + i), v_load(b + i), sum); }
+    if (i < d) { sum = v_fma(v_load_tail(a + i, d - i), v_load_tail(b + i, d - i), sum); }
+    return v_sum(sum);
+}
+
 #endif
