@@ -264,7 +264,7 @@ def test_the_seed_preset(tiny, tmp_path):
         ({"lr": -1.0}, "learning_rate: got -1.0"),
         ({"lr_scheduler": "step"}, "lr_scheduler_type: got 'step'"),
         ({"target_modules": ()}, "target_modules: got"),
-        ({"device": "cuda"}, "device: got 'cuda', the LIMA study trains on the CPU"),
+        ({"device": "gpu"}, "device: got 'gpu', accepted are cpu, cuda, cuda:N"),
         ({"colour": 1}, "no field 'colour'"),
     ],
 )

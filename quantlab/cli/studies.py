@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     C = TypeVar("C", bound=StudyConfig)
 
 Limit = Annotated[int | None, typer.Option(help="At most this many tweets of each split.")]
+StudyDevice = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Variants = Annotated[list[str] | None, typer.Option(help="fp32 bf16 gptq-8 gptq-4 gptq-4-r nf4 fp4 int8 rtn-4 …")]
 
 
@@ -51,7 +52,7 @@ def tweeteval(
     data_root: Annotated[Path | None, typer.Option(help="The folder that holds the task's data.")] = None,
     perplexity_text: Annotated[str | None, typer.Option(help='A text file, or "task": the test tweets.')] = None,
     country: Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = None,
+    device: StudyDevice = None,
     wandb: Annotated[str | None, typer.Option(help="off, offline or online.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and do nothing.")] = False,
     local_files_only: Local = False,
@@ -83,6 +84,7 @@ def lima(
     data: Annotated[Path | None, typer.Option(help="LIMA's train.jsonl, or its folder.")] = None,
     perplexity_text: Annotated[Path | None, typer.Option(help="A text file: its perplexity too.")] = None,
     country: Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.")] = None,
+    device: StudyDevice = None,
     wandb: Annotated[str | None, typer.Option(help="off, offline or online.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and do nothing.")] = False,
     local_files_only: Local = False,
@@ -94,7 +96,7 @@ def lima(
     given: dict[str, Any] = {
         "preset": preset, "baselines": tuple(baselines) if baselines else None, "limit": limit, "model": model,
         "data": str(data) if data else None, "perplexity_text": str(perplexity_text) if perplexity_text else None,
-        "country": country, "wandb": wandb, "local_files_only": local_files_only or None,
+        "country": country, "device": device, "wandb": wandb, "local_files_only": local_files_only or None,
     }  # fmt: skip
     with wrong_call():
         chosen = configured(study.LimaConfig, config, given)

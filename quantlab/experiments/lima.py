@@ -92,8 +92,6 @@ class LimaConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field that cannot be."""
-        if self.device != "cpu":
-            raise ValueError(f"device: got {self.device!r}, the LIMA study trains on the CPU and runs there")
         for name in ("batches", "target_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()

@@ -112,7 +112,7 @@ def training(study: Lima) -> Figure | None:
     speed.set_title("Training speed")
     peaks = [(study.peak(cell, "training") or 0.0) / 1e6 for cell in cells]
     bars(memory, study, cells, peaks, [f"{peak:,.0f}" for peak in peaks])
-    memory.set_xlabel("peak resident memory of the process, MB")
+    memory.set_xlabel(f"{study.peak_name}, MB")
     memory.set_title("Training memory")
     return figure
 

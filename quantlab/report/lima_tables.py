@@ -118,7 +118,7 @@ def generation(study: Lima) -> Table:
 
 def cost(study: Lima) -> Table:
     """Bytes, memory and the time of quantizing."""
-    columns = [ROW, "Checkpoint, MB", "In memory, MB", "Quantization, s", "Peak RSS in generation, MB"]
+    columns = [ROW, "Checkpoint, MB", "In memory, MB", "Quantization, s", f"{study.peak_name} in generation, MB"]
     rows = []
     for name in study.baselines:
         cell = f"infer-{name}"
@@ -132,7 +132,7 @@ def cost(study: Lima) -> Table:
         "MB = 10^6 bytes, an adapter beside the weights included. Quantization: of the base, or of the merged model. "
     )
     found = (study.energy(f"infer-{name}", "generation") for name in study.baselines)
-    caption += "Peak RSS: of the whole process. " + energy_sentence(next((item for item in found if item), None))
+    caption += f"{study.peak_note}. " + energy_sentence(next((item for item in found if item), None))
     return Table("cost", "Size and memory", columns, rows, caption)
 
 
@@ -145,7 +145,7 @@ def training(study: Lima) -> Table | None:
         "Samples/s",
         "Tokens/s",
         "An epoch, s",
-        "Peak RSS, MB",
+        f"{study.peak_name}, MB",
         "Training loss, first to last, nat",
     ]
     columns += ["Held-out loss, before to after, nat", "Change, nat", "Adapter, MB", "g CO2e"]
@@ -267,8 +267,9 @@ def flat(study: Lima, name: str, cell: str, heading: str) -> dict[str, Any]:
         row[metric.removesuffix(unit) + unit] = fields["value"]
         if fields.get("ci95") is not None:
             row[f"{metric}_low95"], row[f"{metric}_high95"] = fields["ci95"]
-    for phase, peak in record["memory"].get("peak_host", {}).items():
-        row[f"{phase}_peak_rss_B"] = peak["value"]
+    for kind, short in (("peak_host", "rss"), ("peak_device", "device")):
+        for phase, peak in record["memory"].get(kind, {}).items():
+            row[f"{phase}_peak_{short}_B"] = peak["value"]
     for phase, found in record["energy"].items():
         row |= {f"{phase}_kwh": found["kwh"], f"{phase}_kg_co2e": found["kg"]}
     return row

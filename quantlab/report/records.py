@@ -68,14 +68,32 @@ class Records:
         found = self.record(name)["energy"].get(phase)
         return found if found is not None and found.get("kg") is not None else None
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the models of the study ran on a CUDA device."""
+        return self.config.get("device", "cpu") != "cpu"
+
+    @property
+    def peak_name(self) -> str:
+        """What `peak` is, for a column's head."""
+        return "Peak on the device" if self.on_device else "Peak RSS"
+
+    @property
+    def peak_note(self) -> str:
+        """What `peak` is, for a caption: the beginning of a sentence."""
+        return f"{self.peak_name}: of " + ("all its memory in use" if self.on_device else "the whole process")
+
     def peak(self, name: str, phase: str) -> float | None:
-        """Peak resident memory of a phase of a cell in bytes, or None."""
-        found = self.record(name)["memory"].get("peak_host", {}).get(phase)
+        """Peak memory of a phase of a cell where the model ran, in bytes, or None: resident memory of the process, or
+        the device's."""
+        kind = "peak_device" if self.on_device else "peak_host"
+        found = self.record(name)["memory"].get(kind, {}).get(phase)
         return None if found is None else found["value"]
 
     def share(self, name: str, phase: str) -> float:
-        """The share of the processors' time that a phase got, of all threads; 1 where it was not measured."""
-        record = self.record(name)
+        """The share of the processors' time that a phase got, of all threads; 1 where it was not measured or the model
+        ran on a device."""
+        record = NOTHING if self.on_device else self.record(name)
         found = record.get("timings", {}).get(phase, {})
         return found["cpu_s"] / (found["mean"] * record["env"]["threads"]) if found.get("cpu_s") else 1.0
 

@@ -44,7 +44,7 @@ def quality_caption(study: Study) -> str:
 def cost(study: Study) -> Table:
     """What each variant takes: bytes, time, memory, energy."""
     columns = ["Variant", "Checkpoint, MB", "Smaller by", "In memory, MB", "Quantization, s", "Evaluation, ms a tweet"]
-    columns += ["Peak RSS, MB", "Evaluation, J a tweet", "Quantization, g CO2e", "Evaluation, g CO2e"]
+    columns += [f"{study.peak_name}, MB", "Evaluation, J a tweet", "Quantization, g CO2e", "Evaluation, g CO2e"]
     rows = []
     for name in study.variants:
         ratio, partly = study.relative(name, "size_checkpoint"), study.variants[name].get("quantization_resumed")
@@ -68,7 +68,7 @@ def cost_caption(study: Study) -> str:
     if speed is not None:
         unit = "tweets" if study.config["one_at_a_time"] else "repeats"
         text += f"Evaluation: median of {speed['n']:,} {unit}, in brackets the fastest and the slowest. "
-    return text + "Peak RSS: of the whole process during the evaluation. " + energy_note(study)
+    return f"{text}{study.peak_note} during the evaluation. {energy_note(study)}"
 
 
 def classes(study: Study) -> Table:
@@ -147,7 +147,7 @@ def raw_rows(study: Study) -> list[dict[str, Any]]:
             found = study.energy(name, phase)
             if found is not None:
                 row |= {f"{phase}_kwh": found["kwh"], f"{phase}_kg_co2e": found["kg"]}
-            row[f"{phase}_peak_rss_B"] = study.peak(name, phase)
+            row[f"{phase}_peak_{'device' if study.on_device else 'rss'}_B"] = study.peak(name, phase)
         rows.append(row)
     return rows
 
