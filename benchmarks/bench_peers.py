@@ -308,7 +308,8 @@ def training(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     peers = {f"{versions} {name}": peer(dtypes[name]) for name in arguments.dtypes}
     bases = {"bf16": ql.LlamaForCausalLM.from_pretrained("demo", dtype="bfloat16")}
-    bases["NF4"] = ql.quantize(model, ql.NF4Config(), progress=False)
+    # the rest in bf16, as bitsandbytes has it
+    bases["NF4"] = ql.quantize(bases["bf16"], ql.NF4Config(), progress=False)
     for name, base in bases.items():
         case = f"training step, {PROMPT} tokens, ours over {name}"
         yield compare(case, step_of(base, ids), peers, arguments.rounds, arguments.threads, tokens=PROMPT)

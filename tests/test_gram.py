@@ -15,10 +15,11 @@ SHAPES += [(300, 8, 200), (70, 130, 8), (65, 5, 33), (129, 16, 17), (64, 300, 13
 
 
 def bound(t: int, h, a, b, isa: str) -> np.ndarray:
-    """A priori: half an EPS for each addition and product on the path, times the sum of the magnitudes; on tiles four
-    products, and what high and low bfloat16 parts leave out, which is nothing where both fit one bfloat16."""
-    split = 2 * 2.0**-16 if isa == "amx" else 0.0
-    additions = 4 * t if isa == "amx" else t
+    """A priori: half an EPS for each addition and product on the path, times the sum of the magnitudes; on tiles three
+    products, and what high and low bfloat16 parts leave out, which is nothing where both fit one bfloat16: 2^-16 of
+    each operand, and as much in the product of the low parts."""
+    split = 3 * 2.0**-16 if isa == "amx" else 0.0
+    additions = 3 * t if isa == "amx" else t
     magnitude = np.abs(a.T).astype(np.float64) @ np.abs(b)
     return (additions + 3) * ref.EPS / 2 * (np.abs(h) + magnitude) + split * magnitude
 

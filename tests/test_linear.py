@@ -52,9 +52,9 @@ def bound(terms: int, magnitude: np.ndarray, isa: str, case: str) -> np.ndarray:
     additions = terms if isa == "scalar" else min(terms, 256) + terms // 256
     bf16 = 0.0
     if on_tiles(isa, case):
-        products = 4 if _core.precise() else 1  # of high and low parts, one block of sums after another
+        products = 3 if _core.precise() else 1  # of high and low parts, one block of sums after another
         additions = products * (min(terms, 32) + terms // 32)
-        bf16 = 2 * BF16_ROUNDING**2 if _core.precise() else 2 * BF16_ROUNDING + BF16_ROUNDING**2
+        bf16 = 3 * BF16_ROUNDING**2 if _core.precise() else 2 * BF16_ROUNDING + BF16_ROUNDING**2
     return ((additions + 6) * ref.EPS / 2 + bf16) * magnitude
 
 
@@ -189,7 +189,7 @@ def test_vector_kernels_agree_bit_for_bit(rng: np.random.Generator) -> None:
 @pytest.mark.skipif(not _core.isa_info()["amx"]["usable"], reason="needs AMX")
 @pytest.mark.parametrize("case", CASES)
 def test_precise(rng: np.random.Generator, case: str) -> None:
-    """High and low parts: within 2 * 2^-16 of the sum of |x w|, and the same whatever the batch and the threads."""
+    """High and low parts: within 3 * 2^-16 of the sum of |x w|, and the same whatever the batch and the threads."""
     for n, k in ((17, 33), (67, 513), (35, 1100)):
         stored = make(rng, case, n, k)
         weight, values = stored.core(), ref.decode(stored)

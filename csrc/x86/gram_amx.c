@@ -1,6 +1,6 @@
-/* gram_amx.c: h += a^T b on tiles, high and low parts of both operands: four bf16 products for one of float32. What the
- * parts leave out is at most 2^-16 of a factor and of either sign: in all an error of about 2^-19 of the result, where float32
- * sums have 2^-22; GPTQ's damping alone moves the diagonal by 2^-7. */
+/* gram_amx.c: h += a^T b on tiles, high and low parts of both operands: three bf16 products for one of float32. What they
+ * leave out is at most 2^-16 of a factor and of either sign, and low low, 2^-19 of the diagonal in the mean: in all an error of
+ * about 2^-19 of the result, where float32 sums have 2^-22; GPTQ's damping alone moves the diagonal by 2^-7. */
 #include "overlay.h"
 #include "tile_amx.h"
 

@@ -2,8 +2,8 @@
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
  * two steps of a pair side by side. An operand has one plane, its values as bf16, or two, high and low, with high + low the
- * value to 2^-16; then every plane of a meets every plane of b: what low low adds is small, but on the diagonal of a^T a it has
- * one sign. All tiles beyond an edge are filled with zeros.
+ * value to 2^-16; b has no more planes than a. The low plane of a meets the high one of b, the high one all of b: low low would be
+ * another 2^-16 of a product at most. All tiles beyond an edge are filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
  *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache
@@ -11,7 +11,7 @@
  *
  * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
  * first-level cache, meet all columns, 2 x 2 tiles at a time: four tile products for four tile loads. Tile products add in
- * the order of k (and of the planes in a block of k), and sums are kept as they are between blocks, so an element's value does not
+ * the order of k, 32 steps of all planes at a time, and sums are kept as they are between blocks, so an element's value does not
  * depend on m, on the task or on the number of threads. */
 #ifndef QL_TILE_AMX_H
 #define QL_TILE_AMX_H
@@ -94,23 +94,43 @@ static inline __attribute__((always_inline)) void fetch(quad *q) {
     }
 }
 
-/* sums (2 x 2 tiles of 16 x 16) = or += the products of `steps` / 32 tiles of a and b: tiles 4, 5 of a, 6, 7 of b. Those of b
- * are read past the first-level cache, where those of a stay for all columns. */
-static inline __attribute__((always_inline)) void multiply_plane(quad *q, const uint16_t *a, const uint16_t *b,
-                                                                 const int rows, const int columns) {
+/* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
+ * NULL: past the first-level cache, where those of a stay for all columns */
+static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int rows, const int columns) {
+    if (b != NULL) { _tile_stream_loadd(6, b, 64); }
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (columns > 1) {
+        if (b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    if (rows > 1) {
+        _tile_loadd(5, a + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
+    }
+}
+
+/* the same with the tiles of a that are there, and another plane of b */
+static inline __attribute__((always_inline)) void multiply_same_rows(const uint16_t *b, const int rows, const int columns) {
+    _tile_stream_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (rows > 1) { _tile_dpbf16ps(2, 5, 6); }
+    if (columns > 1) {
+        _tile_stream_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (rows > 1) { _tile_dpbf16ps(3, 5, 7); }
+    }
+}
+
+/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int a_planes, const int b_planes, const int rows,
+                                                                  const int columns) {
+    const uint16_t *a = q->a, *b = q->b;
     for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        _tile_stream_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (columns > 1) {
-            _tile_stream_loadd(7, b + TILE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (rows > 1) {
-            _tile_loadd(5, a + TILE, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
-        }
+        if (a_planes > 1) { multiply_step(a + q->plane, b, rows, columns); }
+        multiply_step(a, a_planes > 1 ? NULL : b, rows, columns);
+        if (b_planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
         fetch(q);
     }
 }
@@ -127,8 +147,12 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
         if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
         if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
     }
-    for (int pb = 0; pb < q->b_planes; pb++) {
-        for (int pa = 0; pa < q->a_planes; pa++) { multiply_plane(q, q->a + pa * q->plane, q->b + pb * q->plane, rows, columns); }
+    if (q->b_planes > 1) {
+        multiply_planes(q, 2, 2, rows, columns);
+    } else if (q->a_planes > 1) {
+        multiply_planes(q, 2, 1, rows, columns);
+    } else {
+        multiply_planes(q, 1, 1, rows, columns);
     }
     int64_t stride = q->ld * (int64_t)sizeof(float);
     _tile_stored(0, q->after, stride);

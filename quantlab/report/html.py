@@ -53,7 +53,7 @@ def subtitle(study: Study) -> str:
     how = "one at a time" if study.config["one_at_a_time"] else "in batches"
     return (
         f"A softmax head on the frozen model, then {len(study.variants)} variants on the same {data['n']:,} "
-        f"{data['split']} tweets, {how}. {env['cpu']}, {env['threads']} threads ({env['isa']}). "
+        f"{data['split']} tweets, {how}. {study.machine_line}. "
         f"{str(study.any['started'])[:10]}, preset “{study.config['preset']}”, quantlab {env['quantlab']}."
     )
 

@@ -50,8 +50,8 @@ def subtitle(study: Lima) -> str:
     count = sum("-" in name for name in study.baselines)
     parts = ", ".join(f"{part} is {study.part_title(part)}" for part in ("bnb", "gptq", "fp16"))
     return (
-        f"LoRA adapters on conversations, {count} baselines of tuning and inference ({parts}). {env['cpu']}, "
-        f"{env['threads']} threads ({env['isa']}). {str(study.any['started'])[:10]}, preset “{config['preset']}”, "
+        f"LoRA adapters on conversations, {count} baselines of tuning and inference ({parts}). "
+        f"{study.machine_line}. {str(study.any['started'])[:10]}, preset “{config['preset']}”, "
         f"quantlab {env['quantlab']}."
     )
 

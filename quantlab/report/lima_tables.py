@@ -201,7 +201,7 @@ def beside_published(study: Lima) -> Table | None:
         ]
         row.append(times(training_ratio(study, part)))
         rows.append([*row, times(published.TRAINING[part] / published.TRAINING["bnb"])])
-    caption = f"Theirs: {published.SETTING} Ours: {study.model}, {study.any['env']['cpu']}."
+    caption = f"Theirs: {published.SETTING} Ours: {study.model}, {study.machine}."
     return Table("published", "Beside the published study", columns, rows, caption)
 
 

@@ -127,6 +127,7 @@ def environment_html(env: Mapping[str, Any], more: Mapping[str, Any]) -> str:
     changed = " (changed)" if env["dirty"] else ""
     facts: dict[str, Any] = {
         "Processor": f"{env['cpu']}, {env['cores']} cores",
+        **({"GPU": f"{env['gpu']}, CUDA {env['cuda']}, driver {env['driver']}"} if env["gpu"] else {}),
         "Memory": f"{env['ram']['value'] / 1e9:.1f} GB",
         "System": env["os"],
         "Python": env["python"],

@@ -74,6 +74,23 @@ class Records:
         return self.config.get("device", "cpu") != "cpu"
 
     @property
+    def any(self) -> dict[str, Any]:
+        """One of the cells: for what they all share (data, environment)."""
+        return next(iter(self.cells.values()))
+
+    @property
+    def machine(self) -> str:
+        """The name of what computed: the device's, or the processor's."""
+        env = self.any["env"]
+        return str(env["gpu"] if self.on_device else env["cpu"])
+
+    @property
+    def machine_line(self) -> str:
+        """`machine`, and how much of a processor was used."""
+        env = self.any["env"]
+        return self.machine if self.on_device else f"{self.machine}, {env['threads']} threads ({env['isa']})"
+
+    @property
     def peak_name(self) -> str:
         """What `peak` is, for a column's head."""
         return "Peak on the device" if self.on_device else "Peak RSS"

@@ -118,8 +118,8 @@ def as_published() -> Table:
 
 def differences(study: Study) -> str:
     """In what our run is not the published one, in words."""
-    data, env, config = study.any["data"], study.any["env"], study.config
-    machine = env["gpu"] or f"{env['cpu']}, no GPU"
+    data, config = study.any["data"], study.config
+    machine = study.machine if study.on_device else f"{study.machine}, no GPU"
     ways = [f"the model ({study.model})", f"the machine ({machine})", f"the data ({data['n']:,} of {study.task})"]
     if not config["one_at_a_time"]:
         ways.append("batches in place of single tweets")
