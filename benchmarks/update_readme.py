@@ -6,7 +6,7 @@ benchmarks/results/: no result is typed by hand.
 
 A folder of benchmarks/results/ that holds a config.json is a run of a study (`quantlab demo --out …`, `quantlab lima
 --out …`), a .jsonl file holds the lines of `quantlab bench --json`, bench_quality.py, bench_peers.py or
-bench_gptq_cuda.py, bench_training_cuda.py, or differences of logits beside GPTQModel.
+bench_gptq_cuda.py, bench_training_cuda.py, parity_cuda.py, or differences of logits beside GPTQModel.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ def lines_section(path: Path, details: bool) -> str:
         return quality_section(path, records)
     if "gptqmodel" in records[0]:
         return logits_section(path, records) if details else ""
+    if "matrices" in records[0]:
+        return codes_section(path, records) if details else ""
     if "recompute" in records[0]:
         return training_section(path, records)
     if "peak_bytes" in records[0]:
@@ -250,6 +252,26 @@ def training_section(path: Path, records: list[dict[str, Any]]) -> str:
     return (
         f"### LoRA training on a GPU: {first['device']}, shapes of {first['model']}, r {first['r']} on q, k, v, o, "
         f"commit {first['commit']}\n\n{table}\n\nMedian of a step: gradient and AdamW. From `{path.relative_to(ROOT)}`."
+    )
+
+
+def codes_section(path: Path, records: list[dict[str, Any]]) -> str:
+    """One line a method: what differs between the codes of a GPU and those of the CPU."""
+    rows = [
+        [
+            record["method"],
+            str(record["matrices"]),
+            f"{record['values']:,}",
+            f"{record['codes']:,}",
+            f"{record['rows']:,}",
+        ]
+        for record in records
+    ]
+    table = markdown_table(["method", "matrices", "codes", "codes that differ", "rows that they are in"], rows)
+    first = records[0]
+    return (
+        f"### Codes of a GPU beside the CPU's: {first['device']}, {first['model']}, commit {first['commit']}\n\n{table}\n\n"
+        f"GPTQ from the same Hessian; a tie may go either way. From `{path.relative_to(ROOT)}`."
     )
 
 
