@@ -257,20 +257,13 @@ def training_section(path: Path, records: list[dict[str, Any]]) -> str:
 
 def codes_section(path: Path, records: list[dict[str, Any]]) -> str:
     """One line a method: what differs between the codes of a GPU and those of the CPU."""
-    rows = [
-        [
-            record["method"],
-            str(record["matrices"]),
-            f"{record['values']:,}",
-            f"{record['codes']:,}",
-            f"{record['rows']:,}",
-        ]
-        for record in records
-    ]
+    kinds = ("matrices", "values", "codes", "rows")
+    rows = [[record["method"], *(f"{record[kind]:,}" for kind in kinds)] for record in records]
     table = markdown_table(["method", "matrices", "codes", "codes that differ", "rows that they are in"], rows)
     first = records[0]
+    machine = f"{first['device']}, {first['model']}, commit {first['commit']}"
     return (
-        f"### Codes of a GPU beside the CPU's: {first['device']}, {first['model']}, commit {first['commit']}\n\n{table}\n\n"
+        f"### Codes of a GPU beside the CPU's: {machine}\n\n{table}\n\n"
         f"GPTQ from the same Hessian; a tie may go either way. From `{path.relative_to(ROOT)}`."
     )
 
