@@ -1,11 +1,14 @@
-"""LoRA training steps of LLaMA-2-7B's shapes on a GPU: seconds, tokens a second, peak device memory; JSON lines.
+"""LoRA training steps of LLaMA-2-7B's shapes on a GPU: seconds, tokens a second, peak device memory; and steps of
+generation beside an adapter and without one; JSON lines.
 
     python benchmarks/bench_training_cuda.py                                  # all cases
     python benchmarks/bench_training_cuda.py --bases nf4 --cases 2048:none    # one of them
+    python benchmarks/bench_training_cuda.py --cases --batches 1 32           # generation alone
     python benchmarks/bench_training_cuda.py --layers 2
 
-A step is a batch of one row, its gradient and AdamW; r 8 on q, k, v and o, no dropout. The layers' weights are random,
-of the same codes, each layer with a copy of its own on the device; embedding and head are bfloat16.
+A step of training is a batch of one row, its gradient and AdamW; r 8 on q, k, v and o, no dropout. A step of generation
+is a token more for each of a batch's rows, after prompts of 32. The layers' weights are random, of the same codes, each
+layer with a copy of its own on the device; embedding and head are bfloat16.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from bench_gptq_cuda import SEVEN_B
 
 import quantlab as ql
 from quantlab import _core, bench
+from quantlab.bench_cuda import steps_of
 from quantlab.llama import LlamaForCausalLM
 from quantlab.llama_config import LINEARS, LlamaConfig
 from quantlab.lora import Adapter
 
 BASES = {"nf4": ql.NF4Config(64, double_quant=True), "affine4 g128": ql.RTNConfig(4, 128)}
 # the cases with least memory first: what ops work in only grows
+BATCHES = (1, 32)  # of generation
 CASES = ((512, "none"), (512, "full"), (2048, "full"), (2048, "selective"), (2048, "none"))
 LORA = ql.LoraConfig(r=8, lora_alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 OPTIONS = (2e-4, 0.9, 0.999, 1e-8, 0.0)  # lr, beta1, beta2, eps, weight_decay
@@ -82,17 +87,20 @@ def measure(model: LlamaForCausalLM, base: str, tokens: int, policy: str, rounds
     steps = Steps(model, tokens, policy)
     for _ in range(3):
         steps.step()
-    seconds = np.array([steps.step() for _ in range(rounds)])
+    seconds = [steps.step() for _ in range(rounds)]
+    return {**facts("training", model, base, seconds, tokens), "tokens": tokens, "recompute": policy}
+
+
+def facts(op: str, model: LlamaForCausalLM, base: str, seconds: list[float], tokens: int) -> dict[str, Any]:
+    """What every record has; tokens: of a step."""
     p10, median, p90 = (float(value) for value in np.percentile(seconds, (10, 50, 90)))
     return {
-        "op": "training",
+        "op": op,
         "model": "llama-2-7b",
         "device": ql.info()["cuda"]["device"]["name"],
         "commit": bench._commit(),
         "layers": model.config.num_hidden_layers,
         "base": base,
-        "tokens": tokens,
-        "recompute": policy,
         "r": LORA.r,
         "seconds": {"median": median, "p10": p10, "p90": p90},
         "tokens_per_second": tokens / median,
@@ -100,11 +108,19 @@ def measure(model: LlamaForCausalLM, base: str, tokens: int, policy: str, rounds
     }
 
 
+def generation(model: LlamaForCausalLM, base: str, batch: int) -> dict[str, Any]:
+    rows = np.random.default_rng(2).integers(0, SEVEN_B["vocab_size"], (batch, 32)).astype(np.int32)
+    ql.cuda.reset_peak()
+    record = facts("generation", model, base, steps_of(model, list(rows), 128), batch)
+    return {**record, "batch": batch, "adapter": model.adapter is not None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
-    parser.add_argument("--cases", nargs="+", default=[f"{tokens}:{policy}" for tokens, policy in CASES])
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--cases", nargs="*", default=[f"{tokens}:{policy}" for tokens, policy in CASES])
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     for base in options.bases:
@@ -112,6 +128,11 @@ def main() -> None:
         for case in options.cases:
             tokens, policy = case.split(":")
             print(json.dumps(measure(model, base, int(tokens), policy, options.rounds)), flush=True)
+        for batch in options.batches:
+            print(json.dumps(generation(model, base, batch)), flush=True)
+        model = model.without_adapter()
+        for batch in options.batches:
+            print(json.dumps(generation(model, base, batch)), flush=True)
         del model
 
 

@@ -239,7 +239,9 @@ def gptq_section(path: Path, records: list[dict[str, Any]]) -> str:
 
 
 def training_section(path: Path, records: list[dict[str, Any]]) -> str:
-    """One line a case of LoRA training on a GPU."""
+    """One line a case of LoRA training on a GPU, then of generation beside what was trained."""
+    generated = [record for record in records if record["op"] == "generation"]
+    records = [record for record in records if record["op"] == "training"]
     rows = [
         [
             record["base"], f"1 x {record['tokens']}", record["recompute"], f"{1e3 * record['seconds']['median']:.1f}",
@@ -251,7 +253,8 @@ def training_section(path: Path, records: list[dict[str, Any]]) -> str:
     first = records[0]
     return (
         f"### LoRA training on a GPU: {first['device']}, shapes of {first['model']}, r {first['r']} on q, k, v, o, "
-        f"commit {first['commit']}\n\n{table}\n\nMedian of a step: gradient and AdamW. From `{path.relative_to(ROOT)}`."
+        f"commit {first['commit']}\n\n{table}\n\nMedian of a step: gradient and AdamW."
+        f"{beside_section(generated)}From `{path.relative_to(ROOT)}`."
     )
 
 
@@ -266,6 +269,20 @@ def codes_section(path: Path, records: list[dict[str, Any]]) -> str:
         f"### Codes of a GPU beside the CPU's: {machine}\n\n{table}\n\n"
         f"GPTQ from the same Hessian; a tie may go either way. From `{path.relative_to(ROOT)}`."
     )
+
+
+def beside_section(records: list[dict[str, Any]]) -> str:
+    """One line a base and batch: a step of generation without an adapter and beside one; a space without records."""
+    milliseconds = {(r["base"], r["batch"], r["adapter"]): 1e3 * r["seconds"]["median"] for r in records}
+    rows = [
+        [base, str(batch), f"{without:.2f}", f"{beside:.2f}", f"{beside / without:.2f}"]
+        for (base, batch, adapter), without in milliseconds.items()
+        if not adapter and (beside := milliseconds[base, batch, True])
+    ]
+    if not rows:
+        return " "
+    table = markdown_table(["base", "rows", "without an adapter, ms a step", "beside it, ms a step", "times"], rows)
+    return f"\n\nGeneration, a token more for each row, commit {records[0]['commit']}:\n\n{table}\n\n"
 
 
 def results_section(results: Path, details: bool = False) -> str:

@@ -214,9 +214,10 @@ typedef struct {
  * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
 #define QL_FUSED_OPS(X)                                                                                                 \
     /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
-     * rope(h Wk^T), h Wv^T of token i */                                                                               \
+     * rope(h Wk^T), h Wv^T of token i. Here and in the products below: each with the part of its adapter, l (3,) in    \
+     * the order of the weights, without dropout; l NULL: there is none */                                              \
     X(qkv_forward, (void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq,                  \
-                    const ql_weight *wk, const ql_weight *wv, const float *cos, const float *sin,                       \
+                    const ql_weight *wk, const ql_weight *wv, const ql_low_rank *l, const float *cos, const float *sin, \
                     const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d,       \
                     float eps))                                                                                         \
     /* attention_forward; lse may be NULL. max_queries, max_keys: bounds of what a sequence has, known to the host: a   \
@@ -227,9 +228,9 @@ typedef struct {
                                 float scale))                                                                           \
     /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = rmsnorm(x, gain) */                                                   \
     X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
-                        int64_t t, float eps))                                                                          \
+                        const ql_low_rank *l, int64_t t, float eps))                                                    \
     /* x (t, n) += a (t, k) W^T */                                                                                      \
-    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, int64_t t))                                \
+    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, const ql_low_rank *l, int64_t t))          \
     /* out (t, c) = rmsnorm(x, gain) */                                                                                 \
     X(norm_fused_forward, (void *out, const float *x, const float *gain, int64_t t, int64_t c, float eps))              \
     /* out = a - b, count elements: float32 where floats is set, else of the backend's type */                          \

@@ -5,8 +5,10 @@
  *   up    y (t, n) = or += u (t, r) M         M (r, n)
  *   gram  M (r, n) += u (t, r)^T z (t, n)     in parts of rows, added in order
  *
- * M is A, or B transposed, wherever its strides say. */
+ * M is A, or B transposed, wherever its strides say. Where nothing is learned (fused.cu), `down` takes all adapters of an input at
+ * once, and for few tokens the products themselves add what `up` would (low_rank.cuh). */
 #include "linear.cuh"
+#include "pipeline.cuh"
 
 enum { THREADS = 256, DOWN_THREADS = 512, WARPS = DOWN_THREADS / WARP, RANKS = 8 };
 
@@ -28,27 +30,59 @@ static __device__ __forceinline__ float masked(const mask &m, int64_t i, float x
 
 /* ---- down -------------------------------------------------------------------------------------------------------------- */
 
-/* z[j .. j + 7], zeros from `width` on, as four pairs */
-static __device__ __forceinline__ uint4 load_8(const bf16 *z, int64_t row, int64_t j, int64_t width, const mask &m) {
-    const bf16 *from = z + row * width + j;
-    if (m.p == 0.0f && width % 8 == 0) { return j < width ? *(const uint4 *)from : make_uint4(0, 0, 0, 0); }
-    float v[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) { v[e] = j + e < width ? masked(m, row * width + j + e, __bfloat162float(from[e])) : 0.0f; }
+enum { DOWN_PARTS = 3, DOWN_TOKENS = 16, DOWN_CLUSTER = 8, DOWN_STEPS = 2 /* of a warp whose loads are on their way at once */ };
+
+struct down_part {
+    factor_matrix m;
+    int64_t r;
+    float factor;
+};
+
+struct down_args {
+    float *u;       /* (t, line): the parts side by side */
+    ql_activations x; /* (t, width) */
+    down_part part[DOWN_PARTS];
+    int64_t t, width, line;
+    mask dropout;
+};
+
+/* eight values as pairs */
+static __device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
     return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
-/* elements j .. j + 7 of row i of M as pairs: what bf16 holds of them, and what it leaves */
-static __device__ __forceinline__ void load_factors(uint32_t (&high)[4], uint32_t (&low)[4], const factor_matrix &m, int64_t i, bool there,
-                                                    int64_t j, int64_t width) {
-    __align__(16) float v[8];
-    const float *from = m.values + i * m.rank_step + j * m.step;
-    if (m.step == 1 && there && j + 8 <= width && (uintptr_t)from % 16 == 0) {
-        *(float4 *)v = *(const float4 *)from, *(float4 *)(v + 4) = *(const float4 *)(from + 4);
-    } else {
-#pragma unroll
-        for (int e = 0; e < 8; e++) { v[e] = there && j + e < width ? from[e * m.step] : 0.0f; }
+/* v = from[0 .. 7], zeros from `width` on, of which j is the place of from[0] */
+static __device__ __forceinline__ void load_floats(float (&v)[8], const float *from, int64_t step, int64_t j, int64_t width) {
+    if (step == 1 && j + 8 <= width && (uintptr_t)from % 16 == 0) {
+        float4 low = *(const float4 *)from, high = *(const float4 *)(from + 4);
+        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+        return;
     }
+#pragma unroll
+    for (int e = 0; e < 8; e++) { v[e] = j + e < width ? from[e * step] : 0.0f; }
+}
+
+/* x[j .. j + 7] of a row, zeros from `limit` on, the width or 0; squares += theirs, ahead of the gain */
+template <bool Floats>
+static __device__ __forceinline__ uint4 load_8(const down_args &a, int64_t row, int64_t j, int64_t limit, float &squares) {
+    __align__(16) float v[8];
+    if constexpr (Floats) {
+        float gain[8];
+        load_floats(v, a.x.floats + row * a.width + j, 1, j, limit);
+        load_floats(gain, a.x.gain + j, 1, j, limit);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { squares += v[e] * v[e], v[e] *= gain[e]; }
+    } else {
+        const bf16 *from = a.x.halves + row * a.width + j;
+        if (a.dropout.p == 0.0f && a.width % 8 == 0) { return j < limit ? *(const uint4 *)from : make_uint4(0, 0, 0, 0); }
+#pragma unroll
+        for (int e = 0; e < 8; e++) { v[e] = j + e < limit ? masked(a.dropout, row * a.width + j + e, __bfloat162float(from[e])) : 0.0f; }
+    }
+    return pack_8(v);
+}
+
+/* as pairs: what bf16 holds of v, and what it leaves */
+static __device__ __forceinline__ void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&v)[8]) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         high[e] = pack_bf16(v[2 * e], v[2 * e + 1]);
@@ -57,42 +91,148 @@ static __device__ __forceinline__ void load_factors(uint32_t (&high)[4], uint32_
     }
 }
 
-/* grid (tiles of 16 rows, tiles of 8 ranks): the warps share the width; a lane takes 8 neighbours of 32, in the same places of both
- * operands */
-static __global__ void __launch_bounds__(DOWN_THREADS) down_kernel(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r,
-                                                              float factor, mask dropout) {
-    __shared__ float sums[WARPS][16][RANKS];
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
-    int64_t row = (int64_t)blockIdx.x * 16, rank = (int64_t)blockIdx.y * RANKS;
-    int64_t upper = min(row + g, t - 1), lower = min(row + g + 8, t - 1);
-    float sum[4] = {};
-    ql_cuda_wait_previous();
-    ql_cuda_start_next();
-#pragma unroll 2
-    for (int64_t j = warp * WARP + lane % 4 * 8; j - lane % 4 * 8 < width; j += WARPS * WARP) {
-        uint4 a = load_8(z, upper, j, width, dropout), b = load_8(z, lower, j, width, dropout);
-        uint32_t high[4], low[4];
-        load_factors(high, low, m, rank + g, rank + g < r, j, width);
-        uint32_t first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
-        mma_bf16(sum, first, high[0], high[1]);
-        mma_bf16(sum, second, high[2], high[3]);
-        mma_bf16(sum, first, low[0], low[1]);
-        mma_bf16(sum, second, low[2], low[3]);
+/* the sums of the blocks of a cluster into the first one's `totals`, and whether this is the first */
+static __device__ __forceinline__ bool gather_sums(float (*totals)[DOWN_TOKENS][RANKS + 1], float sum, bool there, int token, int i) {
+#ifdef QL_HAS_BULK_COPY
+    if (cluster_size() > 1) {
+        cluster_wait(); /* the first has begun */
+        if (there) { cluster_store(cluster_address(shared_address(&totals[cluster_rank()][token][i]), 0), sum); }
+        cluster_sync();
+        return cluster_rank() == 0;
     }
+#endif
+    if (there) { totals[0][token][i] = sum; }
+    __syncthreads();
+    return true;
+}
+
+/* what a block of the kernel below works on: tokens from `row` on, columns first .. end, ranks from `rank` on of a part */
+struct down_place {
+    const down_part *part;
+    int64_t row, first, end, rank, at; /* at: the part's first column of u */
+    int blocks;                        /* of the cluster */
+};
+
+static __device__ __forceinline__ down_place locate_down(const down_args &a) {
+    int block = 0;
+    down_place p = {a.part, 0, 0, 0, (int64_t)blockIdx.y * RANKS, 0, 1};
+#ifdef QL_HAS_BULK_COPY
+    p.blocks = cluster_size(), block = cluster_rank();
+#endif
+    for (int64_t ranks; p.rank >= (ranks = (p.part->r + RANKS - 1) / RANKS * RANKS); p.part++) { p.rank -= ranks, p.at += p.part->r; }
+    int64_t steps = (a.width + WARP - 1) / WARP;
+    p.row = (int64_t)blockIdx.x / p.blocks * DOWN_TOKENS;
+    p.first = steps * block / p.blocks * WARP, p.end = steps * (block + 1) / p.blocks * WARP;
+    return p;
+}
+
+/* A warp's part of the products, as mma has them, and of the squares of rows lane / 4 and lane / 4 + 8; the kernel ahead is awaited
+ * here. A lane takes 8 neighbours of 32 columns, in the same places of both operands. */
+template <bool Floats>
+static __device__ __forceinline__ void multiply_down(float (&sum)[4], float (&squares)[2], const down_args &a, const down_place &p) {
+    int lane = threadIdx.x % WARP, g = lane / 4, ahead = WARPS * WARP;
+    int64_t upper = min(p.row + g, a.t - 1), lower = min(p.row + g + 8, a.t - 1), first = p.first + threadIdx.x / WARP * WARP;
+    const factor_matrix &m = p.part->m;
+    const float *factors = m.values + (p.rank + g) * m.rank_step;
+    int64_t width = p.rank + g < p.part->r ? a.width : 0; /* of this lane's factors */
+    float v[DOWN_STEPS][8];
+    auto load_factors = [&](int64_t from) {
+#pragma unroll
+        for (int s = 0; s < DOWN_STEPS; s++) {
+            int64_t j = from + s * ahead + lane % 4 * 8;
+            load_floats(v[s], factors + j * m.step, m.step, j, from + s * ahead < p.end ? width : 0);
+        }
+    };
+    load_factors(first); /* nothing writes them beside a step of training, which the host awaits */
+    ql_cuda_start_next();
+    ql_cuda_wait_previous();
+    for (; first < p.end; first += DOWN_STEPS * ahead) {
+        uint4 x[DOWN_STEPS], y[DOWN_STEPS];
+        uint32_t high[DOWN_STEPS][4], low[DOWN_STEPS][4];
+#pragma unroll
+        for (int s = 0; s < DOWN_STEPS; s++) {
+            int64_t j = first + s * ahead + lane % 4 * 8, limit = first + s * ahead < p.end ? a.width : 0;
+            x[s] = load_8<Floats>(a, upper, j, limit, squares[0]), y[s] = load_8<Floats>(a, lower, j, limit, squares[1]);
+            split(high[s], low[s], v[s]);
+        }
+        load_factors(first + DOWN_STEPS * ahead);
+#pragma unroll
+        for (int s = 0; s < DOWN_STEPS; s++) {
+            uint32_t left[4] = {x[s].x, y[s].x, x[s].y, y[s].y}, right[4] = {x[s].z, y[s].z, x[s].w, y[s].w};
+            mma_bf16(sum, left, high[s][0], high[s][1]);
+            mma_bf16(sum, right, high[s][2], high[s][3]);
+            mma_bf16(sum, left, low[s][0], low[s][1]);
+            mma_bf16(sum, right, low[s][2], low[s][3]);
+        }
+    }
+}
+
+/* grid (tiles of 16 tokens x blocks of a cluster, which share the width, as the warps of a block do; tiles of 8 ranks of all parts).
+ * Floats: x is float32, and normed. */
+template <bool Floats> static __global__ void __launch_bounds__(DOWN_THREADS) down_kernel(const __grid_constant__ down_args a) {
+    __shared__ float sums[WARPS][DOWN_TOKENS][RANKS + 1], totals[DOWN_CLUSTER][DOWN_TOKENS][RANKS + 1]; /* the last: of squares */
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
+    down_place p = locate_down(a);
+    float sum[4] = {}, squares[2] = {};
+#ifdef QL_HAS_BULK_COPY
+    if (p.blocks > 1) { cluster_arrive(); }
+#endif
+    multiply_down<Floats>(sum, squares, a, p);
 #pragma unroll
     for (int e = 0; e < 4; e++) { sums[warp][g + e / 2 * 8][lane % 4 * 2 + e % 2] = sum[e]; }
-    __syncthreads();
-    int token = threadIdx.x / RANKS, i = threadIdx.x % RANKS;
-    if (token >= 16 || row + token >= t || rank + i >= r) { return; }
-    float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) { total += sums[w][token][i]; }
-    u[(row + token) * r + rank + i] = total * factor;
+    for (int e = 0; e < 2; e++) {
+        squares[e] += __shfl_xor_sync(QL_FULL_WARP, squares[e], 1);
+        squares[e] += __shfl_xor_sync(QL_FULL_WARP, squares[e], 2);
+        if (lane % 4 == 0) { sums[warp][g + 8 * e][RANKS] = squares[e]; }
+    }
+    __syncthreads();
+    int token = threadIdx.x / (RANKS + 1), i = threadIdx.x % (RANKS + 1);
+    bool there = token < DOWN_TOKENS;
+    float total = 0.0f, square = 0.0f;
+    for (int w = 0; w < WARPS && there; w++) { total += sums[w][token][i]; }
+    if (!gather_sums(totals, total, there, token, i)) { return; }
+    if (!there || i == RANKS || p.row + token >= a.t || p.rank + i >= p.part->r) { return; }
+    total = 0.0f;
+    for (int s = 0; s < p.blocks; s++) { total += totals[s][token][i], square += totals[s][token][RANKS]; }
+    float inverse = Floats ? 1.0f / sqrtf(square / (float)a.width + a.x.eps) : 1.0f;
+    a.u[(p.row + token) * a.line + p.at + p.rank + i] = total * p.part->factor * inverse;
+}
+
+static void launch_down(const down_args *a) {
+    int64_t tokens = (a->t + DOWN_TOKENS - 1) / DOWN_TOKENS, ranks = 0;
+    for (const down_part &p : a->part) { ranks += (p.r + RANKS - 1) / RANKS; }
+    int cluster = 1; /* few tokens: more blocks, while each has loads for all its warps */
+    while (ql_cuda_capability() >= 90 && cluster < DOWN_CLUSTER && a->width > (int64_t)cluster * DOWN_STEPS * DOWN_THREADS &&
+           tokens * ranks * cluster * 2 <= ql_cuda_multiprocessors()) {
+        cluster *= 2;
+    }
+    ql_cuda_launch_cluster(a->x.floats != NULL ? down_kernel<true> : down_kernel<false>, dim3((unsigned)(tokens * cluster), (unsigned)ranks),
+                           dim3(DOWN_THREADS), 0, true, (unsigned)cluster, *a);
 }
 
 static void down(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
-    dim3 grid((unsigned)((t + 15) / 16), (unsigned)((r + RANKS - 1) / RANKS));
-    ql_cuda_launch(down_kernel, grid, dim3(DOWN_THREADS), 0, true, u, z, m, t, width, r, factor, dropout);
+    down_args a = {u, {NULL, z, NULL, 0.0f}, {{m, r, factor}}, t, width, r, dropout};
+    launch_down(&a);
+}
+
+bool ql_cuda_low_rank_terms(ql_low_rank_term *terms, const ql_activations *x, const ql_low_rank *l, int count, int64_t t, int64_t k) {
+    down_args a = {NULL, *x, {}, t, k, 0, {0.0f, 0}};
+    for (int i = 0; i < count; i++) {
+        terms[i] = {NULL, NULL, 0, 0};
+        if (l == NULL || l[i].r == 0) { continue; }
+        a.part[i] = {{(float *)l[i].a, k, 1}, l[i].r, l[i].scale};
+        a.line += l[i].r;
+    }
+    if (a.line == 0) { return true; }
+    a.u = (float *)ql_cuda_scratch(QL_SCRATCH_LOW_RANK, (size_t)(t * a.line) * sizeof(float));
+    if (a.u == NULL) { return false; }
+    const float *u = a.u;
+    for (int i = 0; i < count; u += a.part[i++].r) {
+        if (a.part[i].r > 0) { terms[i] = {u, l[i].b, l[i].r, a.line}; }
+    }
+    launch_down(&a);
+    return true;
 }
 
 /* ---- up ---------------------------------------------------------------------------------------------------------------- */
@@ -114,8 +254,8 @@ static __device__ __forceinline__ void put_pair(float *y, int64_t at, float a, f
 
 /* grid (pieces of 512 columns, tiles of 16 rows); float32 y is added to, bf16 y is set */
 template <typename T, bool drops>
-static __global__ void __launch_bounds__(THREADS, 3) up_kernel(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, int64_t r,
-                                                            float factor, mask dropout) {
+static __global__ void __launch_bounds__(THREADS, 3) up_kernel(T *y, const float *u, int64_t line, factor_matrix m, int64_t t,
+                                                            int64_t width, int64_t r, float factor, mask dropout) {
     __shared__ float us[RANKS][UP_ROWS];
     int64_t column = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 2, row = (int64_t)blockIdx.y * UP_ROWS;
     bool there = column < width, two = column + 1 < width;
@@ -126,7 +266,7 @@ static __global__ void __launch_bounds__(THREADS, 3) up_kernel(T *y, const float
         __syncthreads();
         if (threadIdx.x < RANKS * UP_ROWS) {
             int i = threadIdx.x / UP_ROWS, s = threadIdx.x % UP_ROWS;
-            us[i][s] = rank + i < r && row + s < t ? u[(row + s) * r + rank + i] * factor : 0.0f;
+            us[i][s] = rank + i < r && row + s < t ? u[(row + s) * line + rank + i] * factor : 0.0f;
         }
         __syncthreads();
         const float *from = m.values + rank * m.rank_step + column * m.step;
@@ -152,9 +292,20 @@ static __global__ void __launch_bounds__(THREADS, 3) up_kernel(T *y, const float
 }
 
 template <typename T>
-static void up(T *y, const float *u, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
+static void up(T *y, const float *u, int64_t line, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
     dim3 grid((unsigned)((width + 2 * THREADS - 1) / (2 * THREADS)), (unsigned)((t + UP_ROWS - 1) / UP_ROWS));
-    ql_cuda_launch(dropout.p > 0.0f ? up_kernel<T, true> : up_kernel<T, false>, grid, dim3(THREADS), 0, true, y, u, m, t, width, r, factor, dropout);
+    ql_cuda_launch(dropout.p > 0.0f ? up_kernel<T, true> : up_kernel<T, false>, grid, dim3(THREADS), 0, true, y, u, line, m, t, width, r,
+                   factor, dropout);
+}
+
+static const mask no_mask = {0.0f, 0};
+
+void ql_cuda_set_term(bf16 *y, const ql_low_rank_term *term, int64_t t, int64_t n) {
+    up(y, term->u, term->line, {(float *)term->b, 1, term->r}, t, n, term->r, 1.0f, no_mask);
+}
+
+void ql_cuda_add_term(float *sum, const ql_low_rank_term *term, int64_t t, int64_t n) {
+    up(sum, term->u, term->line, {(float *)term->b, 1, term->r}, t, n, term->r, 1.0f, no_mask);
 }
 
 /* ---- gram --------------------------------------------------------------------------------------------------------------- */
@@ -228,7 +379,6 @@ static void gram(factor_matrix m, const float *u, const bf16 *z, int64_t t, int6
 /* ---- the slots ---------------------------------------------------------------------------------------------------------- */
 
 static mask mask_of(const ql_low_rank *l) { return {l->dropout, ql_stream_key(l->seed, l->stream)}; }
-static const mask no_mask = {0.0f, 0};
 
 /* x in the stored order of w's columns */
 static const bf16 *stored_columns(const bf16 *x, const ql_weight *w, int64_t t) {
@@ -245,12 +395,12 @@ extern "C" void ql_adapted_forward_cuda(void *y, float *sum, float *u, const voi
     factor_matrix a = {(float *)l->a, w->k, 1}, b = {(float *)l->b, 1, l->r};
     bool adapted = l->r > 0;
     if (adapted) { down(u, (const bf16 *)x, a, t, w->k, l->r, l->scale / (1.0f - l->dropout), mask_of(l)); }
-    if (adapted && y != NULL) { up((bf16 *)y, u, b, t, w->n, l->r, 1.0f, no_mask); }
+    if (adapted && y != NULL) { up((bf16 *)y, u, l->r, b, t, w->n, l->r, 1.0f, no_mask); }
     const bf16 *rows = stored_columns((const bf16 *)x, w, t);
     if (rows == NULL) { return; }
     if (y != NULL) { return ql_cuda_linear_large(y, CUDA_R_16BF, rows, w, t, adapted); }
     ql_cuda_linear_large(sum, CUDA_R_32F, rows, w, t, 1);
-    if (adapted) { up(sum, u, b, t, w->n, l->r, 1.0f, no_mask); }
+    if (adapted) { up(sum, u, l->r, b, t, w->n, l->r, 1.0f, no_mask); }
 }
 
 /* column perm[j] of out = column j of from, or += */
@@ -286,10 +436,10 @@ extern "C" void ql_adapted_backward_cuda(void *dx, float *sum, float *da, float 
         gram({da, w->k, 1}, du, (const bf16 *)x, t, w->k, l->r, kept, mask_of(l));
     }
     if (dx != NULL) {
-        if (adapted) { up((bf16 *)dx, du, a, t, w->k, l->r, kept, mask_of(l)); }
+        if (adapted) { up((bf16 *)dx, du, l->r, a, t, w->k, l->r, kept, mask_of(l)); }
         weight_backward((bf16 *)dx, CUDA_R_16BF, slopes, w, t, adapted);
     } else if (sum != NULL) {
         weight_backward(sum, CUDA_R_32F, slopes, w, t, accumulate);
-        if (adapted) { up(sum, du, a, t, w->k, l->r, kept, mask_of(l)); }
+        if (adapted) { up(sum, du, l->r, a, t, w->k, l->r, kept, mask_of(l)); }
     }
 }

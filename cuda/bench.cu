@@ -169,11 +169,11 @@ static void launch(const arrays *a, int copy, const ql_backend *be) {
     case QL_BENCH_QUANTIZE: be->quantize_forward[c->format](x[0], (float *)x[1], (const float *)x[2], c->format, c->n * c->k, c->group); break;
     case QL_BENCH_LINEAR: be->linear_forward[f]((float *)x[0], (const float *)x[1], w, c->m, 0); break;
     case QL_BENCH_LINEAR_BACKWARD: be->linear_backward_input[f]((float *)x[0], (const float *)x[1], w, c->m, 0); break;
-    case QL_BENCH_RESIDUAL: be->linear_residual_forward((float *)x[0], x[1], w, c->m); break;
-    case QL_BENCH_GATE_UP: be->gate_up_forward(x[0], (const float *)x[1], (const float *)x[2], w, w + 1, c->m, 1e-5f); break;
+    case QL_BENCH_RESIDUAL: be->linear_residual_forward((float *)x[0], x[1], w, NULL, c->m); break;
+    case QL_BENCH_GATE_UP: be->gate_up_forward(x[0], (const float *)x[1], (const float *)x[2], w, w + 1, NULL, c->m, 1e-5f); break;
     case QL_BENCH_QKV: {
         const float *input = (const float *)x[3], *gain = input + c->m * w->k, *table = gain + w->k;
-        be->qkv_forward(x[0], x[1], x[2], input, gain, w, w + 1, w + 2, table, table, a->numbers, a->numbers, c->m, c->hq, c->hkv, c->d, 1e-5f);
+        be->qkv_forward(x[0], x[1], x[2], input, gain, w, w + 1, w + 2, NULL, table, table, a->numbers, a->numbers, c->m, c->hq, c->hkv, c->d, 1e-5f);
         break;
     }
     case QL_BENCH_ATTENTION:

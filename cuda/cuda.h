@@ -108,6 +108,7 @@ typedef enum {
     QL_SCRATCH_PARTIAL,    /* sums of split products */
     QL_SCRATCH_NORM,       /* normed activations */
     QL_SCRATCH_FUSED,      /* what a fused op holds between its kernels */
+    QL_SCRATCH_LOW_RANK,   /* products with the A of adapters */
     QL_SCRATCH_ATTENTION,  /* partial results of split attention */
     QL_SCRATCH_SAMPLE,
     QL_SCRATCH_GPTQ,

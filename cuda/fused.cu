@@ -49,14 +49,18 @@ static __global__ void rope_rows(bf16 *out, const bf16 *in, const float *cos, co
     }
 }
 
-/* w's product of the normed x, turned where rotation is not NULL, in row rows[i] of out */
-static void product_rows(bf16 *out, const ql_activations *x, const ql_weight *w, const ql_weight *last, const ql_rotation *rotation,
-                         const int32_t *rows, int64_t t) {
+/* The product p of the normed x. An adapter's term goes first: the weight's sum then begins with it, and is rounded once. */
+static void product_rows(const ql_product *p, const ql_activations *x, const ql_weight *last, const ql_rotation *rotation, int64_t t) {
+    const ql_weight *w = p->w;
+    const int32_t *rows = p->rows;
     const bf16 *h = normed_rows(x, w, last, t);
+    bf16 *out = (bf16 *)p->out;
     bf16 *product = rows == NULL ? out : (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * w->n) * sizeof(bf16));
     if (h == NULL || product == NULL) { return; }
-    ql_cuda_linear_large(product, CUDA_R_16BF, h, w, t, 0);
-    if (rotation != NULL) {
+    bool adapted = p->term.r > 0;
+    if (adapted) { ql_cuda_set_term(product, &p->term, t, w->n); }
+    ql_cuda_linear_large(product, CUDA_R_16BF, h, w, t, adapted);
+    if (p->output == QL_OUT_ROPE) {
         int d = (int)rotation->d, heads = (int)(w->n / d);
         bool vectors = d % 8 == 0 && (uintptr_t)out % 8 == 0;
         ql_cuda_launch(vectors ? rope_rows<4> : rope_rows<1>, dim3((unsigned)t), dim3(256), 0, true, out, product, rotation->cos, rotation->sin,
@@ -67,16 +71,17 @@ static void product_rows(bf16 *out, const ql_activations *x, const ql_weight *w,
 }
 
 extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq, const ql_weight *wk,
-                                    const ql_weight *wv, const float *cos, const float *sin, const int32_t *positions,
-                                    const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d, float eps) {
+                                    const ql_weight *wv, const ql_low_rank *l, const float *cos, const float *sin,
+                                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d, float eps) {
     (void)hq, (void)hkv; /* they follow from the weights and d */
     ql_activations source = {x, NULL, gain, eps};
     ql_rotation rotation = {cos, sin, positions, d};
-    ql_product products[] = {{wq, q, NULL, QL_OUT_ROPE}, {wk, k, rows, QL_OUT_ROPE}, {wv, v, rows, QL_OUT_BF16}};
-    if (t == 0 || ql_cuda_linear_small(products, 3, &source, &rotation, t)) { return; }
-    product_rows((bf16 *)q, &source, wq, NULL, &rotation, NULL, t);
-    product_rows((bf16 *)k, &source, wk, wq, &rotation, rows, t);
-    product_rows((bf16 *)v, &source, wv, wk, NULL, rows, t);
+    ql_low_rank_term term[3];
+    if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 3, t, wq->k)) { return; }
+    ql_product products[] = {
+        {wq, q, NULL, QL_OUT_ROPE, term[0]}, {wk, k, rows, QL_OUT_ROPE, term[1]}, {wv, v, rows, QL_OUT_BF16, term[2]}};
+    if (ql_cuda_linear_small(products, 3, &source, &rotation, t)) { return; }
+    for (int i = 0; i < 3; i++) { product_rows(&products[i], &source, i > 0 ? products[i - 1].w : NULL, &rotation, t); }
 }
 
 /* ---- gate, up ------------------------------------------------------------------------------------------------------- */
@@ -108,29 +113,29 @@ static void swiglu_in_place(bf16 *gate, const bf16 *up, int64_t count) {
     ql_cuda_launch(swiglu_values, dim3((unsigned)((rest + 255) / 256)), dim3(256), 0, true, gate, up, 8 * vectors, count);
 }
 
-extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up, int64_t t,
-                                        float eps) {
+extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,
+                                        const ql_low_rank *l, int64_t t, float eps) {
     ql_activations source = {x, NULL, gain, eps};
-    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU}, {up, NULL, NULL, QL_OUT_SWIGLU}};
-    if (t == 0 || ql_cuda_linear_small(products, 2, &source, NULL, t)) { return; }
+    ql_low_rank_term term[2];
+    if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 2, t, gate->k)) { return; }
+    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, term[0]}, {up, NULL, NULL, QL_OUT_SWIGLU, term[1]}};
+    if (ql_cuda_linear_small(products, 2, &source, NULL, t)) { return; }
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
     if (ups == NULL) { return; }
-    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16}, {up, ups, NULL, QL_OUT_BF16}}; /* weights that are not alike */
+    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, term[0]}, {up, ups, NULL, QL_OUT_BF16, term[1]}}; /* weights that are not alike */
     if (ql_cuda_linear_small(apart, 2, &source, NULL, t)) { return swiglu_in_place((bf16 *)a, ups, t * gate->n); }
-    const bf16 *h = normed_rows(&source, gate, NULL, t);
-    if (h == NULL) { return; }
-    ql_cuda_linear_large(a, CUDA_R_16BF, h, gate, t, 0);
-    if ((h = normed_rows(&source, up, gate, t)) == NULL) { return; }
-    ql_cuda_linear_large(ups, CUDA_R_16BF, h, up, t, 0);
+    for (int i = 0; i < 2; i++) { product_rows(&apart[i], &source, i > 0 ? gate : NULL, NULL, t); }
     swiglu_in_place((bf16 *)a, ups, t * gate->n);
 }
 
 /* ---- residual --------------------------------------------------------------------------------------------------------- */
 
-extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, int64_t t) {
+extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, const ql_low_rank *l, int64_t t) {
     ql_activations source = {NULL, (const bf16 *)a, NULL, 0.0f};
-    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD};
-    if (t == 0 || ql_cuda_linear_small(&product, 1, &source, NULL, t)) { return; }
+    ql_low_rank_term term;
+    if (t == 0 || !ql_cuda_low_rank_terms(&term, &source, l, 1, t, w->k)) { return; }
+    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, term};
+    if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) { return; }
     const bf16 *rows = (const bf16 *)a;
     if (w->perm != NULL) {
         bf16 *stored = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(t * w->k) * sizeof(bf16));
@@ -139,4 +144,5 @@ extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const q
         rows = stored;
     }
     ql_cuda_linear_large(x, CUDA_R_32F, rows, w, t, 1);
+    if (term.r > 0) { ql_cuda_add_term(x, &term, t, w->n); }
 }

@@ -48,7 +48,7 @@ extern "C" void ql_linear_forward_cuda(float *y, const float *x, const ql_weight
     if (m == 0 || w->n == 0) { return; }
     if (w->format == QL_F32) { return float_forward(y, x, w, m, accumulate); }
     ql_activations source = {x, NULL, NULL, 0.0f};
-    ql_product product = {w, y, NULL, accumulate ? QL_OUT_FLOAT_ADD : QL_OUT_FLOAT};
+    ql_product product = {w, y, NULL, accumulate ? QL_OUT_FLOAT_ADD : QL_OUT_FLOAT, {}};
     if (ql_cuda_linear_small(&product, 1, &source, NULL, m)) { return; }
     const bf16 *rows = activation_rows(x, w->perm, m, w->k);
     if (rows != NULL) { ql_cuda_linear_large(y, CUDA_R_32F, rows, w, m, accumulate); }

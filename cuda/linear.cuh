@@ -3,7 +3,7 @@
 #define QL_CUDA_LINEAR_CUH
 
 #include "cuda.h"
-#include "device.cuh"
+#include "low_rank.cuh"
 #include "packed.h"
 
 /* out (i1 - i0, k): rows i0 .. i1 of W in stored order of columns (decode.cu) */
@@ -22,6 +22,15 @@ typedef struct {
 /* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on */
 void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line);
 
+/* ---- low-rank adapters (adapted.cu) -------------------------------------------------------------------------------- */
+
+/* terms (count,) of up to three adapters l (count,) of the same x (t, k), or of none where l is NULL; u is scratch memory. False:
+ * memory is out. */
+bool ql_cuda_low_rank_terms(ql_low_rank_term *terms, const ql_activations *x, const ql_low_rank *l, int count, int64_t t, int64_t k);
+/* y (t, n) = term; sum (t, n) += term */
+void ql_cuda_set_term(bf16 *y, const ql_low_rank_term *term, int64_t t, int64_t n);
+void ql_cuda_add_term(float *sum, const ql_low_rank_term *term, int64_t t, int64_t n);
+
 /* ---- products of a few tokens (linear_small.cu) -------------------------------------------------------------------- */
 
 /* what becomes of a product: float32 set or added, bf16, bf16 after rotary embedding, swiglu of this and the next weight */
@@ -32,6 +41,7 @@ typedef struct {
     void *out;           /* (m, n), or where `rows` is not NULL, row rows[i] of it for token i */
     const int32_t *rows;
     ql_output output;
+    ql_low_rank_term term; /* added to the product, ahead of what becomes of it */
 } ql_product;
 
 typedef struct { /* QL_OUT_ROPE */

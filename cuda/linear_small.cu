@@ -31,11 +31,12 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
     part->upper = p->records, part->lower = p->records + line;
     part->factor = part->factor_lower = p->factor;
     part->rows = product->rows, part->out = product->out, part->n = (int)product->w->n, part->output = (int)product->output;
+    part->term[0] = part->term[1] = product->term;
     part->tiles = p->rows8 / 2, part->divisor = 1, part->multiplier = 2, part->lower_rows = UNIT_ROWS;
     if (product->output == QL_OUT_SWIGLU) {
         const ql_packed *up = ql_packed_of(product[1].w);
         if (product[1].w->n != product->w->n) { return false; }
-        part->lower = up->records, part->factor_lower = up->factor;
+        part->lower = up->records, part->factor_lower = up->factor, part->term[1] = product[1].term;
         part->tiles = p->rows8, part->multiplier = 1, part->lower_rows = 0;
     }
     if (product->output == QL_OUT_ROPE) {
@@ -191,6 +192,7 @@ static void move_to_token(small_args *a, const small_args *all, int64_t first, i
     a->x += first * a->x_line;
     if (a->positions != NULL) { a->positions += first; }
     for (small_part &part : a->part) {
+        for (ql_low_rank_term &term : part.term) { term.u += first * term.line; }
         int64_t size = part.output == QL_OUT_FLOAT || part.output == QL_OUT_FLOAT_ADD ? 4 : 2;
         if (part.rows != NULL) {
             part.rows += first;
@@ -209,6 +211,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     memset(&all, 0, sizeof all);
     for (int i = 0; i < count; i++) {
         if (!make_part(&all.part[parts], &products[i], rotation)) { return false; }
+        all.adapted |= all.part[parts].term[0].r > 0 || all.part[parts].term[1].r > 0;
         all.tiles += all.part[parts++].tiles;
         i += products[i].output == QL_OUT_SWIGLU;
     }

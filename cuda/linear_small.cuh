@@ -19,6 +19,7 @@
 #define QL_CUDA_LINEAR_SMALL_CUH
 
 #include "cuda.h"
+#include "low_rank.cuh"
 #include "units.cuh"
 
 /* what becomes of a sum v0 (upper unit's row) and v1 (lower unit's row) of a token */
@@ -33,6 +34,7 @@ struct small_part {
     int divisor, multiplier;            /* unit of tile t: t / divisor * multiplier + t % divisor, counted from upper and lower */
     int lower_rows;                     /* rows that the lower unit's rows stand below the upper's */
     int n, output, rotate;
+    ql_low_rank_term term[2];           /* what an adapter adds to the upper unit's rows, and to the lower's */
 };
 
 struct small_args {
@@ -49,6 +51,7 @@ struct small_args {
     int k, x_line;
     int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
     int m, d, stages;
+    int adapted; /* whether a part has a term */
 };
 
 struct small_tile {
@@ -148,11 +151,11 @@ __device__ __forceinline__ small_target small_aim(const small_args &a, const sma
 /* v0 and v1: sums of row and row_lower, token i of the target */
 __device__ __forceinline__ void small_store(const small_part &p, const small_target &to, int i, float v0, float v1) {
     if (to.at[i] == NULL) { return; }
-    v0 *= to.factor, v1 *= to.factor_lower;
+    v0 = to.old[2 * i] + v0 * to.factor, v1 = to.old[2 * i + 1] + v1 * to.factor_lower;
     if (p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD) {
         float *out = (float *)to.at[i];
-        if (to.row < p.n) { out[to.row] = to.old[2 * i] + v0; }
-        if (to.row_lower < p.n) { out[to.row_lower] = to.old[2 * i + 1] + v1; }
+        if (to.row < p.n) { out[to.row] = v0; }
+        if (to.row_lower < p.n) { out[to.row_lower] = v1; }
         return;
     }
     bf16 *out = (bf16 *)to.at[i];
@@ -197,8 +200,28 @@ template <bool Single> __device__ __forceinline__ float4 add_fragments(uint32_t 
         return c;
     }
 }
+/* what adapters add to a fragment, all of a warp at once */
+template <bool Single> __device__ __forceinline__ void add_terms(small_target &to, const small_args &a, const small_tile &tile, int lane, int nt) {
+    const small_part &p = a.part[tile.part];
+    int row = tile.unit * UNIT_ROWS + lane / 4, lower = row + p.lower_rows, token = 8 * nt + lane / 4, apart = p.output == SMALL_SWIGLU;
+    float c[4] = {};
+#pragma unroll 1
+    for (int half = 0; half <= apart; half++) {
+        const ql_low_rank_term &term = p.term[half];
+        const float *b[] = {half == 0 && row < p.n ? term.b + row * term.r : NULL, half == apart && lower < p.n ? term.b + lower * term.r : NULL};
+        low_rank_fragment(c, b, token < a.m ? term.u + token * term.line : NULL, term.r, lane);
+    }
+    if (Single) { /* token 0 is in every fourth lane, rows in order; it goes to the first eight */
+        to.old[0] += __shfl_sync(QL_FULL_WARP, c[0], lane % 8 * 4), to.old[1] += __shfl_sync(QL_FULL_WARP, c[2], lane % 8 * 4);
+    } else {
+        to.old[0] += c[0], to.old[1] += c[2], to.old[2] += c[1], to.old[3] += c[3];
+    }
+}
+
 template <bool Single> __device__ __forceinline__ small_target aim_fragment(const small_args &a, const small_tile &tile, int lane, int nt, float norm) {
-    return Single ? small_aim(a, tile, lane % 8, lane < 8 ? 0 : a.m, norm) : small_aim(a, tile, lane / 4, 8 * nt + 2 * (lane % 4), norm);
+    small_target to = Single ? small_aim(a, tile, lane % 8, lane < 8 ? 0 : a.m, norm) : small_aim(a, tile, lane / 4, 8 * nt + 2 * (lane % 4), norm);
+    if (a.adapted && 8 * nt < a.m) { add_terms<Single>(to, a, tile, lane, nt); }
+    return to;
 }
 template <bool Single> __device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_target &to, float4 c) {
     const small_part &p = a.part[tile.part];

@@ -95,6 +95,9 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
+__device__ __forceinline__ void cluster_store(uint32_t address, float v) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
 /* stores that complete `bytes` of a barrier of the same block as the address (of the cluster): no fence is needed */
 __device__ __forceinline__ void cluster_store_async(uint32_t address, float4 v, uint32_t barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address), "f"(v.x),

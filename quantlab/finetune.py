@@ -71,8 +71,6 @@ def finetune(
     if model.adapter is not None:
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
     is_classifier = isinstance(model, LlamaForSequenceClassification)
-    if is_classifier and model.device != "cpu":
-        raise ValueError(f"model: it is on {model.device}, a classifier is trained on the CPU: use model.to('cpu')")
     adapter = lora.copy() if isinstance(lora, Adapter) else Adapter.fresh(lora, model, config.seed, is_classifier)
     tuned = model.with_adapter(adapter)
     run = TrainingRun(tuned, _task(tuned, data, labels, config, "data"), config)
@@ -293,6 +291,7 @@ class TrainingRun:
         if self.evaluation is None or not due or done:
             return
         started = time.perf_counter()
+        self.trainer.read(self.state.mean, self.state.square)  # a classifier's head is asked on the host
         self._log({f"eval_{name}": value for name, value in self.evaluation.evaluate().items()})
         self._window = (self._window[0] + time.perf_counter() - started, self._window[1])  # not of the training
 

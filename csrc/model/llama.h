@@ -40,12 +40,11 @@ typedef struct {
     int64_t rows;
 } ql_kv_cache;
 
-/* A backend with all the fused ops runs them, on keys and values in its own type; a model with an adapter does without. */
-int ql_llama_fused(const ql_llama *model, const ql_backend *backend);
-/* the fused ops of training; also the forward pass of a model with an adapter takes them where it has no cache */
+/* A backend with all the fused ops runs them, on keys and values in its own type; those of training likewise. */
+int ql_llama_fused(const ql_backend *backend);
 int ql_training_fused(const ql_backend *backend);
 /* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
-int64_t ql_llama_kv_bytes(const ql_llama *model, const ql_backend *backend);
+int64_t ql_llama_kv_bytes(const ql_backend *backend);
 
 /* floats of workspace that a forward pass over t tokens needs, zero at first where t <= QL_GEMV_ROWS */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t);

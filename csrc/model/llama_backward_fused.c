@@ -12,10 +12,10 @@ int ql_training_fused(const ql_backend *be) {
 }
 
 static ql_low_rank low_rank_of(const ql_training_pass *p, int64_t i, int slot) {
-    const ql_llama_layer *layer = &p->m->layer[i];
-    if (!ql_has_adapter(layer, slot)) { return (ql_low_rank){.r = 0}; }
-    const ql_lora *lora = &layer->lora[slot];
-    return (ql_low_rank){lora->a.codes, lora->b.codes, lora->r, lora->scale, p->call->dropout, p->call->seed, ql_mask_stream(p, i, slot)};
+    const ql_lora *lora = p->m->layer[i].lora;
+    ql_low_rank low = ql_low_rank_of(lora != NULL ? &lora[slot] : NULL);
+    low.dropout = p->call->dropout, low.seed = p->call->seed, low.stream = ql_mask_stream(p, i, slot);
+    return low;
 }
 
 /* ---- forward -------------------------------------------------------------------------------------------------------- */

@@ -49,14 +49,12 @@ void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch) {
     }
 }
 
-int ql_llama_fused(const ql_llama *m, const ql_backend *be) {
-    return m->rank == 0 && be->qkv_forward != NULL && be->attention_fused_forward != NULL && be->gate_up_forward != NULL &&
+int ql_llama_fused(const ql_backend *be) {
+    return be->qkv_forward != NULL && be->attention_fused_forward != NULL && be->gate_up_forward != NULL &&
            be->linear_residual_forward != NULL;
 }
 
-int64_t ql_llama_kv_bytes(const ql_llama *m, const ql_backend *be) {
-    return ql_llama_fused(m, be) ? be->kv_bytes : (int64_t)sizeof(float);
-}
+int64_t ql_llama_kv_bytes(const ql_backend *be) { return ql_llama_fused(be) ? be->kv_bytes : (int64_t)sizeof(float); }
 
 void ql_llama_product(float *y, float *u, const float *x, const ql_llama_layer *layer, int slot, const ql_lora_dropout *dropout,
                       int64_t t, int accumulate, const ql_backend *be) {
@@ -104,61 +102,30 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
                         void *cache_k, void *cache_v, const ql_backend *be) {
     int64_t t = batch->t;
     const ql_weight *const *w = layer->matrix;
+    ql_low_rank low[QL_SLOTS];
+    for (int slot = 0; slot < QL_SLOTS; slot++) { low[slot] = ql_low_rank_of(layer->lora != NULL ? &layer->lora[slot] : NULL); }
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
-    be->qkv_forward(s->q, k, v, s->x, layer->input_norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], batch->cos, batch->sin,
-                    batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d, m->eps);
+    be->qkv_forward(s->q, k, v, s->x, layer->input_norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], &low[QL_SLOT_Q],
+                    batch->cos, batch->sin, batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d, m->eps);
     be->attention_fused_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
                                 m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
-    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], t);
-    be->gate_up_forward(s->gate, s->x, layer->post_norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], t, m->eps);
-    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], t);
-}
-
-/* y (t, n) = x (t, k) times matrix `slot` and its adapter, or, where y is NULL, sum += it */
-static void adapted(const ql_llama_layer *layer, int slot, void *y, float *sum, const void *x, int64_t t, const buffers *s,
-                    const ql_backend *be) {
-    ql_low_rank low = {.r = 0};
-    if (layer->lora != NULL && layer->lora[slot].r > 0) {
-        const ql_lora *lora = &layer->lora[slot];
-        low = (ql_low_rank){.a = lora->a.codes, .b = lora->b.codes, .r = lora->r, .scale = lora->scale};
-    }
-    be->adapted_forward(y, sum, s->u, x, layer->matrix[slot], &low, t);
-}
-
-/* fused_layer with adapters, without a cache */
-static void adapted_layer(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
-                          const ql_backend *be) {
-    int64_t t = batch->t;
-    be->norm_fused_forward(s->h, s->x, layer->input_norm, t, m->c, m->eps);
-    adapted(layer, QL_SLOT_Q, s->q, NULL, s->h, t, s, be);
-    adapted(layer, QL_SLOT_K, s->k, NULL, s->h, t, s, be);
-    adapted(layer, QL_SLOT_V, s->v, NULL, s->h, t, s, be);
-    be->rope_fused_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
-    be->rope_fused_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
-    be->attention_fused_forward(s->a, NULL, s->q, s->k, s->v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq,
-                                m->hkv, m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
-    adapted(layer, QL_SLOT_O, NULL, s->x, s->a, t, s, be);
-    be->norm_fused_forward(s->h, s->x, layer->post_norm, t, m->c, m->eps);
-    adapted(layer, QL_SLOT_GATE, s->gate, NULL, s->h, t, s, be);
-    adapted(layer, QL_SLOT_UP, s->up, NULL, s->h, t, s, be);
-    be->swiglu_fused_forward(s->gate, s->gate, s->up, t * m->f);
-    adapted(layer, QL_SLOT_DOWN, NULL, s->x, s->gate, t, s, be);
+    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], &low[QL_SLOT_O], t);
+    be->gate_up_forward(s->gate, s->x, layer->post_norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], &low[QL_SLOT_GATE], t, m->eps);
+    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], t);
 }
 
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *be) {
-    int fused = ql_llama_fused(m, be), beside = !fused && cache == NULL && ql_training_fused(be);
+    int fused = ql_llama_fused(be);
     ql_workspace memory = {workspace, 0};
-    buffers s = cut(m, fused || beside ? batch->t : product_rows(batch->t, cache != NULL), &memory);
-    int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(m, be) : 0;
+    buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &memory);
+    int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(be) : 0;
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
     for (int64_t i = 0; i < m->layers; i++) {
         void *cache_k = cache != NULL ? (char *)cache->k + i * layer_bytes : NULL;
         void *cache_v = cache != NULL ? (char *)cache->v + i * layer_bytes : NULL;
         if (fused) {
             fused_layer(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
-        } else if (beside) {
-            adapted_layer(m, &m->layer[i], batch, &s, be);
         } else {
             attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
             mlp_block(m, &m->layer[i], batch->t, &s, be);

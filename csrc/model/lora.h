@@ -15,6 +15,12 @@ static inline ql_weight ql_float_matrix(const float *values, int64_t n, int64_t 
     return (ql_weight){.format = QL_F32, .bits = 32, .n = n, .k = k, .group = k, .codes = values};
 }
 
+/* an adapter, or NULL, as the fused ops take it, without dropout */
+static inline ql_low_rank ql_low_rank_of(const ql_lora *lora) {
+    if (lora == NULL || lora->r == 0) { return (ql_low_rank){.r = 0}; }
+    return (ql_low_rank){.a = lora->a.codes, .b = lora->b.codes, .r = lora->r, .scale = lora->scale};
+}
+
 /* of one product; p == 0: none */
 typedef struct {
     float p;

@@ -72,7 +72,7 @@ static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t po
     if (self->llama->be != NULL && (self->head = ql_place(self->head_object, be)) == NULL) { status = QL_ECUDA; }
     g->head = self->head != NULL ? &self->head->weight : &self->head_object->weight;
     g->cache.rows = b * self->capacity;
-    size_t cache_bytes = (size_t)(m->layers * g->cache.rows * m->hkv * m->d) * (size_t)ql_llama_kv_bytes(m, be);
+    size_t cache_bytes = (size_t)(m->layers * g->cache.rows * m->hkv * m->d) * (size_t)ql_llama_kv_bytes(be);
     if (status == QL_OK) { status = be->alloc(&g->cache.k, cache_bytes); }
     if (status == QL_OK) { status = be->alloc(&g->cache.v, cache_bytes); }
     if (status == QL_OK) { status = be->alloc((void **)&g->hidden, (size_t)(b * m->c) * sizeof(float)); }

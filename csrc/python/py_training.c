@@ -266,6 +266,23 @@ static int score_args(ql_weight *score, float **gradient, PyObject *values_objec
     return 1;
 }
 
+/* On a device a head is a part of the adapter's parameters, its gradient the same part of theirs: both go to those there. */
+static int place_score(const TrainerObject *self, ql_weight *score, float **gradient) {
+    if (self->llama->be == NULL) { return 1; }
+    PyArrayObject *parameters = ((AdapterObject *)self->llama->adapter)->parameters;
+    uintptr_t from = (uintptr_t)ql_data(parameters), head = (uintptr_t)score->codes;
+    size_t bytes = (size_t)(score->n * score->k) * sizeof(float);
+    if (head < from || bytes > ql_nbytes(parameters) || head - from > ql_nbytes(parameters) - bytes ||
+        (uintptr_t)*gradient - (uintptr_t)ql_data(self->gradients) != head - from) {
+        return PyErr_Format(PyExc_ValueError, "score, score_gradient: on a device they are the same part of the adapter's parameters "
+                                              "and of the gradients"), 0;
+    }
+    size_t at = (head - from) / sizeof(float);
+    score->codes = self->llama->adapter_memory + at;
+    *gradient = self->on_device[GRADIENTS] + at;
+    return 1;
+}
+
 static PyObject *trainer_accumulate_pooled(PyObject *object, PyObject *arguments) {
     TrainerObject *self = (TrainerObject *)object;
     PyObject *o[7], *pooled_object, *labels_object, *score_object, *gradient_object;
@@ -274,10 +291,10 @@ static PyObject *trainer_accumulate_pooled(PyObject *object, PyObject *arguments
     long long number;
     ql_weight score;
     training_pass pass = {.rows = NULL};
-    if (self->llama->be != NULL) { return PyErr_Format(PyExc_ValueError, "score: a head is trained on the CPU alone"); }
     if (!PyArg_ParseTuple(arguments, "OOOOOOOOOOOfLs", &o[0], &o[1], &o[2], &o[3], &o[4], &o[5], &o[6], &pooled_object,
                           &labels_object, &score_object, &gradient_object, &factor, &number, &recompute) ||
-        !score_args(&score, &pass.call.head_gradient, score_object, gradient_object, self->llama->model.c)) {
+        !score_args(&score, &pass.call.head_gradient, score_object, gradient_object, self->llama->model.c) ||
+        !place_score(self, &score, &pass.call.head_gradient)) {
         return NULL;
     }
     PyArrayObject *pooled = ql_array(pooled_object, "pooled", NPY_INT32, 1);

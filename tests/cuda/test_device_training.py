@@ -8,11 +8,12 @@ it a gradient is a sum whose terms cancel, the more the fewer tokens it has: CAN
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from models import tiny_model, tiny_parts
-from test_finetune import losses, made_up, settings
+from test_finetune import labelled, losses, made_up, settings
 from test_training import BASES, CASES, POLICIES, Setting
 
 import quantlab as ql
@@ -136,7 +137,80 @@ def test_generation_beside_an_adapter() -> None:
         assert (chosen >= logits.max(-1) - NOISE * np.abs(logits).max()).all()
 
 
-def test_refuses_a_classifier() -> None:
-    model = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3).to("cuda")
-    with pytest.raises(ValueError, match="a classifier is trained on the CPU"):
-        ql.finetune(model, LORA, made_up(4), labels=[0, 1, 2, 0])
+# ---- classifiers -----------------------------------------------------------------------------------------------------
+
+
+class Pooled:
+    """A Setting's model with a head that is the end of the adapter's parameters, as LabelTask trains it."""
+
+    pooled, labels = np.cumsum((7, 1, 17, 3)).astype(np.int32) - 1, np.array([2, 0, -100, 1], np.int32)
+
+    def __init__(self, device: str):
+        self.setting = setting = Setting(dropout=0.1)
+        parts, self.shape = setting.parts, (3, setting.model.config.hidden_size)
+        score = np.random.default_rng(1).standard_normal(self.shape).astype(np.float32)
+        self.parameters = np.append(parts.parameters, score)
+        setting.model.adapter = SimpleNamespace(handle=_core.Adapter(self.parameters, parts.layout, parts.scales))
+        setting.model._core = setting.model._build_core()
+        self.model = setting.model.to(device)
+        self.gradients, self.mean, self.square = (np.zeros_like(self.parameters) for _ in range(3))
+        self.trainer = _core.Trainer(self.model._core, None, self.gradients, dropout=parts.dropout, seed=parts.seed)
+
+    def head(self, vector: np.ndarray) -> np.ndarray:
+        return vector[-self.shape[0] * self.shape[1] :].reshape(self.shape)
+
+    def accumulate(self, policy: str, score: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+        self.trainer.zero()
+        score = self.head(self.parameters) if score is None else score
+        arguments = (self.pooled, self.labels, score, self.head(self.gradients), 0.5, 3, policy)
+        loss = self.trainer.accumulate_pooled(*self.model.packed(self.setting.sequences), *arguments)
+        self.trainer.read(self.mean, self.square)
+        return loss, self.gradients.copy()
+
+
+def test_pooled_gradient_is_the_cpus() -> None:
+    device, cpu = Pooled("cuda"), Pooled("cpu")
+    (loss, gradient), (wanted_loss, wanted) = device.accumulate("none"), cpu.accumulate("none")
+    assert loss == pytest.approx(wanted_loss, rel=NOISE)
+    assert relative(device.head(gradient), cpu.head(wanted)) <= NOISE * CANCELLATION
+    adapter = slice(None, -device.head(gradient).size)
+    assert relative(gradient[adapter], wanted[adapter]) <= NOISE * CANCELLATION
+    for policy in POLICIES:
+        again = device.accumulate(policy)
+        assert again[0] == loss
+        np.testing.assert_array_equal(again[1], gradient, err_msg=policy)
+
+
+def test_a_head_of_another_array_is_refused() -> None:
+    device = Pooled("cuda")
+    with pytest.raises(ValueError, match="score, score_gradient: on a device they are the same part"):
+        device.accumulate("none", device.head(device.parameters).copy())
+    with pytest.raises(ValueError, match="score, score_gradient: on a device they are the same part"):
+        device.accumulate("none", device.parameters[: device.shape[0] * device.shape[1]].reshape(device.shape))
+
+
+@pytest.mark.parametrize("config", [None, ql.NF4Config(32)], ids=str)
+def test_finetune_a_classifier(config: ql.QuantizationConfig | None, tmp_path) -> None:
+    """As test_finetune: the first losses are the CPU's, the head learns, a run is taken up again to the bit."""
+    model = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=3)
+    model = model if config is None else ql.quantize(model, config)
+    (rows, labels), (held_out, answers), score = labelled(), labelled(20, seed=1), model.score.copy()
+
+    def run(model: ql.LlamaForSequenceClassification, **changes) -> ql.LlamaForSequenceClassification:
+        training = settings(num_train_epochs=6, per_device_train_batch_size=8, **changes)
+        return ql.finetune(model, LORA, rows, training, held_out, labels=labels, eval_labels=answers)
+
+    wanted, tuned = run(model), run(model.to("cuda"), output_dir=str(tmp_path / "a"), save_steps=10)
+    first, expected = (
+        np.array([loss for _, loss, *_ in losses(log)[:4]]) for log in (tuned.training_log, wanted.training_log)
+    )
+    np.testing.assert_allclose(first, expected, rtol=NOISE)
+    assert tuned.training_log[-1]["eval_accuracy"] >= 0.9
+    assert ql.evaluate(tuned, held_out, labels=answers)["loss"] == tuned.training_log[-1]["eval_loss"]
+    np.testing.assert_array_equal(model.score, score)  # the base is as it was
+    assert np.abs(tuned.score - score).max() > 0.01
+    loaded = ql.load_adapter(model.to("cuda"), tmp_path / "a")
+    np.testing.assert_array_equal(loaded.predict(held_out), tuned.predict(held_out))
+    checkpoint = str(tmp_path / "a/checkpoint-10")
+    again = run(model.to("cuda"), output_dir=str(tmp_path / "b"), resume_from_checkpoint=checkpoint)
+    np.testing.assert_array_equal(again.adapter.parameters, tuned.adapter.parameters)

@@ -8,13 +8,19 @@ the two layers of the test's model: softmax and SwiGLU may pass on more of an er
 from __future__ import annotations
 
 import gc
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from models import tiny_model
+from models import tiny_adapter, tiny_model
+from training_reference import AdapterParts
 
 import quantlab as ql
-from quantlab.llama import LlamaForCausalLM
+from quantlab import _core
+from quantlab.generate import device_steps
+from quantlab.llama import KVCache, LlamaForCausalLM
 
 LAYERS = 2
 NOISE = 3 * 2.0**-9 / np.sqrt(3) * np.sqrt(18 * LAYERS)
@@ -102,6 +108,90 @@ def test_greedy_generation(shape: str) -> None:
         check_greedy(cpu, prompt, row[len(prompt) :].tolist())
     again = gpu.generate(prompts, max_new_tokens=60, eos_token_id=[])
     assert all(a.tobytes() == b.tobytes() for a, b in zip(found, again, strict=True))
+
+
+# ---- beside an adapter ---------------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all": {"r": 8},
+    "q and v": {"slots": (0, 2), "r": 3},
+    "up alone": {"slots": (5,), "r": 17},
+    "one layer": {"slots": (1, 3, 4, 6), "layers": (1,), "r": 1},
+    "wide": {"r": 64},
+}
+BASES = {
+    "f32": None,
+    "nf4": ql.NF4Config(32),
+    "affine4": ql.RTNConfig(4, 32),
+    "affine3": ql.RTNConfig(3, 32, sym=False),
+    "permuted": ql.GPTQConfig(4, 32, desc_act=True),
+}
+
+
+def adapted(config: ql.QuantizationConfig | None, adapter: dict[str, Any], **changes) -> tuple[Any, Any, AdapterParts]:
+    """The model on the CPU and on the GPU beside a random adapter, and its parameters, which the first reads in place:
+    what they add is about as large as the weights, whatever the rank."""
+    model = tiny_model(num_hidden_layers=LAYERS, **changes)
+    if config is not None:
+        calibration = rows_of(model, (64,) * 8, seed=9) if isinstance(config, ql.GPTQConfig) else None
+        model = ql.quantize(model, config, calibration, progress=False)
+    parts = tiny_adapter(model.config, **adapter)
+    parts.parameters *= np.float32(adapter["r"] ** -0.25)
+    model.adapter = SimpleNamespace(handle=_core.Adapter(parts.parameters, parts.layout, parts.scales))
+    model._core = model._build_core()
+    return model, model.to("cuda"), parts
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("base", BASES)
+def test_hidden_states_beside_an_adapter(base: str, adapter: str) -> None:
+    cpu, gpu, _ = adapted(BASES[base], ADAPTERS[adapter])
+    for lengths in ((1,), (2,), (9, 2), (33, 31, 1), (200, 7)):  # a kernel each
+        rows = rows_of(cpu, lengths)
+        found = gpu.hidden_states(rows)
+        assert relative(found, cpu.hidden_states(rows)) <= NOISE, lengths
+        assert found.tobytes() == gpu.hidden_states(rows).tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("base", ["f32", "nf4", "permuted"])
+def test_generation_beside_an_adapter(base: str, shape: str) -> None:
+    cpu, gpu, _ = adapted(BASES[base], ADAPTERS["all"], **SHAPES[shape], max_position_embeddings=1024)
+    for lengths in ((5,), (5, 1, 230, 3), (4,) * 9, (2,) * 33):
+        prompts = rows_of(cpu, lengths)
+        found, again = (gpu.generate(prompts, max_new_tokens=40, eos_token_id=[]) for _ in range(2))
+        for prompt, row in zip(prompts, found, strict=True):
+            check_greedy(cpu, prompt, row[len(prompt) :].tolist())
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(found, again, strict=True))
+
+
+def test_recorded_steps_see_new_parameters() -> None:
+    """Training changes them where they are: here between two tokens of a generation, whose steps run ahead."""
+    ahead, before, after = 4, 20, 20  # the first: STEPS_AHEAD of py_generation.c
+    cpu, gpu, parts = adapted(BASES["nf4"], ADAPTERS["all"])
+    prompt = rows_of(cpu, (5,))[0]
+    steps = device_steps(gpu, [prompt], before + after)
+    tokens = [int(token[0]) for token in islice(steps, before)]
+    zeros = [np.zeros_like(parts.parameters) for _ in range(3)]
+    trainer = _core.Trainer(gpu._core, gpu.lm_head.handle, zeros[0])
+    old = parts.parameters.copy()
+    parts.parameters *= -1
+    trainer.write(*zeros[1:])
+    tokens += [int(token[0]) for token in steps]
+    known, cache = np.append(prompt, np.array(tokens, np.int32)), KVCache(cpu.config, 1, 100)
+    first = len(prompt) + before + ahead - 2  # tokens that the old ones took in
+    new, parts.parameters[:] = parts.parameters.copy(), old
+    cpu.packed_hidden([known[:first]], cache)
+    parts.parameters[:] = new
+    logits = cpu.logits(cpu.packed_hidden([known[first:-1]], cache))
+    chosen = logits[np.arange(len(logits)), known[first + 1 :]]
+    assert (logits.max(1) - chosen <= 4 * NOISE * np.abs(logits).max(1)).all()
+    parts.parameters[:] = old
+    unchanged = cpu.logits(cpu.packed_hidden([known[:-1]], KVCache(cpu.config, 1, 100)))[first:]
+    assert (unchanged.argmax(1) != known[first + 1 :]).any()
+
+
+# ---- what else generates -------------------------------------------------------------------------------------------
 
 
 def test_rows_end_early_and_tokens_come_in_order() -> None:
