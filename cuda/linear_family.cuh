@@ -5,6 +5,7 @@
 
 #include "linear_group.cuh"
 #include "linear_small.cuh"
+#include "packed.h"
 
 typedef small_layout (*small_layout_function)(int stages, int record, int units, int cluster, int owned);
 
@@ -28,6 +29,9 @@ typedef struct {
     small_kernel registers[SMALL_REGISTERS];
     group_kernel group[SMALL_GROUPS], group_any[SMALL_GROUPS];
 } small_family;
+
+/* float rows (linear_dense.cu); false: too many tokens */
+bool ql_cuda_launch_dense(const small_args *a, ql_units_kind kind);
 
 extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_8bit, ql_small_table;
 

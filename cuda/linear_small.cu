@@ -156,6 +156,7 @@ static bool launch_groups(small_args *a, const group_kernel *kernels, int column
 
 /* As measured on an H100: rings up to 8 tokens, and up to 16 where a block holds the activations of all of K. */
 static bool launch(small_args *a, const ql_packed *p) {
+    if (p->kind >= QL_ROWS_F32) { return ql_cuda_launch_dense(a, p->kind); }
     const small_family *family = family_of(p);
     bool exact = p->parts == family->parts;
     if (ql_cuda_capability() < 90) {
@@ -174,7 +175,7 @@ static bool set_activations(small_args *a, const ql_activations *x, const ql_wei
     int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
     a->k = (int)w->k, a->x_line = (int)line;
     if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0) { return a->x = x->halves, true; }
-    if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90) {
+    if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90 && ql_packed_of(w)->kind < QL_ROWS_F32) {
         a->floats = x->floats, a->gain = x->gain, a->eps = x->eps, a->perm = w->perm;
         return true;
     }
@@ -241,12 +242,15 @@ static bool is_packed(const ql_weight *w) {
     return w->packed != NULL;
 }
 
+/* not more tokens of rows of floats than cuBLAS is slower for: bfloat16 it takes as it is, the others are decoded for it */
+static bool takes_floats(const ql_packed *p, int64_t m) { return p->kind < QL_ROWS_F32 || m <= (p->kind == QL_ROWS_BF16 ? 16 : 32); }
+
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
     int64_t most = has_groups() ? 128 : ql_cuda_capability() < 90 ? 16 : 64; /* from there on cuBLAS is as fast */
     if (m < 1 || m > most) { return false; }
     for (int i = 0; i < count; i++) {
-        if (!is_packed(products[i].w)) { return false; }
+        if (!is_packed(products[i].w) || !takes_floats(ql_packed_of(products[i].w), m)) { return false; }
         together = together && alike(products[0].w, products[i].w);
     }
     if (together) { return launch_products(products, count, x, rotation, m); }

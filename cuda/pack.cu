@@ -151,10 +151,43 @@ static int64_t scale_count(const ql_weight *w) {
     return (w->n * w->k + w->group - 1) / w->group;
 }
 
+/* 0 where the kernel for float rows does not know the weight */
+static int describe_rows(ql_packed *p, const ql_weight *w) {
+    int bytes = w->format == QL_F32 ? 4 : 2;
+    bool floats = w->format == QL_F32 || w->format == QL_F16 || w->format == QL_BF16;
+    if (!floats || w->n == 0 || w->k == 0 || w->n % TILE_ROWS != 0 || w->k % 8 != 0 || w->n > 1 << 28 || w->k > 1 << 24 || (uintptr_t)w->codes % 16 != 0) {
+        return 0;
+    }
+    p->kind = w->format == QL_F32 ? QL_ROWS_F32 : w->format == QL_F16 ? QL_ROWS_F16 : QL_ROWS_BF16;
+    p->records = (const uint8_t *)w->codes;
+    p->columns = (int)w->k, p->record = (int)(UNIT_ROWS * w->k * bytes), p->rows8 = (int)(w->n / UNIT_ROWS), p->units = 1;
+    return 1;
+}
+
+/* a float weight: its factor alone is new */
+static ql_status pack_rows(ql_weight *w) {
+    static const float one = 1.0f;
+    ql_packed p = {};
+    if (!describe_rows(&p, w)) { return QL_OK; }
+    ql_packed *packed = (ql_packed *)malloc(sizeof *packed);
+    if (packed == NULL) { return ql_cuda_refuse(QL_ENOMEM, "out of memory"); }
+    ql_status status = ql_cuda_alloc(&p.memory, sizeof one);
+    if (status == QL_OK) { status = ql_cuda_upload(p.memory, &one, sizeof one); }
+    if (status != QL_OK) {
+        ql_cuda_free(p.memory);
+        free(packed);
+        return status;
+    }
+    p.factor = (const float *)p.memory;
+    *packed = p;
+    w->packed = packed;
+    return QL_OK;
+}
+
 ql_status ql_cuda_pack(ql_weight *w) {
     pack_args a = {};
     w->packed = NULL;
-    if (!describe(&a.p, w)) { return QL_OK; }
+    if (!describe(&a.p, w)) { return pack_rows(w); }
     ql_packed *packed = (ql_packed *)malloc(sizeof *packed);
     if (packed == NULL) { return ql_cuda_refuse(QL_ENOMEM, "out of memory"); }
     size_t records = (size_t)a.p.rows8 * (size_t)a.p.units * (size_t)a.p.record, start = (records + 255) / 256 * 256;
@@ -165,7 +198,7 @@ ql_status ql_cuda_pack(ql_weight *w) {
         return status;
     }
     a.w = *w, a.records = (uint8_t *)memory, a.factor = (float *)(a.records + start), a.values = a.records + start + 16;
-    a.p.records = a.records, a.p.factor = a.factor, a.p.values = a.values;
+    a.p.records = a.records, a.p.factor = a.factor, a.p.values = a.values, a.p.memory = memory;
     *packed = a.p;
     w->packed = packed;
     unsigned warps = 8, blocks = (unsigned)(((int64_t)a.p.rows8 * a.p.units + warps - 1) / warps);
@@ -176,7 +209,7 @@ ql_status ql_cuda_pack(ql_weight *w) {
 
 void ql_cuda_unpack(ql_weight *w) {
     if (w->packed == NULL) { return; }
-    ql_cuda_free((void *)ql_packed_of(w)->records);
+    ql_cuda_free(ql_packed_of(w)->memory);
     free(w->packed);
     w->packed = NULL;
 }
