@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.resolve()
 # not in an ISA group stays at the x86-64 baseline. A group without sources is reported and left out.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AMX = [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 BASELINE = ["csrc/*.c", "csrc/core/*.c", "csrc/ops/*.c", "csrc/quant/*.c", "csrc/model/*.c", "csrc/python/*.c"]
 BASELINE_PROBE = "#include <Python.h>\n#include <pthread.h>\nint f(void) { return (int)pthread_self(); }\n"
 INTRINSICS = "#include <immintrin.h>\n"

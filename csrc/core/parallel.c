@@ -1,9 +1,11 @@
 /* parallel.c: the one place with threads: a pool of our own. Tasks are independent, so no result depends on the number of
  * threads.
  *
- * A region is one call of ql_parallel_for. Whoever takes part claims its tasks one at a time from pool.claim, which holds
- * the number of the region and that of its next task. The caller claims like a worker until nothing is left, then waits for
- * tasks in flight and for nothing else: a worker that the system never scheduled costs nothing.
+ * A region is one call of ql_parallel_for. Its tasks are in as many runs as it has threads, one beside the other. Each thread
+ * begins with a run of its own, so that it reads memory from front to back and, from one region to the next, the same part
+ * of it; then it takes what is left of the others'. A run's `claim` holds the number of the region and that of the run's next
+ * task. The caller claims like a worker until nothing is left, then waits for tasks in flight and for nothing else: a worker
+ * that the system never scheduled costs nothing.
  *
  * Workers are begun when they are first needed and stay. Between regions they spin for some tens of microseconds, then
  * sleep on a futex. There is one region at a time: a second caller, a task that begins a region, and a forked child (which
@@ -30,6 +32,7 @@ enum {
     SPIN_NS = 50000,      /* about what it costs to sleep and be woken, several times over */
     PAUSES_PER_LOOK = 64, /* at the clock; a pause is 10 to 70 ns */
     MAX_THREADS = 4096,
+    MAX_RUNS = 64, /* more threads share them */
     STACK_BYTES = 4 << 20 /* of a worker; a task of attention_backward keeps up to a MiB there */
 };
 
@@ -114,10 +117,12 @@ void ql_set_threads(int threads) { atomic_store(&chosen_threads, threads < 1 ? 0
 
 /* ---- the pool -------------------------------------------------------------------------------------------------- */
 
+typedef struct { alignas(64) _Atomic uint64_t claim; } task_run; /* region << 32 | next task */
+
 static struct {
-    alignas(64) _Atomic uint64_t claim; /* region << 32 | next task */
-    /* The region. Written when all its predecessor's tasks are finished and `claim` has moved on to NO_TASK: a worker that
-     * reads a mixture of two regions finds its claim refused. */
+    task_run run[MAX_RUNS];
+    /* The region. Written when all its predecessor's tasks are finished and every claim has moved on to NO_TASK: a worker
+     * that reads a mixture of two regions finds its claim refused. */
     alignas(64) _Atomic(task_function *) task;
     _Atomic(void *) context;
     _Atomic(atomic_int *) stopped; /* of the caller's call */
@@ -129,6 +134,7 @@ static struct {
     atomic_int caller_sleeps;
     alignas(64) atomic_flag busy; /* held by the caller of the region, guards what follows */
     int workers;
+    unsigned runs; /* of the latest region */
 } pool = {.busy = ATOMIC_FLAG_INIT};
 
 static void relax(void) {
@@ -153,24 +159,38 @@ static int spin_until(atomic_uint *word, int equals, unsigned value) {
     return 0;
 }
 
-/* Claims and runs tasks. Between a claim and the sum at the end the region cannot change: its caller waits for them. */
-static void help(int worker) {
+static unsigned runs_of(int threads) { return threads < MAX_RUNS ? (unsigned)threads : MAX_RUNS; }
+static uint32_t first_of(unsigned run, unsigned runs, uint32_t count) { return (uint32_t)((uint64_t)count * run / runs); }
+
+/* Claims and runs tasks of run `run` until none is left, on worker `worker` (-1: the caller); how many. Between a claim and
+ * the sum at the end of `help` the region cannot change: its caller waits for them. */
+static unsigned empty_run(unsigned run, int worker) {
     unsigned done = 0;
-    uint64_t claim = atomic_load(&pool.claim);
+    uint64_t claim = atomic_load(&pool.run[run].claim);
     for (;;) {
         task_function *task = atomic_load_explicit(&pool.task, memory_order_acquire);
         void *context = atomic_load_explicit(&pool.context, memory_order_acquire);
         atomic_int *stopped = atomic_load_explicit(&pool.stopped, memory_order_acquire);
-        uint32_t next = (uint32_t)claim;
-        if (worker >= atomic_load_explicit(&pool.helpers, memory_order_acquire) ||
-            next >= atomic_load_explicit(&pool.count, memory_order_acquire)) {
-            break;
-        }
-        if (!atomic_compare_exchange_weak(&pool.claim, &claim, claim + 1)) { continue; }
-        if (!atomic_load(stopped)) { task(context, next); }
+        int helpers = atomic_load_explicit(&pool.helpers, memory_order_acquire);
+        uint32_t count = atomic_load_explicit(&pool.count, memory_order_acquire), next = (uint32_t)claim;
+        unsigned runs = runs_of(helpers + 1);
+        if (worker >= helpers || run >= runs || next >= first_of(run + 1, runs, count)) { return done; }
+        if (!atomic_compare_exchange_weak(&pool.run[run].claim, &claim, claim + 1)) { continue; }
+        if (worker < 0 ? !poll_now() : !atomic_load(stopped)) { task(context, next); }
         done++;
-        claim = atomic_load(&pool.claim);
+        claim = atomic_load(&pool.run[run].claim);
     }
+}
+
+/* all runs, the thread's own first */
+static unsigned empty_runs(int worker) {
+    unsigned done = 0, runs = runs_of(atomic_load(&pool.helpers) + 1);
+    for (unsigned i = 0; i < runs; i++) { done += empty_run(((unsigned)(worker + 1) + i) % runs, worker); }
+    return done;
+}
+
+static void help(int worker) {
+    unsigned done = empty_runs(worker);
     if (done > 0) {
         atomic_fetch_add(&pool.finished, done);
         if (atomic_load(&pool.caller_sleeps)) { futex_wake(&pool.finished, 1); }
@@ -218,14 +238,19 @@ static int begin_worker(int number) {
 static void open_region(uint32_t count, task_function *task, void *context, int helpers) {
     while (pool.workers < helpers && begin_worker(pool.workers)) { pool.workers++; }
     unsigned region = atomic_load(&pool.region) + 1;
-    atomic_store(&pool.claim, (uint64_t)region << 32 | NO_TASK); /* first: an old claim must not meet the new count */
+    for (unsigned i = 0; i < pool.runs; i++) { /* first: an old claim must not meet the new count */
+        atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | NO_TASK);
+    }
+    pool.runs = runs_of(helpers + 1);
     atomic_store_explicit(&pool.task, task, memory_order_release);
     atomic_store_explicit(&pool.context, context, memory_order_release);
     atomic_store_explicit(&pool.stopped, &call.stopped, memory_order_release);
     atomic_store_explicit(&pool.count, count, memory_order_release);
     atomic_store_explicit(&pool.helpers, helpers, memory_order_release);
     atomic_store_explicit(&pool.finished, 0, memory_order_release);
-    atomic_store(&pool.claim, (uint64_t)region << 32);
+    for (unsigned i = 0; i < pool.runs; i++) {
+        atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | first_of(i, pool.runs, count));
+    }
     atomic_store(&pool.region, region);
     if (atomic_load(&pool.sleeping_workers) > 0) { futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers); }
 }
@@ -246,11 +271,7 @@ void ql_parallel_for(int64_t count, void (*task)(void *context, int64_t i), void
     }
     in_region = 1;
     open_region((uint32_t)count, task, context, threads - 1);
-    unsigned own = 0;
-    for (uint32_t i; (i = (uint32_t)atomic_fetch_add(&pool.claim, 1)) < count; own++) {
-        if (!poll_now()) { task(context, i); }
-    }
-    wait_for_workers((unsigned)count - own);
+    wait_for_workers((unsigned)count - empty_runs(-1));
     in_region = 0;
     atomic_flag_clear(&pool.busy);
 }
