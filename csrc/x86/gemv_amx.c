@@ -19,8 +19,9 @@ enum {
     MOST = 127 << 16,        /* its limbs are 127, 0, 0 */
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
-    TASK_BYTES = 32 << 10,   /* of W: large against the cost of a task, small against a thread's share */
-    AHEAD = 8192             /* bytes: memory answers late; past the end it is the next weight, as often as not */
+    TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
+    STREAMS = 3,             /* of memory that a thread reads at a time: one alone reaches three quarters of their speed */
+    AHEAD = 2048             /* bytes of a stream: memory answers late */
 };
 
 typedef struct {
@@ -120,6 +121,35 @@ static inline vf join(const vi sum[LIMBS]) {
 
 /* ---- panels of 4 bits ----------------------------------------------------------------------------------------------- */
 
+/* lanes [VL v, VL v + VL) of consecutive panels, the first of which is at p */
+static inline const char *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v) {
+    return (const char *)(p + v / 2 * l->panel + v % 2 * VL);
+}
+
+/* bytes from a word of group `group` to what to fetch meanwhile: on in its panel or, near the end, in the next one that this
+ * thread will read as this stream */
+static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int panels) {
+    int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * 32) * 4;
+    return left < AHEAD ? AHEAD + (panels - 1) * l->panel * 4 : AHEAD;
+}
+
+static inline vi four_limbs(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return vi_set1(four);
+}
+
+/* total + the sums of group `group` of row r of x, scaled; head: of the group, in the panel of vector v */
+static inline vf add_group(const product *g, vf total, const vi sum[LIMBS], const uint32_t *head, int v, int64_t r, int64_t group) {
+    int64_t at = r * g->groups + group;
+    vf value = v_mul(join(sum), v_set1(g->scales[at]));
+    if (g->l.zeros) {
+        const int16_t *offsets = (const int16_t *)(const void *)(head + 32) + v % 2 * VL;
+        value = v_fnma(vi_to_vf(vi_load_i16(offsets)), v_set1(g->sums[at]), value);
+    }
+    return v_fma(value, v_load((const float *)(const void *)head + v % 2 * VL), total);
+}
+
 /* VL elements of row r of y from column i, as many as there are */
 static inline void store_lanes(const product *g, int64_t r, int64_t i, vf value) {
     int64_t count = at_most(VL, g->w->n - i);
@@ -128,81 +158,81 @@ static inline void store_lanes(const product *g, int64_t r, int64_t i, vf value)
     v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
 }
 
-/* the panel of rows [i, i + 32) for all m rows of x; where registers allow, a word's low and high nibbles have their own sums */
-ALWAYS_INLINE void nibble_panel(const product *g, const uint32_t *p, int64_t i, const int m) {
-    const int halves = m < 3 ? 2 : 1;
+/* `panels` panels from row i of W on, each a stream of memory of its own, for all m rows of x */
+ALWAYS_INLINE void nibble_panels(const product *g, int64_t i, const int panels, const int m) {
     const ql_packed_layout *l = &g->l;
+    const uint32_t *p = (const uint32_t *)g->codes + i / 32 * l->panel;
     const vi nibble = vi_set1(0x0f0f0f0f);
     const int8_t *x = g->limbs;
-    vf total[QL_GEMV_ROWS][2];
+    vf total[QL_GEMV_ROWS][2 * STREAMS];
 #pragma GCC unroll 4
-    for (int r = 0; r < m; r++) { total[r][0] = total[r][1] = v_zero(); }
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * panels; v++) { total[r][v] = v_zero(); }
+    }
     for (int64_t group = 0; group < l->groups; group++) {
-        vi sum[QL_GEMV_ROWS][2][2][LIMBS]; /* row of x, rows of W, half, limb */
-        const float *scales = (const float *)(const void *)p;
-        const int16_t *offsets = (const int16_t *)(const void *)(p + 32);
+        vi sum[QL_GEMV_ROWS][2 * STREAMS][LIMBS];
+        const uint32_t *head = p;
+        int64_t ahead = ahead_of(l, group, panels);
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 3
             for (int a = 0; a < LIMBS; a++) {
-                sum[r][0][0][a] = sum[r][1][0][a] = vi_set1(g->begin[(r * l->groups + group) * LIMBS + a]);
-                if (halves == 2) { sum[r][0][1][a] = sum[r][1][1][a] = vi_set1(0); }
+                vi begin = vi_set1(g->begin[(r * l->groups + group) * LIMBS + a]);
+#pragma GCC unroll 8
+                for (int v = 0; v < 2 * panels; v++) { sum[r][v][a] = begin; }
             }
         }
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
         for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
-            v_prefetch((const char *)p + AHEAD);
-            v_prefetch((const char *)p + 64 + AHEAD);
-            vi word[2] = {vi_load(p), vi_load(p + VL)};
+#pragma GCC unroll 8
+            for (int v = 0; v < 2 * panels; v++) { v_prefetch(lanes_of(p, l, v) + ahead); }
 #pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                vi code[2] = {vi_and(h ? vi_shr(word[0], 4) : word[0], nibble), vi_and(h ? vi_shr(word[1], 4) : word[1], nibble)};
-                int half = halves == 2 ? h : 0;
+            for (int h = 0; h < 2; h++) { /* the low nibbles, the high nibbles */
 #pragma GCC unroll 4
                 for (int r = 0; r < m; r++) {
+                    vi limb[LIMBS];
 #pragma GCC unroll 3
-                    for (int a = 0; a < LIMBS; a++) {
-                        int32_t four;
-                        memcpy(&four, x + (r * LIMBS + a) * g->ld + 4 * h, sizeof four);
-                        vi limb = vi_set1(four);
-                        sum[r][0][half][a] = _mm512_dpbusd_epi32(sum[r][0][half][a], code[0], limb);
-                        sum[r][1][half][a] = _mm512_dpbusd_epi32(sum[r][1][half][a], code[1], limb);
+                    for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + (r * LIMBS + a) * g->ld + 4 * h); }
+#pragma GCC unroll 8
+                    for (int v = 0; v < 2 * panels; v++) {
+                        vi word = vi_load(lanes_of(p, l, v)), code = vi_and(h ? vi_shr(word, 4) : word, nibble);
+#pragma GCC unroll 3
+                        for (int a = 0; a < LIMBS; a++) { sum[r][v][a] = _mm512_dpbusd_epi32(sum[r][v][a], code, limb[a]); }
                     }
                 }
             }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
-            int64_t at = r * l->groups + group;
-#pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) {
-#pragma GCC unroll 3
-                for (int a = 0; a < LIMBS && halves == 2; a++) { sum[r][v][0][a] = vi_add(sum[r][v][0][a], sum[r][v][1][a]); }
-                vf value = v_mul(join(sum[r][v][0]), v_set1(g->scales[at]));
-                if (l->zeros) { value = v_fnma(vi_to_vf(vi_load_i16(offsets + v * VL)), v_set1(g->sums[at]), value); }
-                total[r][v] = v_fma(value, v_load(scales + v * VL), total[r][v]);
+#pragma GCC unroll 8
+            for (int v = 0; v < 2 * panels; v++) {
+                total[r][v] = add_group(g, total[r][v], sum[r][v], head + v / 2 * l->panel, v, r, group);
             }
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        store_lanes(g, r, i, total[r][0]);
-        store_lanes(g, r, i + VL, total[r][1]);
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * panels; v++) { store_lanes(g, r, i + v * VL, total[r][v]); }
     }
+}
+
+ALWAYS_INLINE void nibble_range(const product *g, int64_t panel, int64_t end, const int m) {
+    const int streams = m == 1 ? STREAMS : m == 2 ? 2 : 1; /* registers */
+    for (; panel + streams <= end; panel += streams) { nibble_panels(g, panel * 32, streams, m); }
+    for (; panel < end; panel++) { nibble_panels(g, panel * 32, 1, m); }
 }
 
 static void nibble_task(void *context, int64_t task) {
     const product *g = context;
-    int64_t end = at_most((task + 1) * g->part, g->l.panels);
-    for (int64_t panel = task * g->part; panel < end; panel++) {
-        const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
-        switch (g->m) {
-        case 1: nibble_panel(g, p, panel * 32, 1); break;
-        case 2: nibble_panel(g, p, panel * 32, 2); break;
-        case 3: nibble_panel(g, p, panel * 32, 3); break;
-        default: nibble_panel(g, p, panel * 32, 4); break;
-        }
+    int64_t panel = task * g->part, end = at_most(panel + g->part, g->l.panels);
+    switch (g->m) {
+    case 1: nibble_range(g, panel, end, 1); break;
+    case 2: nibble_range(g, panel, end, 2); break;
+    case 3: nibble_range(g, panel, end, 3); break;
+    default: nibble_range(g, panel, end, 4); break;
     }
 }
 
@@ -217,11 +247,11 @@ static inline float row_scale(const product *g, int64_t i, int64_t group) {
     return g->w->format == QL_INT8 ? QL_INT8_STEP * g->w->scales[i] : g->w->scales[i * g->groups + group];
 }
 
-/* rows [i, i + rows) of W for all m rows of x; int8 codes are made unsigned */
-ALWAYS_INLINE void byte_rows(const product *g, int64_t i, const int rows, const int m, const int is_int8) {
+/* rows i, i + apart, … of W, `rows` of them, for all m rows of x; int8 codes are made unsigned */
+ALWAYS_INLINE void byte_rows(const product *g, int64_t i, int64_t apart, const int rows, const int m, const int is_int8) {
     const ql_weight *w = g->w;
-    const int64_t stride = bytes_of_row(w), ahead = rows * stride > AHEAD ? rows * stride : AHEAD;
-    const char *codes = (const char *)g->codes + i * stride;
+    const int64_t stride = apart * bytes_of_row(w);
+    const char *codes = (const char *)g->codes + i * bytes_of_row(w);
     vf total[QL_GEMV_ROWS][4];
     float offset[QL_GEMV_ROWS][4] = {{0}};
 #pragma GCC unroll 4
@@ -248,7 +278,7 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, const int rows, const 
             for (int a = 0; a < rows; a++) {
                 code[a] = _mm512_maskz_loadu_epi8(lanes, codes + a * stride + j);
                 if (is_int8) { code[a] = _mm512_xor_si512(code[a], vi_set1((int32_t)0x80808080u)); }
-                v_prefetch(codes + a * stride + j + ahead);
+                v_prefetch(codes + a * stride + j + AHEAD);
             }
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) {
@@ -265,10 +295,10 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, const int rows, const 
             int64_t at = r * g->groups + group;
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
-                float scale = row_scale(g, i + a, group);
+                float scale = row_scale(g, i + a * apart, group);
                 total[r][a] = v_fma(join(sum[r][a]), v_set1(scale * g->scales[at]), total[r][a]);
                 if (w->zeros != NULL) {
-                    int zero = w->zeros[(i + a) * g->groups + group] - (int)ql_affine_symmetric_zero(w->bits);
+                    int zero = w->zeros[(i + a * apart) * g->groups + group] - (int)ql_affine_symmetric_zero(w->bits);
                     offset[r][a] += (float)zero * g->sums[at] * scale;
                 }
             }
@@ -278,7 +308,7 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, const int rows, const 
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
-            float value = v_sum(total[r][a]) - offset[r][a], *y = g->y + r * w->n + i + a;
+            float value = v_sum(total[r][a]) - offset[r][a], *y = g->y + r * w->n + i + a * apart;
             *y = g->accumulate ? *y + value : value;
         }
     }
@@ -286,8 +316,9 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, const int rows, const 
 
 ALWAYS_INLINE void byte_range(const product *g, int64_t i, int64_t end, const int m, const int is_int8) {
     const int rows = m < 3 ? 4 : 2; /* registers */
-    for (; i + rows <= end; i += rows) { byte_rows(g, i, rows, m, is_int8); }
-    for (; i < end; i++) { byte_rows(g, i, 1, m, is_int8); }
+    int64_t apart = (end - i) / rows, first = i; /* as many streams of memory as rows at a time */
+    for (; i < first + apart; i++) { byte_rows(g, i, apart, rows, m, is_int8); }
+    for (i = first + rows * apart; i < end; i++) { byte_rows(g, i, 0, 1, m, is_int8); }
 }
 
 #define BYTE_TASK(NAME, IS_INT8)                                         \
@@ -315,9 +346,8 @@ static void run(product *g, const float *x) {
     split(g, x);
     int panels = g->l.rows > 0;
     int64_t count = panels ? g->l.panels : g->w->n, bytes = panels ? 4 * g->l.panel : bytes_of_row(g->w);
-    g->part = at_most(count / (4 * ql_threads()), TASK_BYTES / bytes);
-    if (g->part < 1) { g->part = 1; }
-    if (!panels) { g->part = round_up(g->part, 4); } /* whichever rows are left over are the last of W */
+    g->part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), panels ? STREAMS : 4);
+    if (g->part < 1) { g->part = panels ? STREAMS : 4; }
     ql_parallel_for((count + g->part - 1) / g->part, panels ? nibble_task : g->w->format == QL_INT8 ? int8_task : code_task, g);
 }
 

@@ -23,9 +23,10 @@
 
 enum {
     MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
-    TASK_BYTES = 64 << 10,   /* of W: large against the cost of a task, small against a thread's share */
+    TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
-    AHEAD = 8192             /* bytes: memory answers late; past the end it is the next weight, as often as not */
+    AHEAD = 8192,            /* bytes: memory answers late; past the end it is the next weight, as often as not */
+    ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
 };
 
 typedef struct {
@@ -218,16 +219,15 @@ ALWAYS_INLINE vf row_values(const int format, const char *row, int64_t j, int64_
     }
 }
 
-/* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them */
+/* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them; stride: bytes from one row to the next */
 ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, int64_t end,
                                 const int format, const int rows, const int m) {
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
-    const int64_t ahead = rows * stride > AHEAD ? rows * stride : AHEAD; /* rows lie one after another */
     for (; j + VL <= end; j += VL) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             vf value = row_values(format, codes + a * stride, j, VL);
-            v_prefetch(codes + a * stride + j * size + ahead);
+            v_prefetch(codes + a * stride + j * size + ROW_AHEAD);
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
         }
@@ -242,7 +242,7 @@ ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, 
 
 /* affine codes have a scale, and maybe an offset, a group; the offsets' share is summed apart, in `offset` */
 ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g, const char *codes, int64_t stride, int64_t i,
-                              const int rows, const int m) {
+                              int64_t apart, const int rows, const int m) {
     const ql_weight *w = g->w;
     int64_t groups = g->l.groups, middle = ql_affine_symmetric_zero(w->bits);
     for (int64_t group = 0; group < groups; group++) {
@@ -256,7 +256,7 @@ ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g,
         row_products(sum, g, codes, stride, j, at_most(j + g->l.group, w->k), QL_AFFINE, rows, m);
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
-            int64_t at = (i + a) * groups + group;
+            int64_t at = (i + a * apart) * groups + group;
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) {
                 total[r][a] = v_fma(sum[r][a], v_set1(w->scales[at]), total[r][a]);
@@ -268,12 +268,12 @@ ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g,
     }
 }
 
-/* rows [i, i + rows) of W */
-ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const int rows, const int m) {
+/* rows i, i + apart, … of W, `rows` of them */
+ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int format, const int rows, const int m) {
     const ql_weight *w = g->w;
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
-    int64_t stride = format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : size * w->k;
-    const char *codes = (const char *)g->codes + i * stride;
+    int64_t row = format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : size * w->k, stride = apart * row;
+    const char *codes = (const char *)g->codes + i * row;
     vf total[QL_GEMV_ROWS][4];
     float offset[QL_GEMV_ROWS][4] = {{0}};
 #pragma GCC unroll 4
@@ -282,7 +282,7 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
         for (int a = 0; a < rows; a++) { total[r][a] = v_zero(); }
     }
     if (format == QL_AFFINE) {
-        row_groups(total, offset, g, codes, stride, i, rows, m);
+        row_groups(total, offset, g, codes, stride, i, apart, rows, m);
     } else {
         row_products(total, g, codes, stride, 0, w->k, format, rows, m);
     }
@@ -290,8 +290,8 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, const int format, const i
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
-            float sum = v_sum(total[r][a]), *y = g->y + r * w->n + i + a;
-            if (format == QL_INT8) { sum *= QL_INT8_STEP * w->scales[i + a]; }
+            float sum = v_sum(total[r][a]), *y = g->y + r * w->n + i + a * apart;
+            if (format == QL_INT8) { sum *= QL_INT8_STEP * w->scales[i + a * apart]; }
             if (format == QL_AFFINE) { sum -= offset[r][a]; }
             *y = g->accumulate ? *y + sum : sum;
         }
@@ -320,8 +320,9 @@ ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int fo
     const int rows = V_AVX512 || m < 3 ? 4 : 2; /* registers */
     int narrow = format == QL_F32 && g->w->k <= NARROW && g->w->k % 4 == 0;
     for (; narrow && i + VL <= end; i += VL) { narrow_rows(g, i, m); }
-    for (; i + rows <= end; i += rows) { row_lanes(g, i, format, rows, m); }
-    for (; i < end; i++) { row_lanes(g, i, format, 1, m); }
+    int64_t apart = (end - i) / rows, first = i; /* as many streams of memory as rows at a time */
+    for (; i < first + apart; i++) { row_lanes(g, i, apart, format, rows, m); }
+    for (i = first + rows * apart; i < end; i++) { row_lanes(g, i, 0, format, 1, m); }
 }
 
 #define ROW_TASK(FORMAT)                                                                           \
