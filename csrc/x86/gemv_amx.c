@@ -21,7 +21,8 @@ enum {
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     STREAMS = 3,             /* of memory that a thread reads at a time: one alone reaches three quarters of their speed */
-    AHEAD = 2048             /* bytes of a stream: memory answers late */
+    AHEAD = 2048,            /* bytes of a stream: memory answers late */
+    SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
 };
 
 typedef struct {
@@ -296,6 +297,7 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, int64_t apart, const i
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
                 float scale = row_scale(g, i + a * apart, group);
+                if (!is_int8) { v_prefetch(w->scales + (i + a * apart) * g->groups + group + SCALES_AHEAD); }
                 total[r][a] = v_fma(join(sum[r][a]), v_set1(scale * g->scales[at]), total[r][a]);
                 if (w->zeros != NULL) {
                     int zero = w->zeros[(i + a * apart) * g->groups + group] - (int)ql_affine_symmetric_zero(w->bits);
