@@ -243,9 +243,18 @@ static int64_t bytes_of_row(const ql_weight *w) {
     return w->format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : w->k;
 }
 
-/* scale of group `group` of row i */
-static inline float row_scale(const product *g, int64_t i, int64_t group) {
-    return g->w->format == QL_INT8 ? QL_INT8_STEP * g->w->scales[i] : g->w->scales[i * g->groups + group];
+/* total + the sums of group `group` of row i of W and row r of x, scaled; *offset += the zero's part of it */
+ALWAYS_INLINE vf add_row_group(const product *g, vf total, float *offset, const vi sum[LIMBS], int64_t i, int64_t r, int64_t group,
+                               const int is_int8) {
+    const ql_weight *w = g->w;
+    int64_t at = r * g->groups + group, of = is_int8 ? i : i * g->groups + group;
+    float scale = is_int8 ? QL_INT8_STEP * w->scales[of] : w->scales[of];
+    if (!is_int8) { v_prefetch(w->scales + of + SCALES_AHEAD); }
+    if (w->zeros != NULL) {
+        int zero = w->zeros[of] - (int)ql_affine_symmetric_zero(w->bits);
+        *offset += (float)zero * g->sums[at] * scale;
+    }
+    return v_fma(join(sum), v_set1(scale * g->scales[at]), total);
 }
 
 /* rows i, i + apart, … of W, `rows` of them, for all m rows of x; int8 codes are made unsigned */
@@ -293,16 +302,9 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, int64_t apart, const i
         }
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
-            int64_t at = r * g->groups + group;
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) {
-                float scale = row_scale(g, i + a * apart, group);
-                if (!is_int8) { v_prefetch(w->scales + (i + a * apart) * g->groups + group + SCALES_AHEAD); }
-                total[r][a] = v_fma(join(sum[r][a]), v_set1(scale * g->scales[at]), total[r][a]);
-                if (w->zeros != NULL) {
-                    int zero = w->zeros[(i + a * apart) * g->groups + group] - (int)ql_affine_symmetric_zero(w->bits);
-                    offset[r][a] += (float)zero * g->sums[at] * scale;
-                }
+                total[r][a] = add_row_group(g, total[r][a], &offset[r][a], sum[r][a], i + a * apart, r, group, is_int8);
             }
         }
     }
