@@ -22,7 +22,6 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SHOWN = ("quality", "merging", "training", "generation", "cost")  # tables of a study, by name
-SHOWN_OF_DEVICE = ("training", "generation", "cost")  # of one on a GPU: quality is as on the CPU
 DETAILS = "# All recorded results\n\nWritten by `benchmarks/update_readme.py` from the records beside this file.\n\n"
 NOTHING = "No run is recorded in `benchmarks/results/` yet."
 
@@ -32,14 +31,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def study_section(run: Path, details: bool) -> str:
+def study_section(run: Path) -> str:
     """The tables of a study that a first reader wants, and what they rest on."""
     from quantlab.report.kinds import load_report
 
     report = load_report(run)
-    shown = SHOWN_OF_DEVICE if report.study.on_device and not details else SHOWN
     parts = [f"### {report.heading.partition(':')[0]}, {report.study.machine}\n"]
-    parts += [f"**{table.heading}**\n\n{table.markdown().strip()}\n" for table in report.tables if table.name in shown]
+    parts += [f"**{table.heading}**\n\n{table.markdown().strip()}\n" for table in report.tables if table.name in SHOWN]
     parts.append(f"From the records in `{run.relative_to(ROOT)}`.")
     return "\n".join(parts)
 
@@ -288,7 +286,7 @@ def beside_section(records: list[dict[str, Any]]) -> str:
 def results_section(results: Path, details: bool = False) -> str:
     """The recorded results, in the order of their names."""
     runs = sorted(path.parent for path in results.glob("*/config.json"))
-    sections = [study_section(run, details) for run in runs]
+    sections = [study_section(run) for run in runs]
     sections += [lines_section(path, details) for path in sorted(results.glob("*.jsonl"))]
     return "\n\n".join(section for section in sections if section) or NOTHING
 
