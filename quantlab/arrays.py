@@ -3,11 +3,22 @@ anything with __cuda_array_interface__ on a GPU, which is copied to the host."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
 from quantlab import _core, cuda
+
+
+class DLPackArray(Protocol):
+    """An array of any library that has DLPack: of NumPy, PyTorch, JAX."""
+
+    def __dlpack__(self, *args: Any, **options: Any) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
 
 _DLPACK_CPU = (1, 3, 11)  # kDLCPU, kDLCUDAHost, kDLROCMHost: memory that the processor reads
 

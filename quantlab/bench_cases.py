@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -118,7 +118,7 @@ def _attention(s: Sizes) -> Iterator[Case]:
         q, out = _floats(queries, s.heads, s.head_dim), np.empty((queries, s.heads, s.head_dim), np.float32)
         k, v = _floats(keys, s.kv_heads, s.head_dim, seed=1), _floats(keys, s.kv_heads, s.head_dim, seed=2)
         ranges = np.array([0, queries]), np.array([0]), np.array([keys])
-        run = lambda q=q, k=k, v=v, r=ranges, out=out: _core.attention(q, k, v, *r, s.head_dim**-0.5, out)  # noqa: E731
+        run = partial(_core.attention, q, k, v, *ranges, s.head_dim**-0.5, out)
         pairs = queries * past + queries * (queries + 1) // 2  # of a query and a key that it sees
         shape = f"t{queries} s{keys} h{s.heads}/{s.kv_heads} d{s.head_dim}"
         yield Case("attention", "f32", s.model, shape, run, _nbytes(q, k, v, out), 4 * pairs * s.heads * s.head_dim)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -66,7 +66,13 @@ def matmul(op: str, m: int, n: int, k: int) -> float:
 
 
 def record(
-    op: str, format: str, shape: str, samples: Sequence[float], nbytes: float, flops: float, beside: tuple[str, float]
+    op: str,
+    format: str,
+    shape: str,
+    samples: Sequence[float] | np.ndarray,
+    nbytes: float,
+    flops: float,
+    beside: tuple[str, float],
 ) -> Record:
     p10, median, p90 = (float(value) for value in np.percentile(samples, (10, 50, 90)))
     device = cuda.describe()["device"]
@@ -92,7 +98,7 @@ PRODUCTS = {
 def few_tokens(format: str, product: str, m: int) -> list[Record]:
     op, parts = PRODUCTS[product]
     weights = [weight(format, *SHAPES[part]) for part in parts]
-    sizes = {"hq": HEADS, "hkv": HEADS, "d": HEAD_DIM} if op == "qkv" else {}
+    sizes: dict[str, Any] = {"hq": HEADS, "hkv": HEADS, "d": HEAD_DIM} if op == "qkv" else {}
     samples = _core.cuda_bench(op, tuple(w.handle for w in weights), SAMPLES, m=m, **sizes)
     nbytes, count = sum(w.nbytes for w in weights), sum(w.shape[0] * w.shape[1] for w in weights)
     shape = f"{product} m{m}"
@@ -109,7 +115,7 @@ def many_tokens(format: str, part: str, m: int, backward: bool) -> list[Record]:
 
 
 def attention(b: int, queries: int, keys: int) -> list[Record]:
-    sizes = {"b": b, "m": queries, "keys": keys, "hq": HEADS, "hkv": HEADS, "d": HEAD_DIM}
+    sizes: dict[str, Any] = {"b": b, "m": queries, "keys": keys, "hq": HEADS, "hkv": HEADS, "d": HEAD_DIM}
     samples = _core.cuda_bench("attention", (), SAMPLES, **sizes)
     pairs = b * (queries * (keys - queries) + queries * (queries + 1) // 2)
     nbytes = 2 * b * HEADS * HEAD_DIM * (2 * keys + 2 * queries)
@@ -178,7 +184,7 @@ def model(format: str) -> list[Record]:
     found = []
     for b, t in ((1, 32), (1, 512), (64, 64), (1, 2048)):
         rows, keep = [ids[i, :t] for i in range(b)], np.arange(1, b + 1) * t - 1
-        samples = seconds_of(lambda rows=rows, keep=keep: llama.packed_hidden(rows, keep=keep))
+        samples = seconds_of(partial(llama.packed_hidden, rows, keep=keep))
         found.append(record("model_forward", format, f"{b}x{t}", samples, nbytes, 2 * b * t * matrices, read))
     rows = tweets()
     samples = seconds_of(lambda: [predict(llama, group) for group in grouped(llama, rows)], 2)
@@ -225,13 +231,13 @@ def steps_of(llama: LlamaForCausalLM, prompts: list[np.ndarray], tokens: int) ->
 def product_jobs() -> Iterator[Job]:
     for format in FORMATS:
         for product in PRODUCTS:
-            yield from (lambda f=format, p=product, m=m: few_tokens(f, p, m) for m in FEW)
+            yield from (partial(few_tokens, format, product, m) for m in FEW)
 
 
 def linear_jobs(backward: bool) -> Iterator[Job]:
     for format in ("affine4", "nf4"):
         for part in SHAPES:
-            yield from (lambda f=format, p=part, m=m: many_tokens(f, p, m, backward) for m in MANY[2 * backward :])
+            yield from (partial(many_tokens, format, part, m, backward) for m in MANY[2 * backward :])
 
 
 OPS: dict[str, Callable[[], Iterator[Job]]] = {
@@ -239,8 +245,8 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "linear": lambda: linear_jobs(False),
     "linear_backward_input": lambda: linear_jobs(True),
     "attention": lambda: (
-        lambda c=case: attention(*c)
-        for case in (
+        partial(attention, b, queries, keys)
+        for b, queries, keys in (
             (1, 2048, 2048),
             (1, 8192, 8192),
             (64, 64, 64),
@@ -250,9 +256,9 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
             (1, 1, 2048),
         )
     ),
-    "dequantize": lambda: (lambda f=format: dequantize(f) for format in FORMATS if format != "bf16"),
-    "quantize": lambda: (lambda f=format: quantize(f) for format in ("nf4", "fp4", "int8")),
-    "model": lambda: (lambda f=format: model(f) for format in ("affine4", "nf4")),
+    "dequantize": lambda: (partial(dequantize, format) for format in FORMATS if format != "bf16"),
+    "quantize": lambda: (partial(quantize, format) for format in ("nf4", "fp4", "int8")),
+    "model": lambda: (partial(model, format) for format in ("affine4", "nf4")),
 }
 
 

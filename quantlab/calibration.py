@@ -90,7 +90,7 @@ class Activations:
         self.config, self.chunks = config, chunks
         self.tokens = sum(len(chunk.ids) for chunk in chunks)
         self.residual = [_core.embedding(chunk.ids, embedding) for chunk in chunks]
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._tables: dict[int, tuple[Any, Any]] = {}
         self._held = _Buffers()
         self._width = config.num_attention_heads * config.head_dim
 
@@ -162,7 +162,7 @@ class Activations:
 
         return activate
 
-    def _rope(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rope(self, length: int) -> tuple[Any, Any]:
         if length not in self._tables:
             self._tables[length] = rope_tables(self.config, length)
         return self._tables[length]
@@ -175,8 +175,8 @@ class Activations:
         return [compute(i, self._held(i, len(x), width)) for i, x in enumerate(self.residual)].__getitem__
 
 
-def advance(steps: Steps, weights: Handles) -> Inputs | None:
-    """The inputs of the next stage once the last one has these weights; None after the last stage."""
+def advance(steps: Steps, weights: Handles) -> Any:
+    """The `Inputs` of the next stage once the last one has these weights; None after the last stage."""
     try:
         return steps.send(weights)
     except StopIteration:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class RunFolder:
             shutil.rmtree(staging, ignore_errors=True)
         return target
 
-    def load(self, which: bool | str | os.PathLike[str], state: TrainingState) -> None:
+    def load(self, which: Literal[True] | str | os.PathLike[str], state: TrainingState) -> None:
         """Fills a state from a checkpoint's directory; True: the last one here."""
         if which is True:
             found = self.checkpoints()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantlab import _core
-from quantlab.llama import BATCH_TOKENS, Ids, Llama, LlamaConfig, linear_of_any_rows, to_sequences
+from quantlab.llama import BATCH_TOKENS, Ids, Llama, LlamaConfig, Texts, are_ids, linear_of_any_rows, to_sequences
 from quantlab.progress import progress
 from quantlab.weight import QuantWeight
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantlab.io import Checkpoint
     from quantlab.lora import Adapter
 
-Texts = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+Labels = Sequence[int] | np.ndarray
 
 
 def pooled_position(ids: np.ndarray, pad_token_id: int | None) -> int:
@@ -91,16 +91,15 @@ class LlamaForSequenceClassification(Llama):
         """Token ids up to the pooled position: causal attention makes what follows irrelevant."""
         if isinstance(texts, str):
             raise ValueError("texts: got one string, expected a list of them")
-        if len(texts) and isinstance(texts[0], str):
-            if self.tokenizer is None:
-                raise ValueError("tokenizer: this checkpoint has none; pass token ids instead of texts")
-            encoded = [np.array(encoding.ids, np.int32) for encoding in self.tokenizer.encode_batch(list(texts))]
+        if are_ids(texts):
+            rows = to_sequences(texts)
+        else:
+            encodings = self.require_tokenizer().encode_batch(list(texts))
+            encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
             start = self.config.bos_token_id if isinstance(self.config.bos_token_id, int) else 0
             rows = [
                 ids if ids.size else np.array([start], np.int32) for ids in encoded
             ]  # an empty text is one start token
-        else:
-            rows = to_sequences(texts)
         limit = self.config.max_position_embeddings
         rows = [row[:limit] for row in rows]
         return [row[: pooled_position(row, self.config.pad_token_id) + 1] for row in rows]
@@ -133,9 +132,9 @@ class LlamaForSequenceClassification(Llama):
     def fit_head(
         self,
         texts: Texts,
-        labels: Sequence[int],
+        labels: Labels,
         eval_texts: Texts,
-        eval_labels: Sequence[int],
+        eval_labels: Labels,
         epochs: int = 40,
         lr: float = 1e-3,
         batch_size: int = 32,
@@ -194,7 +193,7 @@ class LlamaForSequenceClassification(Llama):
         self.score = best
         return history
 
-    def _labels(self, labels: Sequence[int], count: int, name: str) -> np.ndarray:
+    def _labels(self, labels: Labels, count: int, name: str) -> np.ndarray:
         array = np.asarray(labels)
         if array.shape != (count,) or count == 0:
             raise ValueError(

@@ -12,6 +12,8 @@ BITS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 MAX_RANK = 4096  # of a LoRA adapter
 
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+
 _Config = TypeVar("_Config", bound="QuantizationConfig")
 
 
@@ -183,7 +185,7 @@ class LoraConfig:
     target_modules: Collection[str] | Literal["all-linear"] = ("q_proj", "v_proj")
     use_rslora: bool = False
     bias: Literal["none"] = "none"
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] | None = None
+    task_type: TaskType | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:

@@ -157,8 +157,7 @@ def _compile(source: str) -> Any:
 
 def chat_template(model: Llama, choice: str = "auto") -> ChatTemplate:
     """The template of a model. choice: "auto" (its own, else ChatML), "chatml", or a Jinja template."""
-    if model.tokenizer is None:
-        raise ValueError("tokenizer: this checkpoint has none; conversations need one")
+    tokenizer = model.require_tokenizer()
     own = model.checkpoint.chat_template if model.checkpoint is not None else None
     tokens = {f"{kind}_token": token_of(model, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     if choice not in ("auto", "chatml"):
@@ -167,14 +166,14 @@ def chat_template(model: Llama, choice: str = "auto") -> ChatTemplate:
         return ChatTemplate(choice, "given", **tokens)
     if choice == "auto" and own is not None:
         return ChatTemplate(own, "model", **tokens)
-    end = IM_END if model.tokenizer.token_to_id(IM_END) is not None else tokens["eos_token"]
+    end = IM_END if tokenizer.token_to_id(IM_END) is not None else tokens["eos_token"]
     return ChatTemplate(CHATML, "chatml", end_of_turn=end, **tokens)
 
 
 def token_of(model: Llama, field: str) -> str:
     """The text of a special token that the config names by its id (the first of several); "" where there is none."""
     ids = token_ids(model, field)
-    return (model.tokenizer.id_to_token(ids[0]) or "") if ids else ""
+    return (model.require_tokenizer().id_to_token(ids[0]) or "") if ids else ""
 
 
 def token_ids(model: Llama, field: str) -> list[int]:
@@ -191,12 +190,12 @@ def token_ids(model: Llama, field: str) -> list[int]:
 def chat_ids(model: Llama, messages: Sequence[Message], add_generation_prompt: bool = True) -> np.ndarray:
     """Token ids of a conversation in the model's template, int32 (t,)."""
     text = chat_template(model).render(messages, add_generation_prompt)
-    return np.array(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
 
 
 def stop_ids(model: Llama, template: ChatTemplate) -> list[int]:
     """Tokens that end an assistant's turn: the config's, and the template's end of turn where it is one token."""
-    found = model.tokenizer.token_to_id(template.end_of_turn())
+    found = model.require_tokenizer().token_to_id(template.end_of_turn())
     return sorted({*token_ids(model, "eos_token_id"), *([] if found is None else [found])})
 
 

@@ -25,9 +25,10 @@ class DeviceActivations(Activations):
         self.tokens = sum(len(chunk.ids) for chunk in chunks)
         table = _core.DeviceWeight(device, embedding)
         self.residual: list[Any] = [_core.device_embedding(self._put(chunk.ids), table) for chunk in chunks]
-        self._tables: dict[int, Any] = {}
+        self._tables = {}
         self._sequences = [
-            tuple(map(self._put, (c.positions, c.starts, c.starts[:-1].copy(), c.lengths))) for c in chunks
+            (self._put(c.positions), self._put(c.starts), self._put(c.starts[:-1].copy()), self._put(c.lengths))
+            for c in chunks
         ]
 
     def copy(self) -> DeviceActivations:
@@ -56,27 +57,28 @@ class DeviceActivations(Activations):
 
     def _attended(self, gain: _core.DeviceArray, weights: Any) -> Compute:
         heads = (self.config.num_attention_heads, self.config.num_key_value_heads)
-        matrices = [weights[module] for module in STAGES[0]]
+        q, k, v = (weights[module] for module in STAGES[0])
 
         def attend(i: int) -> _core.DeviceArray:
             longest = int(self.chunks[i].lengths.max())
             where = (*self._rope(longest), *self._sequences[i])
             eps = self.config.rms_norm_eps
-            return _core.device_attention(self.residual[i], gain, *matrices, *where, *heads, longest, eps)
+            return _core.device_attention(self.residual[i], gain, q, k, v, *where, *heads, longest, eps)
 
         return attend
 
     def _activated(self, gain: _core.DeviceArray, weights: Any) -> Compute:
-        matrices = [weights[module] for module in STAGES[2]]
-        return lambda i: _core.device_gate_up(self.residual[i], gain, *matrices, self.config.rms_norm_eps)
+        gate, up = (weights[module] for module in STAGES[2])
+        return lambda i: _core.device_gate_up(self.residual[i], gain, gate, up, self.config.rms_norm_eps)
 
     def _add_products(self, inputs: Compute, weight: _core.DeviceWeight) -> None:
         for i, residual in enumerate(self.residual):
             _core.device_add(residual, inputs(i), weight)
 
-    def _rope(self, length: int) -> Any:
+    def _rope(self, length: int) -> tuple[_core.DeviceArray, _core.DeviceArray]:
         if length not in self._tables:
-            self._tables[length] = tuple(map(self._put, rope_tables(self.config, length)))
+            cos, sin = rope_tables(self.config, length)
+            self._tables[length] = self._put(cos), self._put(sin)
         return self._tables[length]
 
     def _kept(self, compute: Compute) -> Compute:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,9 @@ def _add_ids(examples: Examples, items: Any, limit: int, model: Llama, config: T
 
 
 def _add_texts(
-    examples: Examples, items: Sequence[Any], limit: int, model: Llama, config: TrainingConfig, where: str
+    examples: Examples, items: Iterable[Any], limit: int, model: Llama, config: TrainingConfig, where: str
 ) -> None:
-    if model.tokenizer is None:
-        raise ValueError("tokenizer: this checkpoint has none; pass rows of token ids instead of texts")
+    tokenizer = model.require_tokenizer()
     eos = token_ids(model, "eos_token_id")[:1]
     template: ChatTemplate | None = None
     for number, item in enumerate(items, 1):
@@ -136,7 +135,7 @@ def _add_texts(
             continue
         if config.assistant_only_loss:
             raise ValueError(f"{place}: a text does not tell what the assistant says, as assistant_only_loss needs it")
-        ids = model.tokenizer.encode(text).ids
+        ids = tokenizer.encode(text).ids
         if not text.strip():
             raise ValueError(f"{place}: the text is empty")
         examples.add(np.array(ids if ids[-1:] == eos else ids + eos, np.int32), None, limit)
@@ -146,10 +145,10 @@ def _conversation(
     model: Llama, item: Any, template: ChatTemplate | None, config: TrainingConfig, place: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """ids (t,) of a conversation, and which are to be learned (None: all)."""
-    messages = conversation_of(item, place)
+    messages, tokenizer = conversation_of(item, place), model.require_tokenizer()
     if template is None:
         text, spans = joined(messages)
-        encoding = model.tokenizer.encode(text)
+        encoding = tokenizer.encode(text)
     else:
         text, spans = template.render_spans(messages) if config.assistant_only_loss else (template.render(messages), [])
         eos = token_of(model, "eos_token_id")
@@ -157,6 +156,6 @@ def _conversation(
             text += eos
             if messages[-1]["role"] == "assistant":
                 spans = [*spans[:-1], (spans[-1][0], len(text))] if spans else []
-        encoding = model.tokenizer.encode(text, add_special_tokens=False)
+        encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, np.int32)
     return ids, learned_tokens(encoding.offsets, spans) if config.assistant_only_loss else None

@@ -19,17 +19,17 @@ import numpy as np
 
 from quantlab import _core, cuda
 from quantlab.checkpoints import RunFolder, TrainingState, load_state
-from quantlab.classify import LlamaForSequenceClassification, Texts
+from quantlab.classify import Labels, LlamaForSequenceClassification
 from quantlab.config import LoraConfig
 from quantlab.cuda import device_number
 from quantlab.examples import Data, Examples, prepare_examples
-from quantlab.llama import BATCH_TOKENS, Llama
+from quantlab.llama import BATCH_TOKENS, Llama, Packed, Texts
 from quantlab.llama_config import layer_modules
 from quantlab.lora import Adapter
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import fingerprint, hash_rows
 from quantlab.tracking import event_sink
-from quantlab.training import IGNORED, POLICIES, Batches, TrainingConfig
+from quantlab.training import IGNORED, POLICIES, Batches, Policy, TrainingConfig
 
 Model = TypeVar("Model", bound=Llama)
 
@@ -48,8 +48,8 @@ def finetune(
     training: TrainingConfig | None = None,
     eval_data: Data | None = None,
     progress: bool = True,
-    labels: Sequence[int] | None = None,
-    eval_labels: Sequence[int] | None = None,
+    labels: Labels | None = None,
+    eval_labels: Labels | None = None,
 ) -> Model:
     """Trains a LoRA adapter and returns the model with it: its weights are `model`'s, shared, of any format. It trains
     where the model is; on a GPU activations are bfloat16, parameters, gradients and sums float32.
@@ -82,14 +82,14 @@ def finetune(
 
 
 def evaluate(
-    model: Llama, data: Data, training: TrainingConfig | None = None, labels: Sequence[int] | None = None
+    model: Llama, data: Data, training: TrainingConfig | None = None, labels: Labels | None = None
 ) -> dict[str, float]:
     """What a model loses on held-out data, prepared as `finetune` prepares it: loss (mean over the target tokens, in
     nats), perplexity, tokens, rows; of a classifier loss, accuracy, rows."""
     return _task(model, data, labels, training or TrainingConfig(), "data").evaluate()
 
 
-def _task(model: Llama, data: Data, labels: Sequence[int] | None, config: TrainingConfig, name: str) -> Any:
+def _task(model: Llama, data: Data, labels: Labels | None, config: TrainingConfig, name: str) -> Any:
     if isinstance(model, LlamaForSequenceClassification):
         if labels is None:
             raise ValueError(f"{'eval_' if name == 'eval_data' else ''}labels: got None, a classifier learns from them")
@@ -115,13 +115,15 @@ class LanguageTask:
     def trainer(self, gradients: np.ndarray, dropout: float, seed: int) -> _core.Trainer:
         return _core.Trainer(self.model._core, self.model.lm_head.handle, gradients, dropout=dropout, seed=seed)
 
-    def _batch(self, rows: Sequence[int]) -> tuple[np.ndarray, ...]:
+    def _batch(self, rows: Sequence[int]) -> Packed:
         return self.model.packed([self.rows[row] for row in rows])
 
     def _targets(self, rows: Sequence[int]) -> np.ndarray:
         return np.concatenate([self.examples.targets[row] for row in rows])
 
-    def accumulate(self, trainer: _core.Trainer, rows: Sequence[int], factor: float, call: int, policy: str) -> float:
+    def accumulate(
+        self, trainer: _core.Trainer, rows: Sequence[int], factor: float, call: int, policy: Policy
+    ) -> float:
         """Adds the gradient of factor * the losses' sum of a batch; returns that sum."""
         return trainer.accumulate(*self._batch(rows), self._targets(rows), factor, call, policy)
 
@@ -139,27 +141,32 @@ class LanguageTask:
 class LabelTask:
     """The label of every row, by a classifier's head on the row's pooled hidden state."""
 
-    def __init__(
-        self, model: LlamaForSequenceClassification, texts: Texts, labels: Sequence[int], max_length: int | None
-    ):
+    def __init__(self, model: LlamaForSequenceClassification, texts: Texts, labels: Labels, max_length: int | None):
         self.model = model
         self.rows = [row[:max_length] for row in model._rows(texts)]
         self.labels = model._labels(labels, len(texts), "labels")
         self.counts = [1] * len(self.rows)
-        self._score_gradient: np.ndarray | None = None
+        self._score: np.ndarray = np.empty((0, 0), np.float32)  # (labels, c) and its gradient: of the run that trains
+        self._score_gradient = self._score
 
     def digest(self) -> str:
         return hash_rows([*self.rows, self.labels])
 
     def trainer(self, gradients: np.ndarray, dropout: float, seed: int) -> _core.Trainer:
-        self._score_gradient = gradients[-self.model.adapter.score.size :].reshape(self.model.adapter.score.shape)
+        score = self.model.require_adapter().score
+        if score is None:
+            raise ValueError(
+                "lora: got an adapter without a classification head, expected one with it, or a LoraConfig"
+            )
+        self._score, self._score_gradient = score, gradients[-score.size :].reshape(score.shape)
         return _core.Trainer(self.model._core, None, gradients, dropout=dropout, seed=seed)
 
-    def accumulate(self, trainer: _core.Trainer, rows: Sequence[int], factor: float, call: int, policy: str) -> float:
+    def accumulate(
+        self, trainer: _core.Trainer, rows: Sequence[int], factor: float, call: int, policy: Policy
+    ) -> float:
         batch = self.model.packed([self.rows[row] for row in rows])
-        ends, score = (batch[2][1:] - 1).astype(np.int32), self.model.adapter.score
-        labels = self.labels[list(rows)]
-        return trainer.accumulate_pooled(*batch, ends, labels, score, self._score_gradient, factor, call, policy)
+        ends, labels = (batch[2][1:] - 1).astype(np.int32), self.labels[list(rows)]
+        return trainer.accumulate_pooled(*batch, ends, labels, self._score, self._score_gradient, factor, call, policy)
 
     def evaluate(self) -> dict[str, float]:
         logits = self.model.predict(self.rows, show=False)
@@ -177,11 +184,12 @@ class TrainingRun:
     def __init__(self, model: Llama, task: LanguageTask | LabelTask, config: TrainingConfig):
         self.model, self.task, self.config = model, task, config
         self.evaluation: LanguageTask | LabelTask | None = None
-        self.state = TrainingState(model.adapter)
+        adapter = model.require_adapter()
+        self.state = TrainingState(adapter)
         self.batches = Batches([len(row) for row in task.rows], config)
-        self.gradients = np.zeros_like(model.adapter.parameters)
+        self.gradients = np.zeros_like(adapter.parameters)
         self.device = device_number(model.device)  # -1: the CPU
-        self.trainer = task.trainer(self.gradients, model.adapter.config.lora_dropout, config.seed)
+        self.trainer = task.trainer(self.gradients, adapter.config.lora_dropout, config.seed)
         self.policy = self._choose_policy()
         self.folder = RunFolder(config.output_dir, self._settings()) if config.output_dir is not None else None
         self._window = (time.perf_counter(), 0)  # when the log's next entry began, tokens since
@@ -189,11 +197,11 @@ class TrainingRun:
     def train(self, show: bool) -> None:
         """All steps that are left."""
         config, state = self.config, self.state
-        if config.resume_from_checkpoint:
-            if self.folder is not None:
-                self.folder.load(config.resume_from_checkpoint, state)
-            else:
-                load_state(Path(config.resume_from_checkpoint), self._settings(), state)
+        resume = config.resume_from_checkpoint
+        if resume and self.folder is not None:
+            self.folder.load(resume, state)
+        elif resume and resume is not True:  # without a folder it is never True: see TrainingConfig
+            load_state(Path(resume), self._settings(), state)
         self.trainer.write(state.mean, state.square)
         if self.device >= 0:
             cuda.reset_peak(self.device)
@@ -212,16 +220,16 @@ class TrainingRun:
                     self._after_step(logged, send)
             except BaseException:  # Ctrl-C too
                 if self.folder is not None and state.step > started:
-                    self._save()
+                    self._save(self.folder)
                 raise
         self.trainer.read(state.mean, state.square)
         if self.folder is not None:
             self.model.save_adapter(self.folder.path)
 
-    def _save(self) -> None:
+    def _save(self, folder: RunFolder) -> None:
         """A checkpoint of the last finished step."""
         self.trainer.read(self.state.mean, self.state.square)
-        self.folder.save(self.state)
+        folder.save(self.state)
 
     def _step(self) -> str:
         """One step, in the log where an entry is due; returns what the progress bar says of it."""
@@ -280,7 +288,7 @@ class TrainingRun:
                 send({"name": "training", **entry})
         due = config.save_steps is not None and (step == self.batches.steps or step % config.save_steps == 0)
         if self.folder is not None and due:
-            self._save()
+            self._save(self.folder)
 
     def _evaluate(self) -> None:
         """The held-out loss in the log, where it is due and was not taken before the run was interrupted."""
@@ -308,10 +316,10 @@ class TrainingRun:
         """What makes the steps of this run, in JSON's types."""
         training = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in WITHOUT_EFFECT}
         model = fingerprint(self.model, self.model.config, ["model.embed_tokens", *layer_modules(self.model.config)])
-        lora = dataclasses.asdict(self.model.adapter.config)
+        lora = dataclasses.asdict(self.state.adapter.config)
         return {"training": training, "lora": lora, "data": self.task.digest(), "model": model}
 
-    def _choose_policy(self) -> str:
+    def _choose_policy(self) -> Policy:
         """The policy of recomputing that is set, or the fastest one whose activations of the largest batch fit."""
         units = sorted((sum(len(self.task.rows[row]) for row in unit) for unit in self.batches.units), reverse=True)
         tokens = sum(units[: self.config.per_device_train_batch_size])
@@ -331,16 +339,16 @@ class TrainingRun:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C in this block is heard at its end."""
-    heard: list[tuple[int, FrameType | None]] = []
     handler = signal.getsignal(signal.SIGINT)
-    deferred = threading.current_thread() is threading.main_thread() and callable(handler)
-    if deferred:
-        signal.signal(signal.SIGINT, lambda *arguments: heard.append(arguments))
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    heard: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: heard.append(arguments))
     try:
         yield
     finally:
-        if deferred:
-            signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)
     if heard:
         handler(*heard[0])
 

@@ -100,13 +100,13 @@ class Stop:
             raise ValueError(f"stop_strings: got {strings!r}, expected texts")
         if self.strings and model.tokenizer is None:
             raise ValueError("stop_strings: this checkpoint has no tokenizer to find them with")
-        self._tokenizer = model.tokenizer
+        self._tokenizer = model.tokenizer if self.strings else None
         self._tail = max((len(string.encode()) for string in self.strings), default=0) + 1  # a token is a byte or more
 
     def __call__(self, new: Sequence[int]) -> bool:
         if new[-1] in self.tokens:
             return True
-        if not self.strings:
+        if self._tokenizer is None:
             return False
         text = self._tokenizer.decode(list(new[-self._tail :]), skip_special_tokens=False)
         return any(string in text for string in self.strings)
@@ -156,8 +156,8 @@ def generate(
     stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
     if model.device != "cpu" or not do_sample:  # without a step of Python's, and without allocating, for each token
         sampling = (temperature if do_sample else 0.0, top_k, top_p, seed)
-        new = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stop, on_token)
-        return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]
+        found = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stop, on_token)
+        return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, found, strict=True)]
     generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
     cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
     hidden = _prefill(model, sequences, cache)

@@ -28,8 +28,7 @@ THREADED_FACTOR = 4096  # columns from which LAPACK's own threads pay; below, th
 ROWS_PER_SOLVE = 1024  # rows of W whose correction is solved for at once: bounds the float64 copy
 _SEARCH = {None: 0, "mse": 1, "hessian": 2}
 
-
-Array = np.ndarray | _core.DeviceArray
+Array = Any  # np.ndarray on the host, _core.DeviceArray on a device: which of them, the device of the Hessian says
 
 
 def zeros(m: int, n: int, device: int) -> Array:
@@ -37,8 +36,8 @@ def zeros(m: int, n: int, device: int) -> Array:
     return np.zeros((m, n), np.float32) if device < 0 else _core.device_zeros(device, m, n)
 
 
-def _moved(array: Array | None, device: int) -> Array | None:
-    """The same array on the host, or there."""
+def _moved(array: Array, device: int) -> Array:
+    """The same array (or None) on the host, or there."""
     if array is None or (array.device if isinstance(array, _core.DeviceArray) else -1) == device:
         return array
     host = array.numpy() if isinstance(array, _core.DeviceArray) else array
@@ -225,6 +224,8 @@ class _Factor:
 class _DeviceFactor(_Factor):
     """The same on a device: `lower` until `finish`, beside the feedback that is made with it."""
 
+    feedback: Any
+
     def _try(self, hessian: Hessian, damp: float) -> bool:
         self.lower = self.feedback = self.diagonal = None  # their memory, before the next try asks for it
         found = _core.device_gptq_factor(hessian.sum, self.order, hessian.factor, damp)
@@ -234,7 +235,7 @@ class _DeviceFactor(_Factor):
         return bool(np.isfinite(self.diagonal.numpy()).all())
 
     def correct(self, w: Any, scale: float, drift: Any, residual: Any) -> Any:
-        moments = zeros(*w.shape, w.device) if residual is None else residual.copy()
+        moments = zeros(len(w), w.shape[1], w.device) if residual is None else residual.copy()
         if drift is not None:
             _core.device_product(moments, w, drift)
         _core.device_gptq_correct(w, moments, self.lower, self.order, scale)

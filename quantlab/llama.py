@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 
 from quantlab import _core
-from quantlab.arrays import as_array
+from quantlab.arrays import DLPackArray, as_array
 from quantlab.config import Int8Config
 from quantlab.cuda import device_number
 from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
@@ -31,8 +31,15 @@ DTYPES = (*DTYPE_NAMES.values(), "auto")
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
 DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
-Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackArray
+Texts = Sequence[str] | Ids
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Self = TypeVar("Self", bound="Llama")
+
+
+def are_ids(texts: Texts) -> TypeGuard[Ids]:
+    """Whether these are token ids, not texts."""
+    return len(texts) == 0 or not isinstance(texts[0], str)
 
 
 def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
@@ -137,7 +144,7 @@ class Llama:
     @classmethod
     def from_pretrained(
         cls: type[Self],
-        source: str | Path,
+        source: str | os.PathLike[str],
         dtype: str = "float32",
         device: str = "cpu",
         local_files_only: bool = False,
@@ -202,13 +209,19 @@ class Llama:
         """The same model, its weights shared, without its adapter."""
         return self._with(self.weights, self.device, None)
 
-    def save_adapter(self, path: str | Path) -> dict[str, int]:
+    def save_adapter(self, path: str | os.PathLike[str]) -> dict[str, int]:
         """Writes the adapter as PEFT does (adapter_config.json, adapter_model.safetensors); returns bytes by file."""
         from quantlab.lora import save_adapter
 
         return save_adapter(self, path)
 
-    def merge(self: Self, requantize: str | QuantizationConfig | None = None) -> Self:
+    def require_adapter(self) -> Adapter:
+        """`adapter`; ValueError where there is none."""
+        if self.adapter is None:
+            raise ValueError("adapter: this model has none; finetune and load_adapter give one")
+        return self.adapter
+
+    def merge(self: Self, requantize: Literal["same"] | QuantizationConfig | None = None) -> Self:
         """The model with its adapter added into its weights; see `quantlab.lora.merge`."""
         from quantlab.lora import merge
 
@@ -226,7 +239,7 @@ class Llama:
         """The matrices that `save_pretrained` writes."""
         return dict(self.weights)
 
-    def save_pretrained(self, path: str | Path) -> dict[str, int]:
+    def save_pretrained(self, path: str | os.PathLike[str]) -> dict[str, int]:
         """Writes a checkpoint directory in the layout that the weights ask for; returns the bytes of each file."""
         from quantlab.io import save_checkpoint
 
@@ -263,7 +276,7 @@ class Llama:
 
     def packed(
         self, sequences: Sequence[np.ndarray], before: np.ndarray | None = None, capacity: int | None = None
-    ) -> tuple[np.ndarray, ...]:
+    ) -> Packed:
         """What `_core` takes for int32 sequences laid end to end: ids, positions, q_start, kv_start, kv_len, cos, sin.
 
         before (B,): tokens of each that a cache holds, in rows of `capacity`.
@@ -327,9 +340,17 @@ class Llama:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text with the tokenizer's special tokens, int32."""
+        return np.array(self.require_tokenizer().encode(text).ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
+        """The text of token ids (t,)."""
+        return self.require_tokenizer().decode(np.asarray(ids).tolist(), skip_special_tokens)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """`tokenizer`; ValueError where there is none."""
         if self.tokenizer is None:
-            raise ValueError("tokenizer: this checkpoint has none; pass token ids instead of text")
-        return np.array(self.tokenizer.encode(text).ids, np.int32)
+            raise ValueError("tokenizer: this checkpoint has none; use token ids instead of texts")
+        return self.tokenizer
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> np.ndarray:
         """Token ids, int32 (t,), of messages {"role", "content"} in the model's chat template (ChatML where it has
@@ -366,16 +387,16 @@ class LlamaForCausalLM(Llama):
 
     architecture = "LlamaForCausalLM"
 
-    def __init__(self, *parts: Any, lm_head: str | QuantWeight | None = None, **more: Any):
+    def __init__(self, *parts: Any, lm_head: Literal["int8"] | QuantWeight | None = None, **more: Any):
         if not (lm_head is None or lm_head == "int8" or isinstance(lm_head, QuantWeight)):
             raise ValueError(f"lm_head: got {lm_head!r}, accepted are None (as it is), 'int8'")
         super().__init__(*parts, **more)
-        self._lm_head = None if lm_head == "int8" else lm_head
+        self._lm_head = lm_head if isinstance(lm_head, QuantWeight) else None
         if lm_head == "int8":
             self._lm_head = QuantWeight.from_float(self.lm_head.dequantize(), Int8Config())
 
     def _with(self, weights: Mapping[str, QuantWeight], device: str, adapter: Adapter | None) -> LlamaForCausalLM:
-        head: str | QuantWeight | None = self._lm_head
+        head: Literal["int8"] | QuantWeight | None = self._lm_head
         if head is not None and weights[self._head_name] is not self.weights[self._head_name]:
             head = "int8"  # of the new one
         parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)

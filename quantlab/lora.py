@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from quantlab import _core
-from quantlab.config import FP4Config, GPTQConfig, Int8Config, LoraConfig, NF4Config, QuantizationConfig, RTNConfig
+from quantlab.config import (
+    FP4Config,
+    GPTQConfig,
+    Int8Config,
+    LoraConfig,
+    NF4Config,
+    QuantizationConfig,
+    RTNConfig,
+    TaskType,
+)
 from quantlab.io import peft
 from quantlab.llama import Llama, cast_weight
 from quantlab.llama_config import LINEARS, layer_modules
@@ -150,7 +159,7 @@ class Adapter:
         return f"Adapter(r={self.config.r}, {len(self)} modules, {self.parameters.size:,} parameters)"
 
 
-def task_type(model: Llama) -> str:
+def task_type(model: Llama) -> TaskType:
     """peft's name of what a model is for."""
     return "SEQ_CLS" if "score" in model.weights else "CAUSAL_LM"
 
@@ -158,16 +167,14 @@ def task_type(model: Llama) -> str:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: Llama, path: str | Path) -> dict[str, int]:
+def save_adapter(model: Llama, path: str | os.PathLike[str]) -> dict[str, int]:
     """Writes the adapter of a model in peft's layout; returns {file name: bytes}."""
-    if model.adapter is None:
-        raise ValueError("adapter: this model has none to save; finetune gives one")
-    adapter, source = model.adapter, model.checkpoint
+    adapter, source = model.require_adapter(), model.checkpoint
     base = None if source is None else str(source.path)
     return peft.write_adapter(path, adapter.config, dict(adapter.items()), adapter.score, base)
 
 
-def load_adapter(model: Model, path: str | Path) -> Model:
+def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     """The model, its weights shared, with an adapter of peft's layout (a directory) at work beside them.
 
     FileNotFoundError, or ValueError where the adapter is damaged, not supported or of another model's shape.
@@ -175,7 +182,7 @@ def load_adapter(model: Model, path: str | Path) -> Model:
     return model.with_adapter(read_adapter(path))
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The adapter in a directory of peft's layout."""
     return Adapter(*peft.read_adapter(path))
 
@@ -197,7 +204,7 @@ def config_of(weight: QuantWeight) -> QuantizationConfig | None:
     return RTNConfig(weight.bits, group, sym=weight.zeros is None)
 
 
-def merge(model: Model, requantize: str | QuantizationConfig | None = None) -> Model:
+def merge(model: Model, requantize: Literal["same"] | QuantizationConfig | None = None) -> Model:
     """The model with W + scale * B A in place of each adapted W, and no adapter.
 
     requantize: None: every matrix of the decoder layers is a float matrix then (those of a quantized base float32, so
@@ -210,19 +217,18 @@ def merge(model: Model, requantize: str | QuantizationConfig | None = None) -> M
     `error_norm` (of what rounding changes in the sum), `error_ratio` (the second by the first; inf where nothing is
     added).
     """
-    if model.adapter is None:
-        raise ValueError("adapter: this model has none to merge")
+    adapter = model.require_adapter()
     _check_requantize(requantize)
     weights, report = {}, []
     for module in layer_modules(model.config):
-        old, adapted = model.weight(module), module in set(model.adapter)
-        config = config_of(old) if requantize == "same" else requantize
+        old, adapted = model.weight(module), module in set(adapter)
+        config = config_of(old) if isinstance(requantize, str) else requantize
         if not adapted and (requantize == "same" or config == config_of(old)):
             continue
         dense = old.dequantize()
         delta_norm = 0.0
         if adapted:
-            delta = model.adapter.delta(module)
+            delta = adapter.delta(module)
             dense += delta
             delta_norm = float(np.linalg.norm(delta))
         weights[module] = new = _stored(dense, old, config, module)

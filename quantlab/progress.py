@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 2.0
 
@@ -18,8 +22,7 @@ class Progress:
         self.done = 0
         self._enabled = enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules)
         self._started = time.monotonic()
-        self._bar = None
-        self._task = None
+        self._bar: RichProgress | None = None
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts `units` more; `note` (a loss, a layer's name) is shown beside the bar."""
@@ -43,9 +46,9 @@ class Progress:
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(self.description, total=self.total, rate="", note="")
+            self._bar.add_task(self.description, total=self.total, rate="", note="")
         rate = self.done / (time.monotonic() - self._started)
-        self._bar.update(self._task, completed=self.done, rate=f"{rate:.4g} {self.unit}/s", note=note)
+        self._bar.update(self._bar.task_ids[0], completed=self.done, rate=f"{rate:.4g} {self.unit}/s", note=note)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 
@@ -15,19 +15,40 @@ from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs,
 from quantlab.config import GPTQConfig, QuantizationConfig
 from quantlab.cuda import device_number
 from quantlab.device_calibration import DeviceActivations
-from quantlab.llama import LlamaConfig, LlamaForCausalLM, layer_modules, to_sequences
+from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, Texts, are_ids, layer_modules, to_sequences
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
 from quantlab.weight import FLOAT_BITS, QuantWeight
 
-Calibration = Sequence[str] | Sequence[Sequence[int]] | np.ndarray
+if TYPE_CHECKING:
+    from quantlab.io import Checkpoint
+
+Model = TypeVar("Model", bound=Llama)
 
 
+@overload
+def quantize(
+    model: Model,
+    config: QuantizationConfig,
+    calibration: Texts | None = None,
+    progress: bool = True,
+    resume_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+) -> Model: ...
+@overload
+def quantize(
+    model: str | Path | Checkpoint,
+    config: QuantizationConfig,
+    calibration: Texts | None = None,
+    progress: bool = True,
+    resume_dir: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+) -> LlamaForCausalLM: ...
 def quantize(
     model: Any,
     config: QuantizationConfig,
-    calibration: Calibration | None = None,
+    calibration: Texts | None = None,
     progress: bool = True,
     resume_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
@@ -123,7 +144,7 @@ def _matrix_by_matrix(
 # ---- calibration data ----------------------------------------------------------------------------------------------
 
 
-def calibration_rows(source: Any, llama: LlamaConfig, calibration: Calibration | None) -> list[np.ndarray]:
+def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None) -> list[np.ndarray]:
     """Rows of int32 token ids, checked against the vocabulary and cut to the model's context."""
     wanted = "expected a list of texts, or rows of token ids"
     if calibration is None or isinstance(calibration, (str, bytes)):
@@ -131,7 +152,7 @@ def calibration_rows(source: Any, llama: LlamaConfig, calibration: Calibration |
         raise ValueError(f"calibration: got {got}, {wanted}")
     if len(calibration) == 0:
         raise ValueError(f"calibration: it is empty, {wanted}")
-    if isinstance(calibration[0], str):
+    if not are_ids(calibration):
         encoder = getattr(source, "tokenizer", None)
         if encoder is None:
             raise ValueError("calibration: this checkpoint has no tokenizer; pass rows of token ids instead of texts")
@@ -203,7 +224,8 @@ class _LayerStream:
         return weights, reports
 
     def _norms(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(self.source.vector(f"model.layers.{layer}.{name}") for name in _NORMS)  # type: ignore[return-value]
+        first, second = (self.source.vector(f"model.layers.{layer}.{name}") for name in _NORMS)
+        return first, second
 
     def _placed(self, weight: QuantWeight) -> Any:
         """What the ops of this run take for it."""

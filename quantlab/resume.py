@@ -104,11 +104,10 @@ class LayerStore:
 
 
 def _weight(module: str, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> QuantWeight:
-    parts = [arrays.get(f"{module}.{part}") for part in _ARRAYS]
-    n, k = values["shape"]
-    return QuantWeight(
-        "affine", values["bits"], (n, k), values["group"], *parts, meta=MappingProxyType(values["meta"])
-    )  # fmt: skip
+    codes, *others = (f"{module}.{part}" for part in _ARRAYS)
+    scales, zeros, perm = map(arrays.get, others)
+    (n, k), meta = values["shape"], MappingProxyType(values["meta"])
+    return QuantWeight("affine", values["bits"], (n, k), values["group"], arrays[codes], scales, zeros, perm, meta=meta)
 
 
 def settings_of(

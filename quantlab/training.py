@@ -5,16 +5,19 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from quantlab.config import check_choice, check_flag, check_number
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-POLICIES = ("none", "selective", "full")  # of recomputing activations, in the order of falling memory
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Policy = Literal["none", "selective", "full"]  # of recomputing activations, in the order of falling memory
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 IGNORED = -100  # a target that is not learned
 
 
@@ -40,7 +43,7 @@ class TrainingConfig:
     """
 
     learning_rate: float = 2e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: Schedule = "linear"
     warmup_ratio: float = 0.0
     warmup_steps: int = 0
     num_train_epochs: float = 1.0
@@ -61,9 +64,9 @@ class TrainingConfig:
     logging_steps: int = 10
     eval_steps: int | None = None
     save_steps: int | None = None
-    output_dir: str | None = None
-    resume_from_checkpoint: bool | str | None = None
-    gradient_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    output_dir: str | os.PathLike[str] | None = None
+    resume_from_checkpoint: bool | str | os.PathLike[str] | None = None
+    gradient_checkpointing: Literal["auto"] | Policy = "auto"
     report_to: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
@@ -143,7 +146,8 @@ class Batches:
 
     def __init__(self, lengths: Sequence[int], config: TrainingConfig):
         self.config = config
-        self.units = pack(lengths, config.max_length) if config.packing else [[row] for row in range(len(lengths))]
+        room = config.max_length if config.packing else None  # packing asks for a max_length
+        self.units = [[row] for row in range(len(lengths))] if room is None else pack(lengths, room)
         self.per_epoch = -(-len(self.units) // config.per_device_train_batch_size)
         self.steps_per_epoch = config.steps_per_epoch(self.per_epoch)
         self.steps = config.total_steps(self.per_epoch)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-UsageError = typer.BadParameter.__base__  # click's, which some releases of typer carry inside
+UsageError: Any = typer.BadParameter.__base__  # click's, which some releases of typer carry inside
 # options of several words, and which words may follow
 REPEATED = {
     "--bits": str.isdigit,

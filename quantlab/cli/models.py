@@ -107,7 +107,7 @@ def load_config(name: str) -> Mapping[str, Any]:
 
 def quantization_config(method: str, bits: int | None, options: Mapping[str, Any]) -> QuantizationConfig:
     """The configuration of `method`; an option that it does not have is the caller's error."""
-    from quantlab.config import CONFIGS
+    from quantlab.config import CONFIGS, GPTQConfig
 
     if method not in CONFIGS:
         raise typer.BadParameter(f"--method: got {method!r}, expected one of {', '.join(CONFIGS)}")
@@ -116,7 +116,7 @@ def quantization_config(method: str, bits: int | None, options: Mapping[str, Any
         if given.pop("recommended", False):
             if method != "gptq":
                 raise ValueError("--recommended: only gptq has recommended settings")
-            return CONFIGS[method].recommended(bits or 4, **given)
+            return GPTQConfig.recommended(bits or 4, **given)
         fixed = {"nf4": 4, "fp4": 4, "int8": 8}.get(method)
         if fixed is None:
             given["bits"] = bits or 4
@@ -177,7 +177,12 @@ def quantize(
     """Quantize a model and write the checkpoint that other tools read."""
     import quantlab as ql
 
-    options = {"group_size": group_size, "block_size": block_size, "double_quant": double_quant, "sym": sym}
+    options: dict[str, Any] = {
+        "group_size": group_size,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "sym": sym,
+    }
     options |= {"desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
     config = quantization_config(method, bits, options)
     if resume_dir is not None and method != "gptq":
@@ -260,7 +265,7 @@ def generate(
     def show(row: int, token: int) -> None:
         nonlocal shown
         tokens.append(token)
-        text = model.tokenizer.decode(tokens)
+        text = model.decode(tokens)
         if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may need several tokens
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -268,7 +273,7 @@ def generate(
     options |= {"do_sample": do_sample, "on_token": show, "stop_strings": stop, "eos_token_id": stops}
     with wrong_call():
         model.generate(ids, max_new_tokens=max_new_tokens, **options)
-    text = model.tokenizer.decode(tokens)
+    text = model.decode(tokens)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": tokens})
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from quantlab.cli.common import (
     wrong_call,
 )
 from quantlab.cli.models import quantization_config
+
+if TYPE_CHECKING:
+    from quantlab.config import QuantizationConfig
 
 Bits = Annotated[int | None, typer.Option(help="rtn: 8, 4, 3 or 2 (default 4).")]
 
@@ -98,20 +101,19 @@ def _train(
     rows = data if limit is None else read_json_lines(data)[:limit]
     with told_warnings():
         tuned = ql.finetune(model.to(device), lora, rows, training, eval_data)
+    parameters = tuned.require_adapter().parameters.size
     if as_json:
-        print_json(
-            {"out": settings["output_dir"], "parameters": tuned.adapter.parameters.size, "log": tuned.training_log}
-        )
+        print_json({"out": settings["output_dir"], "parameters": parameters, "log": tuned.training_log})
         return
     trained = [entry for entry in tuned.training_log if "loss" in entry]
-    print(f"{settings['output_dir']}: {tuned.adapter.parameters.size:,} parameters, {trained[-1]['step']} steps")
+    print(f"{settings['output_dir']}: {parameters:,} parameters, {trained[-1]['step']} steps")
     print(f"loss {trained[0]['loss']:.4f} -> {trained[-1]['loss']:.4f}")
     evaluations = [entry["eval_loss"] for entry in tuned.training_log if "eval_loss" in entry]
     if evaluations:
         print(f"held out: loss {' -> '.join(f'{loss:.4f}' for loss in evaluations)}")
 
 
-def base_config(method: str | None, bits: int | None) -> Any:
+def base_config(method: str | None, bits: int | None) -> QuantizationConfig | None:
     """The configuration of a base that is quantized on the way; None: it is left as it is."""
     if method is None:
         if bits is not None:
@@ -137,10 +139,11 @@ def merge(
     """Add an adapter into the weights of its base, and write the checkpoint."""
     import quantlab as ql
 
-    config = requantize if requantize == "same" else base_config(requantize, bits)
+    same = requantize == "same"
+    config = None if same else base_config(requantize, bits)
     require_new(out)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local_files_only)
-    merged = ql.load_adapter(model, adapter).merge(config)
+    merged = ql.load_adapter(model, adapter).merge("same" if same else config)
     files = merged.save_pretrained(out)
     report = merged.merge_report
     if as_json:

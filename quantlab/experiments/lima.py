@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from quantlab import backend
 from quantlab.config import LoraConfig
 from quantlab.conversations import joined
-from quantlab.training import TrainingConfig
+from quantlab.training import Schedule, TrainingConfig
 
 from . import study
 from .data import fingerprint
@@ -74,7 +74,7 @@ class LimaConfig(StudyConfig):
     # training
     epochs: float = 1.0
     lr: float = 2e-4
-    lr_scheduler: str = "linear"
+    lr_scheduler: Schedule = "linear"
     warmup_ratio: float = 0.03
     batch_size: int = 1
     accumulation: int = 1
@@ -234,14 +234,14 @@ def jobs(stages: LimaStages) -> list[Job]:
     for name, config in stages.plan.cells.items():
         kind, _, rest = name.partition("-")
         if kind == "base":
-            work, needs, artifact = stages.measure_base(rest), (), stages.base_path(rest)
+            job = Job(name, config, stages.measure_base(rest), (), stages.base_path(rest))
         elif kind == "tune":
-            work, needs, artifact = stages.tune(rest), (f"base-{rest}",), stages.adapter_path(rest)
+            job = Job(name, config, stages.tune(rest), (f"base-{rest}",), stages.adapter_path(rest))
         elif kind == "merge":
-            work, needs, artifact = stages.merge(rest), (f"base-{rest}", f"tune-{rest}"), None
+            job = Job(name, config, stages.merge(rest), (f"base-{rest}", f"tune-{rest}"))
         else:
             source, target = parts_of(rest)
-            work, artifact = stages.infer(source, target), None
             needs = (f"base-{target}", *([f"tune-{source}"] if source else []))
-        found.append(Job(name, config, work, needs, artifact))
+            job = Job(name, config, stages.infer(source, target), needs)
+        found.append(job)
     return found

@@ -61,8 +61,7 @@ class LimaStages(ModelStages):
         from quantlab import LlamaForCausalLM
 
         started = time.perf_counter()
-        more = {"device": self.config.device, "local_files_only": self.config.local_files_only}
-        model = LlamaForCausalLM.from_pretrained(source, dtype=dtype, **more)
+        model = LlamaForCausalLM.from_pretrained(source, dtype, self.config.device, self.config.local_files_only)
         cell.timing("load", [time.perf_counter() - started])
         return model
 
@@ -225,7 +224,7 @@ class LimaStages(ModelStages):
         tenth = max(1, len(steps) // 10)
         for name, part in (("first", steps[:tenth]), ("last", steps[-tenth:])):
             cell.metric(f"train_loss_{name}", float(np.mean([entry["loss"] for entry in part])), "nat", len(part))
-        cell.metric("size_adapter", tuned.adapter.nbytes, "B", 1, higher_is_better=False)
+        cell.metric("size_adapter", tuned.require_adapter().nbytes, "B", 1, higher_is_better=False)
         cell.record["seeds"]["training"] = self.config.seed
         cell.record["data"]["train"] = self.plan.conversations.describe("train")
 
@@ -236,7 +235,7 @@ class LimaStages(ModelStages):
         stops = None if template is None else stop_ids(model, template)
         rows = model.generate(prompts, max_new_tokens=self.config.answer_tokens, eos_token_id=stops)
         cell.record["answers"] = [
-            {"question": question, "answer": model.tokenizer.decode(row[len(prompt) :].tolist()).strip()}
+            {"question": question, "answer": model.decode(row[len(prompt) :]).strip()}
             for question, prompt, row in zip(QUESTIONS, prompts, rows, strict=True)
         ]
 
@@ -251,7 +250,7 @@ class LimaStages(ModelStages):
         if template is None:
             return model.encode(text)
         text = template.render([{"role": "user", "content": text}], add_generation_prompt=True)
-        return np.array(model.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
 
     def time_generation(self, cell: Cell, model: LlamaForCausalLM) -> None:
         """Times `generate` at every batch size, round by round, so that what else the machine does hits all sizes."""
@@ -299,7 +298,7 @@ class LimaStages(ModelStages):
         prompts = []
         for messages in self.plan.conversations.held_out[: max(config.batches)]:
             ids = model.encode(next(message["content"] for message in messages if message["role"] == "user"))
-            prompts.append(self.prompt(model, model.tokenizer.decode(ids[: config.prompt_tokens].tolist())))
+            prompts.append(self.prompt(model, model.decode(ids[: config.prompt_tokens])))
         return [prompts[row % len(prompts)] for row in range(max(config.batches))]
 
 
