@@ -1,7 +1,7 @@
 """The C core. Arrays are C-contiguous NumPy arrays of exactly the dtype named: another dtype raises TypeError, another
 shape ValueError. W is (n, k): n outputs, k inputs. Ctrl-C stops a long call with KeyboardInterrupt."""
 
-from typing import Any, Literal, TypedDict, overload
+from typing import Any, Literal, TypedDict, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,7 @@ def device_selected() -> int: ...
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
+@final
 class Weight:
     """A validated view of NumPy buffers, which it keeps alive. Layouts: csrc/quantlab.h, ql_weight."""
 
@@ -185,18 +186,25 @@ def adamw(
 
 # ---- on a device: what calibration and GPTQ keep there --------------------------------------------------------------
 
+@final
 class DeviceArray:
     """An array on a device, C-contiguous: float32, bfloat16, float64, int32 or int64; its memory goes with it."""
 
-    shape: tuple[int, ...]
-    ndim: int
-    nbytes: int
-    device: int
-    dtype: str
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
     def __len__(self) -> int: ...
     def numpy(self) -> NDArray[Any]: ...  # bfloat16 as uint16
     def copy(self) -> DeviceArray: ...
 
+@final
 class DeviceWeight:
     """A copy of a weight on a device, for as long as it lives."""
 
@@ -246,11 +254,27 @@ def device_gptq_correct(
     w: DeviceArray, moments: DeviceArray, matrix: DeviceArray, order: I32, scale: float, /
 ) -> None: ...  # w += scale moments (H + damp)^-1
 def device_gptq_quantize(
-    w: DeviceArray, feedback: DeviceArray, diagonal: DeviceArray, *options: Any
+    w: DeviceArray,
+    feedback: DeviceArray,
+    diagonal: DeviceArray,
+    order: I32,
+    importance: NDArray[np.float64],
+    dead: NDArray[np.uint8],
+    group: int,
+    bits: int,
+    sym: bool,
+    search: int,
+    fixed: bool,
+    keep_dead: bool,
+    stale: bool,
+    half: bool,
+    store_ordered: bool,
+    /,
 ) -> tuple[NDArray[np.uint32], F32, U8, NDArray[np.float64]]: ...  # as gptq_quantize
 
 # ---- model -----------------------------------------------------------------------------------------------------------
 
+@final
 class Llama:
     """A model over weights and gains, which it keeps alive. A layer is (input norm (c,), q, k, v, o, second norm
     (c,), gate, up, down), matrices as `Weight`."""
@@ -297,6 +321,7 @@ class Llama:
     ) -> F32: ...  # -log p of each target (t,)
     def linear(self, x: F32, weight: Weight, /) -> F32: ...  # x W^T, where the model is
 
+@final
 class Adapter:
     """Low-rank matrices A (r, k) and B (n, r) of a model's matrices, which then give W x + scale B A x. They lie in one
     vector, which the caller may change between calls."""
@@ -308,6 +333,7 @@ class Adapter:
         scales: F32,  # (parts,)
     ) -> Adapter: ...
 
+@final
 class Trainer:
     """Gradients of a model's adapter, in memory that is kept from pass to pass. The same bits for any number of threads
     and whatever is recomputed. One pass at a time."""
@@ -379,10 +405,10 @@ class Trainer:
     # what a pass over t tokens works in; the trainer keeps the most that it needed
     def activation_bytes(self, t: int, recompute: Literal["none", "selective", "full"], /) -> int: ...
 
+@final
 class Generation:
     """Sequences that grow by a token a step, with their cache, where the model is. temperature 0: the likeliest."""
 
-    capacity: int  # tokens that each sequence has room for
     def __new__(
         cls,
         llama: Llama,
@@ -396,6 +422,8 @@ class Generation:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Generation: ...
+    @property
+    def capacity(self) -> int: ...  # tokens that each sequence has room for
     def prefill(
         self, input_ids: I32, positions: I32, q_start: I64, kv_start: I64, kv_len: I64, cos: F32, sin: F32, ends: I32, /
     ) -> None: ...  # ends (b,): the token that is the last of a sequence's prompt, -1: none of these

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import quantlab
 from quantlab import _core
 
@@ -47,6 +49,20 @@ def stub_names() -> set[str]:
 
 def test_stub_names_what_the_core_has():
     assert stub_names() == {name for name in dir(_core) if not name.startswith("__")}
+
+
+def stub_functions() -> dict[str, int]:
+    """How many arguments each takes at most."""
+    tree = ast.parse((PACKAGE / "_core.pyi").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: len(node.args.posonlyargs) + len(node.args.args) for node in functions}
+
+
+@pytest.mark.parametrize(("name", "count"), stub_functions().items())
+def test_stub_counts_the_arguments_of_the_core(name, count):
+    said = {0: "no", 1: "exactly (one|1)"}.get(count, f"(exactly|at most) {count}")
+    with pytest.raises(TypeError, match=f"takes {said} argument"):
+        getattr(_core, name)(*[None] * 99)
 
 
 def test_package_is_typed():

@@ -177,13 +177,8 @@ def quantize(
     """Quantize a model and write the checkpoint that other tools read."""
     import quantlab as ql
 
-    options: dict[str, Any] = {
-        "group_size": group_size,
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "sym": sym,
-    }
-    options |= {"desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
+    options: dict[str, Any] = {"group_size": group_size, "block_size": block_size, "double_quant": double_quant}
+    options |= {"sym": sym, "desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
     config = quantization_config(method, bits, options)
     if resume_dir is not None and method != "gptq":
         raise typer.BadParameter(f"--resume-dir: only gptq keeps finished layers, not {method}")
