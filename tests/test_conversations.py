@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def text_of(model, ids) -> str:
-    return model.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+    return model.decode(ids, skip_special_tokens=False)
 
 
 def learned(examples, row: int = 0) -> list[int]:

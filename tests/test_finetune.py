@@ -367,6 +367,9 @@ def test_what_it_does_not_take():
         "labels: got None": lambda: ql.finetune(classifier, ALL, rows),
         r"labels: got shape \(3,\) for 4 texts": lambda: ql.finetune(classifier, ALL, rows, labels=[0, 1, 2]),
         "labels: got 0 to 3": lambda: ql.finetune(classifier, ALL, rows, labels=[0, 1, 2, 3]),
+        "lora: got an adapter without a classification head": lambda: ql.finetune(
+            classifier, ql.Adapter.fresh(ALL, classifier), rows, labels=[0, 1, 2, 0]
+        ),
         "eval_labels: got None": lambda: ql.finetune(classifier, ALL, rows, eval_data=rows, labels=[0, 1, 2, 0]),
     }
     for says, job in cases.items():

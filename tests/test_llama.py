@@ -227,6 +227,8 @@ def test_head_training_learns_and_saves_the_best():
         (lambda m: m([1, 2], logits_to_keep=-1), "logits_to_keep: got -1"),
         (lambda m: LlamaConfig({**TINY, "max_position_embeddings": "many"}), "max_position_embeddings is 'many'"),
         (lambda m: m.perplexity("text"), "tokenizer: this checkpoint has none"),
+        (lambda m: m.decode([1]), "tokenizer: this checkpoint has none"),
+        (lambda m: m.require_adapter(), "adapter: this model has none"),
         (lambda m: m.replace({"nothing": m.lm_head}), "no module named 'nothing'"),
         (lambda m: LlamaConfig({**TINY, "hidden_size": 65}), "hidden_size 65"),
         (lambda m: LlamaConfig({**TINY, "vocab_size": 0}), "vocab_size is 0"),
