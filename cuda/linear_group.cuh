@@ -2,14 +2,13 @@
  * (units.cuh) is the A operand, decoded into registers, and groups are scaled in float32; but the activations are read from shared
  * memory by the tensor cores, 64 rows of W at a time, so that more tokens cost little.
  *
- * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
- * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
- * cluster. A warp brings its own weights, `stages` units of both halves of its tile, by bulk copies (the finishing warps bring the
- * first ones, while it brings activations). Fragments (16 rows x 8 tokens) of an item's sums are dealt out to the blocks of the
- * cluster, where finishing warps, one a tile, add those of all warpgroups in order and store them while the warpgroups go on.
+ * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K; each holds its part of the
+ * activations for the whole launch, and its warpgroups take the items of the cluster in turn, free of one another. A warp brings
+ * its own weights, `stages` times group_units units of both halves of its tile, by bulk copies. Fragments (16 rows x 8 tokens) of
+ * an item's sums are dealt out to the blocks of the cluster, where a finishing warp adds them in order and stores them while the
+ * warpgroup goes on.
  *
- *   shared: barriers | table | activations (columns / 64, tokens, 64) bf16 | sums of one or two items, of all warpgroups of the
- *           cluster | stages
+ *   shared: barriers | table | activations (columns / 64, tokens, 64) bf16 | sums of two items a warpgroup, from all blocks | stages
  *
  * Activations are swizzled as the descriptors say: rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8). The columns of 16 stand in
  * the order of the fragments of units.cuh: of 8 columns at 32 i + 8 t, pairs 0 and 1 are bytes 4 t of chunks 4 i and 4 i + 1, pairs
@@ -20,23 +19,27 @@
 #include "linear_small.cuh"
 #include "wgmma.cuh"
 
-enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 12, GROUP_BLOCK = 64 /* columns of a swizzled row */ };
+enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 8, GROUP_BLOCK = 64 /* columns of a swizzled row */ };
+
+template <typename Codes> __host__ __device__ constexpr int group_units() { return (int)Codes::bytes > (int)CHUNK ? 1 : 2; } /* of a stage and half: about 1 KB */
+
+template <int Tokens8> __host__ __device__ constexpr int group_buffers() { return Tokens8 > 4 ? 1 : 2; } /* of sums of an item */
 
 struct group_layout {
     uint32_t full, sums_full, sums_free, table, x, sums, stages, bytes;
 };
 
-/* units: of K, of a block; buffers: of sums of an item, 1 or 2; the bytes count what aligning the start may take */
+/* units: of K, of a block; the bytes count what aligning the start may take */
 template <typename Codes, int Tokens8, int Groups>
-__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units, int buffers) {
-    constexpr int warps = Groups * GROUP_WARPS;
+__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units, int cluster) {
+    constexpr int warps = Groups * GROUP_WARPS, fragments = GROUP_WARPS * Tokens8, buffers = group_buffers<Tokens8>();
     group_layout l;
-    l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 16;
-    l.table = (l.sums_free + 16 + 127) / 128 * 128;
+    l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * buffers * Groups;
+    l.table = (l.sums_free + 8 * buffers * Groups + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
     l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
-    l.stages = l.sums + (uint32_t)(buffers * warps * Tokens8 * CHUNK);
-    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * record) + 1024;
+    l.stages = l.sums + (uint32_t)(Groups * buffers * (fragments > cluster ? fragments : cluster) * CHUNK);
+    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * group_units<Codes>() * record) + 1024;
     return l;
 }
 
@@ -45,83 +48,54 @@ __host__ __device__ inline group_layout group_layout_of(int stages, int record, 
 /* where a thread stands */
 struct group_place {
     uint32_t base;
-    int shift, rank, first, step, items; /* log2 of the cluster; items of the cluster: first, first + step, ... */
-    int buffers;
-    int group, member, lane;             /* warpgroup (Groups: the finishing warps) and warp in it */
-    small_range k;                       /* units of the block */
+    int cluster, rank, first, step; /* items of the cluster: first, first + step, ... */
+    int items, group, warp, member, lane;
+    small_range k;
     group_layout l;
 };
 
 /* ---- weights: each warp for itself ---------------------------------------------------------------------------- */
 
-__device__ __forceinline__ small_tile group_tile(const small_args &a, int tile) { return locate_tile(a, min(tile, a.tiles - 1)); }
-__device__ __forceinline__ small_range group_units(const group_place &p, int group, int groups) {
-    small_range r = small_units_of(p.k.end - p.k.first, group, groups);
-    return {p.k.first + r.first, p.k.first + r.end};
-}
-/* of warp `warp` of those that multiply */
-__device__ __forceinline__ uint32_t group_stage_full(const group_place &p, int warp, int stage) {
-    return p.base + p.l.full + 8 * (warp * GROUP_MAX_STAGES + stage);
-}
-__device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
-    return p.base + p.l.stages + (warp * a.stages + stage) * 2 * a.record;
-}
-
 struct group_fetch {
-    int item, unit; /* what comes next */
-    const uint8_t *upper, *lower;
+    int item, unit, stage; /* what comes next, and where it goes */
+    small_tile tile;
 };
 
-__device__ __forceinline__ void group_seek(group_fetch &f, const small_args &a, const group_place &p, int member) {
-    small_tile tile = group_tile(a, f.item * GROUP_WARPS + member);
-    f.upper = tile.upper + (int64_t)f.unit * a.record, f.lower = tile.lower + (int64_t)f.unit * a.record;
-}
+__device__ __forceinline__ small_tile group_tile(const small_args &a, int tile) { return locate_tile(a, min(tile, a.tiles - 1)); }
 
-/* the next unit, of `mine`, of tile `member` of the item to stage `stage` of the warp; by one lane */
-__device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p, small_range mine, int member, int warp, int stage) {
+template <typename Codes, int Groups> __device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p) {
+    constexpr int units = group_units<Codes>();
     if (f.item >= p.items) { return; }
-    uint32_t full = group_stage_full(p, warp, stage), to = group_stage(a, p, warp, stage);
-    barrier_arrive_expect(full, 2 * a.record);
-    copy_bulk(to, f.upper, a.record, full);
-    copy_bulk(to + a.record, f.lower, a.record, full);
-    f.upper += a.record, f.lower += a.record;
-    if (++f.unit < mine.end) { return; }
-    f.unit = mine.first, f.item += p.step;
-    if (f.item < p.items) { group_seek(f, a, p, member); }
-}
-
-/* where a warp's fetching stands after its first `stages` units; with Fetch they are fetched, by one lane */
-template <bool Fetch> __device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine, int member, int warp) {
-    group_fetch f = {mine.first < mine.end ? p.first : p.items, mine.first, NULL, NULL};
-    if (Fetch) {
-        if (f.item < p.items) { group_seek(f, a, p, member); }
-        for (int i = 0; i < a.stages; i++) { group_fetch_stage(f, a, p, mine, member, warp, i); }
-        return f;
+    if (f.unit == p.k.first) { f.tile = group_tile(a, f.item * GROUP_WARPS + p.member); }
+    if (p.lane == 0) {
+        uint32_t full = p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + f.stage), half = units * a.record;
+        uint32_t bytes = min(units, p.k.end - f.unit) * a.record, to = p.base + p.l.stages + (p.warp * a.stages + f.stage) * 2 * half;
+        barrier_arrive_expect(full, 2 * bytes);
+        copy_bulk(to, f.tile.upper + (int64_t)f.unit * a.record, bytes, full);
+        copy_bulk(to + half, f.tile.lower + (int64_t)f.unit * a.record, bytes, full);
     }
-    int units = mine.end - mine.first;
-    if (units > 0) { f.item += a.stages / units * p.step, f.unit += a.stages % units; }
-    if (f.item < p.items) { group_seek(f, a, p, member); }
-    return f;
+    if ((f.unit += units) >= p.k.end) { f.unit = p.k.first, f.item += Groups * p.step; }
+    if (++f.stage == a.stages) { f.stage = 0; }
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------ */
 
-/* `columns` columns of all tokens, zeros from token m on, by a warpgroup: a warp takes 64 columns of 4 tokens at a time */
-template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_args &a, const group_place &p, uint32_t to, int column, int columns) {
-    constexpr int quads = 2 * Tokens8, ahead = 16;
-    int v = p.lane % 8, count = quads * (columns / GROUP_BLOCK);
-    for (int first = p.member; first < count; first += ahead * GROUP_WARPS) {
+/* this block's columns of all tokens, zeros from token m on: a warp takes 64 columns of 4 tokens at a time */
+template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_args &a, uint32_t to, int column, int columns) {
+    constexpr int quads = 2 * Tokens8, ahead = 8;
+    int warps = blockDim.x / WARP, lane = threadIdx.x % WARP, v = lane % 8, count = quads * (columns / GROUP_BLOCK);
+    for (int first = threadIdx.x / WARP; first < count; first += ahead * warps) {
         uint4 x[ahead];
 #pragma unroll
         for (int i = 0; i < ahead; i++) {
-            int piece = first + i * GROUP_WARPS, token = piece % quads * 4 + p.lane / 8;
+            int piece = first + i * warps, token = piece % quads * 4 + lane / 8;
             bool there = piece < count && token < a.m;
             const bf16 *from = a.x + (int64_t)token * a.x_line + column + piece / quads * GROUP_BLOCK + 8 * v;
             x[i] = there ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int i = 0; i < ahead; i++) {
-            int piece = first + i * GROUP_WARPS, token = piece % quads * 4 + p.lane / 8;
+            int piece = first + i * warps, token = piece % quads * 4 + lane / 8;
             uint32_t row = to + (piece / quads * 8 * Tokens8 + token) * 128 + v % 4 * 4, chunk = v / 4 * 4, turn = token % 8;
             if (piece >= count) { break; }
             store_shared(row + ((chunk ^ turn) * 16), x[i].x);
@@ -130,8 +104,6 @@ template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_
             store_shared(row + (((chunk + 3) ^ turn) * 16), x[i].w);
         }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    block_barrier(1 + p.group, GROUP_THREADS);
 }
 
 /* ---- one unit of four tiles --------------------------------------------------------------------------------------- */
@@ -195,145 +167,144 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
 
 /* ---- sums of an item ------------------------------------------------------------------------------------------------ */
 
-__device__ __forceinline__ uint32_t group_full(const group_place &p, int buffer) { return p.l.sums_full + 8 * buffer; }
-__device__ __forceinline__ uint32_t group_free(const group_place &p, int buffer) { return p.l.sums_free + 8 * buffer; }
-/* Fragment nt of tile `member` of an item is number member * Tokens8 + nt; block number % cluster adds it. The place there of what
- * warpgroup `from` of the cluster sends; this and the barriers above count from the base. */
-template <int Tokens8, int Groups> __device__ __forceinline__ uint32_t group_sums_at(const group_place &p, int buffer, int from, int fragment) {
-    int slots = GROUP_WARPS * Tokens8 >> p.shift;
-    return p.l.sums + (buffer * Groups * GROUP_WARPS * Tokens8 + from * slots + (fragment >> p.shift)) * CHUNK;
+/* fragments of an item that block `rank` adds: rank, rank + cluster, ... */
+template <int Tokens8> __device__ __forceinline__ int group_share(int rank, int cluster) {
+    return (GROUP_WARPS * Tokens8 - rank + cluster - 1) / cluster;
 }
-template <int Tokens8, int Groups> __device__ __forceinline__ void group_expect(const group_place &p, int buffer) {
-    barrier_arrive_expect(p.base + group_full(p, buffer), GROUP_WARPS * Tokens8 * Groups * CHUNK);
+/* place of a sum of block `block` */
+template <int Tokens8> __device__ __forceinline__ uint32_t group_sums_at(const group_place &p, int buffer, int block, int slot) {
+    int most = max(GROUP_WARPS * Tokens8, p.cluster), slots = group_share<Tokens8>(0, p.cluster);
+    return p.base + p.l.sums + ((p.group * group_buffers<Tokens8>() + buffer) * most + block * slots + slot) * CHUNK;
+}
+template <int Tokens8> __device__ __forceinline__ uint32_t group_full(const group_place &p, int buffer) {
+    return p.base + p.l.sums_full + 8 * (p.group * group_buffers<Tokens8>() + buffer);
+}
+template <int Tokens8> __device__ __forceinline__ uint32_t group_free(const group_place &p, int buffer) {
+    return p.base + p.l.sums_free + 8 * (p.group * group_buffers<Tokens8>() + buffer);
 }
 
-/* sums of the count'th item to the blocks that add them, once those have added what was in the buffer */
-template <int Tokens8, int Groups> __device__ __forceinline__ void group_send(const group_place &p, int count, const float (&sums)[4 * Tokens8]) {
-    int buffer = count & (p.buffers - 1);
-    if (count >= p.buffers) { barrier_wait(p.base + group_free(p, buffer), (count - p.buffers) >> (p.buffers - 1) & 1); }
+/* sums of the warpgroup's count'th item to the blocks that add them, once those have added what was in the buffer */
+template <int Tokens8> __device__ __forceinline__ void group_send(const group_place &p, int count, const float (&sums)[4 * Tokens8]) {
+    constexpr int buffers = group_buffers<Tokens8>();
+    int buffer = count % buffers;
+    if (count >= buffers) { barrier_wait_cluster(group_free<Tokens8>(p, buffer), (count / buffers - 1) & 1); }
 #pragma unroll
     for (int nt = 0; nt < Tokens8; nt++) {
-        int fragment = p.member * Tokens8 + nt;
-        uint32_t there = cluster_address(p.base, fragment & ((1 << p.shift) - 1));
+        int fragment = p.member * Tokens8 + nt, owner = fragment % p.cluster;
+        uint32_t place = cluster_address(group_sums_at<Tokens8>(p, buffer, p.rank, fragment / p.cluster), owner);
         float4 v = make_float4(sums[4 * nt], sums[4 * nt + 1], sums[4 * nt + 2], sums[4 * nt + 3]);
-        cluster_store_async(there + group_sums_at<Tokens8, Groups>(p, buffer, p.rank * Groups + p.group, fragment) + p.lane * 16, v,
-                            there + group_full(p, buffer));
+        cluster_store_async(place + p.lane * 16, v, cluster_address(group_full<Tokens8>(p, buffer), owner));
     }
 }
 
-/* the sums in a buffer of this block have been read: the warpgroups of the cluster may send the next ones */
-template <int Tokens8, int Groups> __device__ __forceinline__ void group_release(const group_place &p, int buffer) {
-    __syncwarp();
-    if (p.lane == 0 && p.member == 0) { group_expect<Tokens8, Groups>(p, buffer); }
-    __syncwarp();
-    if (p.lane < 1 << p.shift) { barrier_arrive_cluster(cluster_address(p.base + group_free(p, buffer), p.lane)); }
-}
-
-/* A finishing warp adds and stores this block's fragments of tile `member` of every item, GROUP_AIMED at a time. */
-template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(const small_args &a, const group_place &p) {
+/* Finishing warp `self` of Finishers adds and stores this block's fragments of every Finishers-th item, GROUP_AIMED at a time. */
+template <int Tokens8, int Groups, int Finishers> __device__ __forceinline__ void group_finish(const small_args &a, group_place p, int self) {
     enum { GROUP_AIMED = 2 };
-    int index = 0, cluster = 1 << p.shift, first = p.rank - (p.member * Tokens8 & (cluster - 1));
-    uint32_t stride = (GROUP_WARPS * Tokens8 >> p.shift) * CHUNK;
-    first = first < 0 ? Tokens8 : first; /* none */
-    for (int item = p.first; item < p.items; item += p.step, index++) {
-        int buffer = index & (p.buffers - 1), place = item * GROUP_WARPS + p.member;
-        small_tile tile = group_tile(a, place);
-#pragma unroll 1
-        for (int nt = first; nt < Tokens8 || nt == first; nt += GROUP_AIMED * cluster) {
+    constexpr int buffers = group_buffers<Tokens8>();
+    int share = group_share<Tokens8>(p.rank, p.cluster), index = self;
+    uint32_t stride = group_share<Tokens8>(0, p.cluster) * CHUNK;
+    for (int item = p.first + self * p.step; item < p.items; item += Finishers * p.step, index += Finishers) {
+        int count = index / Groups, buffer = count % buffers;
+        p.group = index % Groups;
+        for (int slot = 0; slot < share || slot == 0; slot += GROUP_AIMED) {
+            small_tile tile[GROUP_AIMED];
             small_target to[GROUP_AIMED];
-            float4 sums[GROUP_AIMED];
-#pragma unroll
-            for (int i = 0; i < GROUP_AIMED; i++) { to[i] = aim_fragment<false>(a, tile, p.lane, place < a.tiles ? nt + i * cluster : Tokens8, 1.0f); }
-            if (nt == first) { barrier_wait(p.base + group_full(p, buffer), index >> (p.buffers - 1) & 1); }
 #pragma unroll
             for (int i = 0; i < GROUP_AIMED; i++) {
-                int fragment = p.member * Tokens8 + min(nt + i * cluster, Tokens8 - 1);
-                sums[i] = add_fragments<false>(p.base + group_sums_at<Tokens8, Groups>(p, buffer, 0, fragment), p.lane, Groups << p.shift, stride);
+                int fragment = (slot + i) * p.cluster + p.rank, place = item * GROUP_WARPS + fragment / Tokens8;
+                bool there = slot + i < share && place < a.tiles;
+                tile[i] = group_tile(a, place);
+                to[i] = aim_fragment<false>(a, tile[i], p.lane, there ? fragment % Tokens8 : Tokens8, 1.0f); /* Tokens8: none */
             }
-            /* before the stores; at the end nobody waits for the buffer, and the other blocks may have ended */
-            if (nt + GROUP_AIMED * cluster >= Tokens8 && item + p.buffers * p.step < p.items) { group_release<Tokens8, Groups>(p, buffer); }
+            if (slot == 0) { barrier_wait_cluster(group_full<Tokens8>(p, buffer), count / buffers & 1); }
 #pragma unroll
             for (int i = 0; i < GROUP_AIMED; i++) {
-                if (nt + i * cluster < Tokens8) { store_fragment<false>(a, tile, to[i], sums[i]); }
+                if (slot + i >= share) { break; }
+                store_fragment<false>(a, tile[i], to[i], add_fragments<false>(group_sums_at<Tokens8>(p, buffer, 0, slot + i), p.lane, p.cluster, stride));
             }
         }
+        if (item + buffers * Groups * p.step >= p.items) { continue; } /* nobody waits for the buffer; the other blocks may have ended */
+        __syncwarp();
+        if (p.lane == 0) { barrier_arrive_expect(group_full<Tokens8>(p, buffer), share * p.cluster * CHUNK); }
+        __syncwarp();
+        if (p.lane < p.cluster) { barrier_arrive_cluster(cluster_address(group_free<Tokens8>(p, buffer), p.lane)); }
     }
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------------ */
 
 template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ group_place group_start(const small_args &a, const void *shared) {
+    constexpr int buffers = group_buffers<Tokens8>();
     group_place p;
-    int warp = __shfl_sync(QL_FULL_WARP, threadIdx.x / WARP, 0); /* the same in all lanes: descriptors stay in uniform registers */
-    int cluster = cluster_size();
-    p.shift = __ffs(cluster) - 1, p.rank = cluster_rank(), p.lane = threadIdx.x % WARP;
-    p.group = warp / GROUP_WARPS, p.member = warp % GROUP_WARPS;
-    p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x >> p.shift, p.step = gridDim.x >> p.shift;
-    p.k = small_units_of(a.units, p.rank, cluster);
+    p.cluster = cluster_size(), p.rank = cluster_rank(), p.warp = threadIdx.x / WARP, p.lane = threadIdx.x % WARP;
+    p.group = p.warp / GROUP_WARPS, p.member = p.warp % GROUP_WARPS;
+    p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x / p.cluster, p.step = gridDim.x / p.cluster;
+    p.k = small_units_of(a.units, p.rank, p.cluster);
     p.base = (shared_address(shared) + 1023) & ~1023u;
-    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) / cluster, a.buffers);
-    p.buffers = a.buffers;
-    if (p.group < Groups && p.lane < a.stages) { barrier_init(group_stage_full(p, warp, p.lane), 1); }
-    if (p.group == Groups && p.lane < a.buffers && p.member == 0) {
-        barrier_init(p.base + group_full(p, p.lane), 1), barrier_init(p.base + group_free(p, p.lane), GROUP_WARPS * cluster);
-        group_expect<Tokens8, Groups>(p, p.lane);
-    }
+    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + p.cluster - 1) / p.cluster, p.cluster);
+    if (p.lane != 0 || p.warp >= Groups * GROUP_WARPS) { return p; }
+    for (int i = 0; i < a.stages; i++) { barrier_init(p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + i), 1); }
+    for (int i = 0; i < buffers && p.member == 0; i++) { barrier_init(group_full<Tokens8>(p, i), 1), barrier_init(group_free<Tokens8>(p, i), p.cluster); }
     barrier_init_fence();
+    for (int i = 0; i < buffers && p.member == 0; i++) {
+        barrier_arrive_expect(group_full<Tokens8>(p, i), group_share<Tokens8>(p.rank, p.cluster) * p.cluster * CHUNK);
+    }
     return p;
 }
 
-/* the part of the warpgroup's columns in all items of the cluster */
+/* a warpgroup's items: every Groups-th of the cluster's */
 template <typename Codes, int Tokens8, int Parts, int Groups>
-__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, small_range mine, uint32_t x, uint32_t table) {
-    int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member;
-    group_fetch fetch = group_fetch_first<false>(a, p, mine, p.member, warp);
-    for (int item = p.first; item < p.items; item += p.step, count++) {
+__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, group_fetch fetch, uint32_t x, uint32_t table) {
+    constexpr int units = group_units<Codes>();
+    int stage = 0, phase = 0, count = 0;
+    for (int item = p.first + p.group * p.step; item < p.items; item += Groups * p.step, count++) {
         group_state<Tokens8, group_batch<Codes, Parts>()> s = {};
-        uint32_t x_here = (uint32_t)descriptor(x, 16);
-        for (int u = mine.first; u < mine.end; u++) {
-            uint32_t upper = group_stage(a, p, warp, stage);
-            barrier_wait(group_stage_full(p, warp, stage), phase);
-            group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + a.record, x_here, table, p.lane);
+        for (int u = p.k.first; u < p.k.end; u += units) {
+            barrier_wait(p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + stage), phase);
+            uint32_t half = units * a.record, upper = p.base + p.l.stages + (p.warp * a.stages + stage) * 2 * half;
+            for (int i = 0; i < units && u + i < p.k.end; i++) {
+                uint32_t x_here = x + (u - p.k.first + i) * (Codes::columns / GROUP_BLOCK * 1024 * Tokens8);
+                group_unit<Codes, Tokens8, Parts>(s, a, upper + i * a.record, upper + half + i * a.record, (uint32_t)descriptor(x_here, 16), table, p.lane);
+            }
             __syncwarp();
-            if (p.lane == 0) { group_fetch_stage(fetch, a, p, mine, p.member, warp, stage); }
-            x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
+            group_fetch_stage<Codes, Groups>(fetch, a, p);
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         group_scale(s);
-        group_send<Tokens8, Groups>(p, count, s.sums);
+        group_send<Tokens8>(p, count, s.sums);
     }
 }
 
-/* The block has 4 Groups warps that multiply and 4 that finish. */
-template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __forceinline__ void group_body(const small_args &a) {
+/* The block has 4 Groups warps that multiply and Finishers others. */
+template <typename Codes, int Tokens8, int Parts, int Groups, int Finishers> __device__ __forceinline__ void group_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     group_place p = group_start<Codes, Tokens8, Groups>(a, shared);
-    small_range mine = group_units(p, p.group, Groups);
-    uint32_t table = p.base + p.l.table, x = p.base + p.l.x + (mine.first - p.k.first) * (Codes::columns * 16 * Tokens8);
-    if (Codes::table) { fill_table((uint32_t *)(shared + (table - shared_address(shared))), a.values); }
+    uint32_t table = p.base + p.l.table, x = p.base + p.l.x;
+    bool multiplies = p.warp < Groups * GROUP_WARPS;
+    group_fetch fetch = {p.first + p.group * p.step, p.k.first, 0, {}};
+    __syncwarp();
+    for (int i = 0; i < a.stages && multiplies; i++) { group_fetch_stage<Codes, Groups>(fetch, a, p); }
     cluster_arrive();
-    __syncthreads();
     ql_cuda_start_next();
-    if (p.group == Groups) { /* the first weights: a lane a warpgroup's tile of the warp's number */
-        if (p.lane < Groups) { group_fetch_first<true>(a, p, group_units(p, p.lane, Groups), p.member, p.lane * GROUP_WARPS + p.member); }
-        __syncwarp();
-        ql_cuda_wait_previous();
-        cluster_wait();
-        group_finish<Tokens8, Groups>(a, p);
-        return;
-    }
+    if (Codes::table) { fill_table((uint32_t *)(shared + (table - shared_address(shared))), a.values); }
     ql_cuda_wait_previous();
-    group_load_x<Tokens8>(a, p, x, mine.first * Codes::columns, (mine.end - mine.first) * Codes::columns);
+    group_load_x<Tokens8>(a, x, p.k.first * Codes::columns, (p.k.end - p.k.first) * Codes::columns);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
     cluster_wait();
-    group_multiply<Codes, Tokens8, Parts, Groups>(a, p, mine, x, table);
+    if (multiplies) {
+        group_multiply<Codes, Tokens8, Parts, Groups>(a, p, fetch, x, table);
+    } else {
+        group_finish<Tokens8, Groups, Finishers>(a, p, p.warp - Groups * GROUP_WARPS);
+    }
 }
 
 #endif
 
-template <typename Codes, int Tokens8, int Parts, int Groups>
-__global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(const __grid_constant__ small_args a) {
+template <typename Codes, int Tokens8, int Parts, int Groups, int Finishers>
+__global__ void __launch_bounds__(Groups *GROUP_THREADS + Finishers *WARP, 1) small_group(const __grid_constant__ small_args a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    group_body<Codes, Tokens8, Parts, Groups>(a);
+    group_body<Codes, Tokens8, Parts, Groups, Finishers>(a);
 #else
     __trap(); /* not chosen: linear_small.cu */
 #endif

@@ -50,8 +50,8 @@ struct small_args {
     int units;                  /* along k */
     int k, x_line;
     int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
-    int m, d, stages, buffers;  /* buffers: of linear_group.cuh */
-    int adapted;                /* whether a part has a term */
+    int m, d, stages;
+    int adapted; /* whether a part has a term */
 };
 
 struct small_tile {
@@ -473,7 +473,8 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
                 auto x_at = [&](int b, int nt) { return load_shared<uint4>(x_here + nt * 8 * l.x_line + b * TWO_STEPS * 2); };
                 small_unit_pair<Codes, Tokens8, Parts>(sums, a, upper, upper + half_bytes, base + l.table, lane, x_at);
             }
-            warp_arrive(base + l.empty + 8 * stage, lane);
+            __syncwarp();
+            if (lane == 0) { barrier_arrive(base + l.empty + 8 * stage); }
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         int buffer = count & 1;
@@ -482,7 +483,8 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
         for (int nt = 0; nt < Tokens8; nt++) {
             put_fragment<Single>(base + l.sums + ((buffer * Tokens8 + nt) * Warps + warp) * bytes, lane, sums[nt]);
         }
-        warp_arrive(base + l.sums_full + 8 * buffer, lane);
+        __syncwarp();
+        if (lane == 0) { barrier_arrive(base + l.sums_full + 8 * buffer); }
     }
 }
 
@@ -511,7 +513,8 @@ __device__ __forceinline__ void small_finish(const small_args &a, uint32_t base,
             if (cluster == 1) { tile = locate_tile(a, index), to = aim_fragment<Single>(a, tile, lane, nt, norm); }
             barrier_wait(base + l.sums_full + 8 * buffer, count >> 1 & 1);
             float4 c = add_fragments<Single>(base + l.sums + (buffer * Tokens8 + nt) * Warps * bytes, lane, Warps, bytes);
-            warp_arrive(base + l.sums_empty + 8 * buffer, lane);
+            __syncwarp();
+            if (lane == 0) { barrier_arrive(base + l.sums_empty + 8 * buffer); }
             if (cluster == 1) {
                 store_fragment<Single>(a, tile, to, c);
                 continue;
@@ -535,7 +538,7 @@ __device__ __forceinline__ void small_finish(const small_args &a, uint32_t base,
             int slot = i / cluster;
             small_tile tile = locate_tile(a, first + i * step);
             small_target to = aim_fragment<Single>(a, tile, lane, nt, norm);
-            barrier_wait(base + l.tile_full + 8 * slot, 0);
+            barrier_wait_cluster(base + l.tile_full + 8 * slot, 0);
             uint32_t from = base + l.tile_sums + (slot * cluster * Tokens8 + nt) * bytes;
             store_fragment<Single>(a, tile, to, add_fragments<Single>(from, lane, cluster, Tokens8 * bytes));
         }
@@ -546,12 +549,12 @@ template <int Warps, int Fragments>
 __device__ __forceinline__ void small_init_barriers(uint32_t base, const small_layout &l, int stages, int owned, uint32_t owned_bytes) {
     for (int i = 0; i < stages; i++) {
         barrier_init(base + l.full + 8 * i, 1);
-        barrier_init(base + l.empty + 8 * i, warp_arrivals(Warps));
+        barrier_init(base + l.empty + 8 * i, Warps);
     }
     for (int i = 0; i < SMALL_X_CHUNKS; i++) { barrier_init(base + l.x_full + 8 * i, 1); }
     for (int i = 0; i < 2; i++) {
-        barrier_init(base + l.sums_full + 8 * i, warp_arrivals(Warps));
-        barrier_init(base + l.sums_empty + 8 * i, warp_arrivals(Fragments));
+        barrier_init(base + l.sums_full + 8 * i, Warps);
+        barrier_init(base + l.sums_empty + 8 * i, Fragments);
     }
     for (int i = 0; i < owned; i++) { barrier_init(base + l.tile_full + 8 * i, 1); }
     barrier_init_fence();
