@@ -16,6 +16,7 @@
 
 enum {
     LIMBS = 3,
+    MOST_PRODUCTS = 4,       /* of the same x, in one region */
     MOST = 127 << 16,        /* its limbs are 127, 0, 0 */
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
@@ -33,7 +34,8 @@ typedef struct {
     const ql_weight *w;
     const void *codes;
     ql_packed_layout l;
-    int64_t m, ld, groups, part; /* part: panels or rows of a task */
+    int64_t m, ld, groups, part, tasks; /* part: panels or rows of a task */
+    void (*task)(void *context, int64_t i);
     int accumulate;
 } product;
 
@@ -341,30 +343,71 @@ BYTE_TASK(code_task, 0)
 
 /* ---- the product ------------------------------------------------------------------------------------------------------ */
 
-static void run(product *g, const float *x) {
-    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL;
-    alignas(64) int8_t limbs[g->m * LIMBS * g->ld];
-    alignas(64) int32_t begin[LIMBS * numbers * lanes];
-    alignas(64) float scales[numbers], sums[numbers];
-    g->limbs = limbs, g->begin = begin, g->scales = scales, g->sums = sums;
-    split(g, x);
-    int panels = g->l.rows > 0;
-    int64_t count = panels ? g->l.panels : g->w->n, bytes = panels ? 4 * g->l.panel : bytes_of_row(g->w);
-    g->part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), panels ? STREAMS : 4);
-    if (g->part < 1) { g->part = panels ? STREAMS : 4; }
-    ql_parallel_for((count + g->part - 1) / g->part, panels ? nibble_task : g->w->format == QL_INT8 ? int8_task : code_task, g);
-}
-
-int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+/* what `of` begins with: the kernel, the codes and the sizes of y = x W^T; 0: there is no such kernel */
+static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
     int in_place = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits == 8);
-    if ((w->format != QL_INT8 && w->format != QL_AFFINE) || w->bits < 4 * !in_place) { return 0; }
+    if ((w->format != QL_INT8 && w->format != QL_AFFINE) || (!in_place && w->bits < 4)) { return 0; }
     product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
+    int panels = g.l.rows > 0;
     g.groups = (w->k + g.l.group - 1) / g.l.group;
-    g.ld = round_up((g.l.rows > 0 ? g.l.columns : w->k) + VL, 64);
+    g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
     int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP || m * (LIMBS * g.ld + 256 * g.groups) > MAX_SCRATCH;
     int no_kernel = !in_place && !ql_packs_bytes(w) && g.l.rows != 32;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    run(&g, x);
+    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? STREAMS : 4;
+    g.part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), at_once);
+    if (g.part < 1) { g.part = at_once; }
+    g.tasks = (count + g.part - 1) / g.part;
+    g.task = panels ? nibble_task : w->format == QL_INT8 ? int8_task : code_task;
+    *of = g;
     return 1;
+}
+
+/* whether both take the same integers of x */
+static int same_integers(const product *a, const product *b) {
+    const int32_t *perm_a = a->w->perm, *perm_b = b->w->perm;
+    if (a->w->k != b->w->k || a->l.group != b->l.group || a->l.rows != b->l.rows) { return 0; }
+    return perm_a == perm_b || (perm_a != NULL && perm_b != NULL && memcmp(perm_a, perm_b, (size_t)a->w->k * sizeof *perm_a) == 0);
+}
+
+/* task `task` of all products from `context` on */
+static void task_of_all(void *context, int64_t task) {
+    product *g = context;
+    for (; task >= g->tasks; g++) { task -= g->tasks; }
+    g->task(g, task);
+}
+
+/* `count` products that take the same integers of x, in one region */
+static void run(product *g, int64_t count, const float *x) {
+    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL, tasks = 0;
+    alignas(64) int8_t limbs[g->m * LIMBS * g->ld];
+    alignas(64) int32_t begin[LIMBS * numbers * lanes];
+    alignas(64) float scales[numbers], sums[numbers];
+    for (int64_t i = 0; i < count; i++) {
+        g[i].limbs = limbs, g[i].begin = begin, g[i].scales = scales, g[i].sums = sums;
+        tasks += g[i].tasks;
+    }
+    split(g, x);
+    ql_parallel_for(tasks, task_of_all, g);
+}
+
+int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    product g;
+    if (!prepare(&g, y, w, m, accumulate)) { return 0; }
+    run(&g, 1, x);
+    return 1;
+}
+
+void ql_products_forward_amx(float *const *y, const float *x, const ql_weight *const *w, int64_t count, int64_t m) {
+    product g[MOST_PRODUCTS];
+    int64_t i = 0;
+    while (i < count && count <= MOST_PRODUCTS && prepare(&g[i], y[i], w[i], m, 0) && same_integers(&g[0], &g[i])) { i++; }
+    if (count > 0 && i == count) {
+        run(g, count, x);
+        return;
+    }
+    for (i = 0; i < count; i++) {
+        (w[i]->format == QL_F32 ? ql_linear_forward_avx512 : ql_linear_forward_amx)(y[i], x, w[i], m, 0);
+    }
 }
