@@ -10,7 +10,8 @@
  * activations of 0. All of a panel is a multiple of 64 bytes. The words of one row and block:
  *   4 bits (affine, nf4, fp4)  1 word, code q of 8 in bits 4q..
  *   2 bits                     1 word, code q of 16 in bits 2q..: a nibble is a pair of codes
- *   3 bits                     3 words: the low 2 bits of codes 0..15, those of 16..31, and bit 2 of all 32
+ *   3 bits                     3 words: the low 2 bits of codes 0..15, those of 16..31, and bit 2 of all 32: byte b has those
+ *                              of codes 4b..4b+3, then those of 16+4b..16+4b+3
  * Codes of 5 to 7 bits have no panels: they are bytes, (n, k) row-major, code + 128 - 2^(bits-1). */
 #ifndef QL_FORMAT_PACKED_H
 #define QL_FORMAT_PACKED_H

@@ -25,7 +25,7 @@ static void pack_codes(uint32_t words[3], const ql_weight *w, int64_t i, int64_t
         uint32_t code = code_at(w, i, j + q);
         if (bits == 3) {
             words[q / 16] |= (code & 3) << (2 * (q % 16));
-            words[2] |= (code >> 2) << q;
+            words[2] |= (code >> 2) << (q % 16 / 4 * 8 + q / 16 * 4 + q % 4);
         } else {
             words[0] |= code << (bits * q);
         }

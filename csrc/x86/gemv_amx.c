@@ -1,5 +1,5 @@
-/* gemv_amx.c: y (m, n) = x (m, k) W^T for m <= QL_GEMV_ROWS where codes are integers of 4 bits in panels (formats/packed.h) or
- * of 8 in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that less
+/* gemv_amx.c: y (m, n) = x (m, k) W^T for m <= QL_GEMV_ROWS where codes are integers, of 2 to 4 bits in panels
+ * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that less
  * than half of the time that memory takes is spent on arithmetic.
  *
  * A group of x becomes integers of 24 bits with one scale, max|x| / MOST: about the rounding of float32 at the largest of them.
@@ -21,7 +21,7 @@ enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
-    STREAMS = 3,             /* of memory that a thread reads at a time: one alone reaches three quarters of their speed */
+    VECTORS = 8,             /* of rows of W at a time, in panels */
     AHEAD = 2048,            /* bytes of a stream: memory answers late */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
 };
@@ -41,6 +41,9 @@ typedef struct {
 
 static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+/* panels at a time, each a stream of memory of its own: one stream alone reaches three quarters of the speed of some */
+static inline int streams_of(int64_t rows) { return rows == 32 ? 3 : 2; }
 
 /* the first n of 64 bytes, n > 0 */
 static inline __mmask64 first_bytes(int64_t n) { return n < 64 ? (1ull << n) - 1 : ~0ull; }
@@ -67,8 +70,9 @@ static void begin_lanes(int32_t *begin, const int8_t *limbs, int64_t count) {
 /* group `group` of row r, stored columns [j, end), to its limbs from column `to` on */
 static void split_group(product *g, const float *x, int64_t r, int64_t group, int64_t j, int64_t end, int64_t to) {
     const __m128i in_order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m128i by_nibble = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15); /* low ones of a word first */
-    const __m128i order = g->l.rows > 0 ? by_nibble : in_order;
+    const __m128i of_nibbles = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15); /* as codes_of tells */
+    const __m128i of_pairs = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i order = g->l.rows == 32 ? of_nibbles : g->l.rows == 64 ? of_pairs : in_order;
     const int32_t *perm = g->w->perm;
     vi largest = vi_set1(0); /* as bits, so that a NaN is the largest */
     for (int64_t c = j; c < end; c += VL) {
@@ -97,7 +101,7 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
         int32_t limbs = _mm512_reduce_add_epi32(sum[l]);
         total = total * 256.0f + (float)limbs;
         if (g->l.rows > 0) {
-            g->begin[at * LIMBS + l] = -8 * limbs;
+            g->begin[at * LIMBS + l] = -(int32_t)ql_affine_symmetric_zero(g->w->bits) * limbs;
         } else {
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
@@ -122,17 +126,17 @@ static inline vf join(const vi sum[LIMBS]) {
     return v_fma(high, v_set1(256.0f), vi_to_vf(sum[2]));
 }
 
-/* ---- panels of 4 bits ----------------------------------------------------------------------------------------------- */
+/* ---- panels of 4, 2 and 3 bits -------------------------------------------------------------------------------------- */
 
-/* lanes [VL v, VL v + VL) of consecutive panels, the first of which is at p */
-static inline const char *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v) {
-    return (const char *)(p + v / 2 * l->panel + v % 2 * VL);
+/* vector v, VL lanes each, of consecutive panels of `rows` rows, the first of which is at p */
+static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v, const int rows) {
+    return p + v / (rows / VL) * l->panel + v % (rows / VL) * VL;
 }
 
 /* bytes from a word of group `group` to what to fetch meanwhile: on in its panel or, near the end, in the next one that this
  * thread will read as this stream */
 static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int panels) {
-    int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * 32) * 4;
+    int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * l->words * l->rows) * 4;
     return left < AHEAD ? AHEAD + (panels - 1) * l->panel * 4 : AHEAD;
 }
 
@@ -142,15 +146,13 @@ static inline vi four_limbs(const int8_t *x) {
     return vi_set1(four);
 }
 
-/* total + the sums of group `group` of row r of x, scaled; head: of the group, in the panel of vector v */
-static inline vf add_group(const product *g, vf total, const vi sum[LIMBS], const uint32_t *head, int v, int64_t r, int64_t group) {
+/* total + the sums of group `group` of row r of x, scaled, for the vector of W whose scales are at `scales`, its offsets `to`
+ * bytes on */
+static inline vf add_group(const product *g, vf total, const vi sum[LIMBS], const uint32_t *scales, int64_t to, int64_t r, int64_t group) {
     int64_t at = r * g->groups + group;
     vf value = v_mul(join(sum), v_set1(g->scales[at]));
-    if (g->l.zeros) {
-        const int16_t *offsets = (const int16_t *)(const void *)(head + 32) + v % 2 * VL;
-        value = v_fnma(vi_to_vf(vi_load_i16(offsets)), v_set1(g->sums[at]), value);
-    }
-    return v_fma(value, v_load((const float *)(const void *)head + v % 2 * VL), total);
+    if (g->l.zeros) { value = v_fnma(vi_to_vf(vi_load_i16((const char *)scales + to)), v_set1(g->sums[at]), value); }
+    return v_fma(value, v_load((const float *)(const void *)scales), total);
 }
 
 /* VL elements of row r of y from column i, as many as there are */
@@ -161,83 +163,108 @@ static inline void store_lanes(const product *g, int64_t r, int64_t i, vf value)
     v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
 }
 
-/* `panels` panels from row i of W on, each a stream of memory of its own, for all m rows of x */
-ALWAYS_INLINE void nibble_panels(const product *g, int64_t i, const int panels, const int m) {
+/* four codes a lane of a block whose words of these lanes begin at p, one to a byte; 0 <= h < step / 4 says which */
+ALWAYS_INLINE vi codes_of(const uint32_t *p, const int bits, const int h) {
+    if (bits == 4) { return vi_and(vi_shr(vi_load(p), (unsigned)(4 * h)), vi_set1(0x0f0f0f0f)); }
+    vi low = vi_and(vi_shr(vi_load(p + h / 4 * 64), (unsigned)(h % 4 * 2)), vi_set1(0x03030303));
+    if (bits == 2) { return low; }
+    vi high = vi_load(p + 2 * 64); /* bit 2 of a code at bit h of its byte */
+    high = h < 2 ? vi_shl(high, (unsigned)(2 - h)) : vi_shr(high, (unsigned)(h - 2));
+    return vi_or(vi_and(high, vi_set1(0x04040404)), low);
+}
+
+/* sum[r][v] += the block at p, VL rows of W a vector, times its limbs of row r of x, the first of which are at x */
+ALWAYS_INLINE void add_block(vi (*sum)[VECTORS][LIMBS], const product *g, const uint32_t *p, const int8_t *x, const int bits,
+                             const int vectors, const int m) {
+    const int step = bits == 4 ? 8 : bits == 2 ? 16 : 32, rows = bits == 4 ? 32 : 64;
+#pragma GCC unroll 8
+    for (int h = 0; h < step / 4; h++) {
+#pragma GCC unroll 2
+        for (int r = 0; r < m; r++) {
+            vi limb[LIMBS];
+#pragma GCC unroll 3
+            for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + (r * LIMBS + a) * g->ld + 4 * h); }
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) {
+                vi code = codes_of(lanes_of(p, &g->l, v, rows), bits, h);
+#pragma GCC unroll 3
+                for (int a = 0; a < LIMBS; a++) { sum[r][v][a] = _mm512_dpbusd_epi32(sum[r][v][a], code, limb[a]); }
+            }
+        }
+    }
+}
+
+/* `panels` panels from row i of W on, each a stream of memory of its own, for m rows of x from row `first` on */
+ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, const int bits, const int panels, const int m) {
     const ql_packed_layout *l = &g->l;
-    const uint32_t *p = (const uint32_t *)g->codes + i / 32 * l->panel;
-    const vi nibble = vi_set1(0x0f0f0f0f);
-    const int8_t *x = g->limbs;
-    vf total[QL_GEMV_ROWS][2 * STREAMS];
-#pragma GCC unroll 4
+    const int step = bits == 4 ? 8 : bits == 2 ? 16 : 32, words = bits == 3 ? 3 : 1, rows = bits == 4 ? 32 : 64;
+    const int vectors = panels * rows / VL;
+    const uint32_t *p = (const uint32_t *)g->codes + i / rows * l->panel;
+    const int8_t *x = g->limbs + first * LIMBS * g->ld;
+    vf total[2][VECTORS];
+#pragma GCC unroll 2
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 8
-        for (int v = 0; v < 2 * panels; v++) { total[r][v] = v_zero(); }
+        for (int v = 0; v < vectors; v++) { total[r][v] = v_zero(); }
     }
     for (int64_t group = 0; group < l->groups; group++) {
-        vi sum[QL_GEMV_ROWS][2 * STREAMS][LIMBS];
+        vi sum[2][VECTORS][LIMBS];
         const uint32_t *head = p;
         int64_t ahead = ahead_of(l, group, panels);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 3
             for (int a = 0; a < LIMBS; a++) {
-                vi begin = vi_set1(g->begin[(r * l->groups + group) * LIMBS + a]);
+                vi begin = vi_set1(g->begin[((first + r) * l->groups + group) * LIMBS + a]);
 #pragma GCC unroll 8
-                for (int v = 0; v < 2 * panels; v++) { sum[r][v][a] = begin; }
+                for (int v = 0; v < vectors; v++) { sum[r][v][a] = begin; }
             }
         }
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
-        for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
+        for (int64_t b = 0; b < blocks; b++, p += words * rows, x += step) {
 #pragma GCC unroll 8
-            for (int v = 0; v < 2 * panels; v++) { v_prefetch(lanes_of(p, l, v) + ahead); }
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) { /* the low nibbles, the high nibbles */
-#pragma GCC unroll 4
-                for (int r = 0; r < m; r++) {
-                    vi limb[LIMBS];
-#pragma GCC unroll 3
-                    for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + (r * LIMBS + a) * g->ld + 4 * h); }
-#pragma GCC unroll 8
-                    for (int v = 0; v < 2 * panels; v++) {
-                        vi word = vi_load(lanes_of(p, l, v)), code = vi_and(h ? vi_shr(word, 4) : word, nibble);
-#pragma GCC unroll 3
-                        for (int a = 0; a < LIMBS; a++) { sum[r][v][a] = _mm512_dpbusd_epi32(sum[r][v][a], code, limb[a]); }
-                    }
-                }
+            for (int v = 0; v < vectors; v++) {
+                for (int word = 0; word < words; word++) { v_prefetch((const char *)(lanes_of(p, l, v, rows) + word * rows) + ahead); }
             }
+            add_block(sum, g, p, x, bits, vectors, m);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 8
-            for (int v = 0; v < 2 * panels; v++) {
-                total[r][v] = add_group(g, total[r][v], sum[r][v], head + v / 2 * l->panel, v, r, group);
+            for (int v = 0; v < vectors; v++) {
+                int64_t to = 4 * rows - v % (rows / VL) * 2 * VL; /* scales are 4 bytes, offsets 2 */
+                total[r][v] = add_group(g, total[r][v], sum[r][v], lanes_of(head, l, v, rows), to, first + r, group);
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 8
-        for (int v = 0; v < 2 * panels; v++) { store_lanes(g, r, i + v * VL, total[r][v]); }
+        for (int v = 0; v < vectors; v++) { store_lanes(g, first + r, i + v * VL, total[r][v]); }
     }
 }
 
-ALWAYS_INLINE void nibble_range(const product *g, int64_t panel, int64_t end, const int m) {
-    const int streams = m == 1 ? STREAMS : m == 2 ? 2 : 1; /* registers */
-    for (; panel + streams <= end; panel += streams) { nibble_panels(g, panel * 32, streams, m); }
-    for (; panel < end; panel++) { nibble_panels(g, panel * 32, 1, m); }
-}
-
-static void nibble_task(void *context, int64_t task) {
-    const product *g = context;
-    int64_t panel = task * g->part, end = at_most(panel + g->part, g->l.panels);
-    switch (g->m) {
-    case 1: nibble_range(g, panel, end, 1); break;
-    case 2: nibble_range(g, panel, end, 2); break;
-    case 3: nibble_range(g, panel, end, 3); break;
-    default: nibble_range(g, panel, end, 4); break;
+ALWAYS_INLINE void panel_range(const product *g, int64_t panel, int64_t end, const int bits) {
+    const int rows = bits == 4 ? 32 : 64, streams = streams_of(rows), fewer = bits == 4 ? 2 : 1; /* registers */
+    for (; panel + streams <= end && g->m == 1; panel += streams) { panel_products(g, 0, panel * rows, bits, streams, 1); }
+    for (; panel + fewer <= end && g->m > 1; panel += fewer) {
+        for (int64_t r = 0; r + 2 <= g->m; r += 2) { panel_products(g, r, panel * rows, bits, fewer, 2); }
+        for (int64_t p = panel; p < panel + fewer && g->m % 2 == 1; p++) { panel_products(g, g->m - 1, p * rows, bits, 1, 1); }
+    }
+    for (; panel < end; panel++) {
+        for (int64_t r = 0; r < g->m; r++) { panel_products(g, r, panel * rows, bits, 1, 1); }
     }
 }
+
+#define PANEL_TASK(BITS)                                                                         \
+    static void panel_task_##BITS(void *context, int64_t task) {                                 \
+        const product *g = context;                                                              \
+        panel_range(g, task * g->part, at_most((task + 1) * g->part, g->l.panels), BITS);        \
+    }
+PANEL_TASK(2)
+PANEL_TASK(3)
+PANEL_TASK(4)
 
 /* ---- rows of bytes -------------------------------------------------------------------------------------------------- */
 
@@ -347,19 +374,20 @@ BYTE_TASK(code_task, 0)
 static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
     int in_place = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits == 8);
-    if ((w->format != QL_INT8 && w->format != QL_AFFINE) || (!in_place && w->bits < 4)) { return 0; }
+    if (w->format != QL_INT8 && w->format != QL_AFFINE) { return 0; }
     product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
     int panels = g.l.rows > 0;
     g.groups = (w->k + g.l.group - 1) / g.l.group;
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
     int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP || m * (LIMBS * g.ld + 256 * g.groups) > MAX_SCRATCH;
-    int no_kernel = !in_place && !ql_packs_bytes(w) && g.l.rows != 32;
+    int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? STREAMS : 4;
+    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;
     g.part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), at_once);
     if (g.part < 1) { g.part = at_once; }
     g.tasks = (count + g.part - 1) / g.part;
-    g.task = panels ? nibble_task : w->format == QL_INT8 ? int8_task : code_task;
+    void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
+    g.task = panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
     *of = g;
     return 1;
 }

@@ -24,7 +24,6 @@
 enum {
     MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
-    SUMS_PANELS = V_AVX512 ? 2 : 1, /* at a time: as registers allow */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = 8192,            /* bytes: memory answers late; past the end it is the next weight, as often as not */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
@@ -130,60 +129,49 @@ static void nibble_task(void *context, int64_t task) {
     }
 }
 
-/* rows [i, i + 4 VL) of W, from lane `lane` of a panel of 64, and the same of the panels after it, `panels` in all, each a
- * stream of memory of its own; for one row of x, that of the tables */
-ALWAYS_INLINE void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i, const int panels) {
+/* rows [i, i + 4 VL) of W, from lane `lane` of a panel of 64, for one row of x, that of the tables */
+static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i) {
     const ql_packed_layout *l = &g->l;
     const float *table = g->table;
-    vf total[4 * SUMS_PANELS];
-#pragma GCC unroll 8
-    for (int v = 0; v < 4 * panels; v++) { total[v] = v_zero(); }
+    vf total[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
     for (int64_t group = 0; group < l->groups; group++) {
-        const uint32_t *head = p;
-        vf sum[4 * SUMS_PANELS];
-#pragma GCC unroll 8
-        for (int v = 0; v < 4 * panels; v++) {
-            const int16_t *offsets = (const int16_t *)(const void *)(head + v / 4 * l->panel + 64) + lane + v % 4 * VL;
+        const float *scales = (const float *)(const void *)p + lane;
+        vf sum[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            const int16_t *offsets = (const int16_t *)(const void *)(p + 64) + lane + v * VL;
             sum[v] = l->zeros ? offset_term(g, offsets, 0, group) : v_zero();
         }
         p += l->head;
         int64_t words = (group == l->groups - 1 ? l->last : l->blocks) * l->words;
         for (int64_t word = 0; word < words; word++, p += 64) {
-            vi codes[4 * SUMS_PANELS];
+            const char *bytes = (const char *)(p + lane);
+            vi codes[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) { v_prefetch(bytes + v * 4 * VL + AHEAD); }
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++, table += 16) {
                 v_table values = v_table_load(table);
-#pragma GCC unroll 8
-                for (int v = 0; v < 4 * panels; v++) {
-                    const char *bytes = (const char *)(p + v / 4 * l->panel + lane + v % 4 * VL);
-                    if (q == 0) { v_prefetch(bytes + AHEAD); }
-                    if (q % 2 == 0) { codes[v] = vi_load(bytes + q / 2); }
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; v++) {
+                    if (q % 2 == 0) { codes[v] = vi_load(bytes + v * 4 * VL + q / 2); }
                     sum[v] = v_add(sum[v], v_table_get(values, q % 2 ? vi_shr(codes[v], 4) : codes[v]));
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int v = 0; v < 4 * panels; v++) {
-            const float *scales = (const float *)(const void *)(head + v / 4 * l->panel) + lane;
-            total[v] = v_fma(sum[v], v_load(scales + v % 4 * VL), total[v]);
-        }
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) { total[v] = v_fma(sum[v], v_load(scales + v * VL), total[v]); }
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < 4 * panels; v++) { store_lanes(g, 0, i + v / 4 * 64 + v % 4 * VL, total[v]); }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
 }
 
 static void sums_task(void *context, int64_t task) {
     const gemv *g = context;
-    int64_t panel = task * g->part, end = at_most(panel + g->part, g->l.panels);
-    for (; panel < end; panel += SUMS_PANELS) {
+    int64_t end = at_most((task + 1) * g->part, g->l.panels);
+    for (int64_t panel = task * g->part; panel < end; panel++) {
         const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
-        for (int64_t lane = 0; lane < 64; lane += 4 * VL) {
-            if (panel + SUMS_PANELS <= end) {
-                sums_lanes(g, p, lane, panel * 64 + lane, SUMS_PANELS);
-            } else {
-                sums_lanes(g, p, lane, panel * 64 + lane, 1);
-            }
-        }
+        for (int64_t lane = 0; lane < 64; lane += 4 * VL) { sums_lanes(g, p, lane, panel * 64 + lane); }
     }
 }
 
@@ -206,7 +194,7 @@ static void sums_table(float *table, const float *x, int64_t columns, int bits) 
     int64_t step = bits == 3 ? 32 : 16;
     for (int64_t j = 0; j < columns; j += step) {
         for (int64_t q = 0; q < step; q += 2, table += 16) { sums_line(table, x + j + q, pair, 2); }
-        for (int64_t q = 0; bits == 3 && q < step; q += 4, table += 16) { sums_line(table, x + j + q, quad, 4); }
+        for (int64_t q = 0; bits == 3 && q < 8; q++, table += 16) { sums_line(table, x + j + q % 2 * 16 + q / 2 * 4, quad, 4); }
     }
 }
 
@@ -433,7 +421,6 @@ static void run(gemv *g, const float *x, const scratch_sizes *s) {
         run_rows(g);
     } else {
         g->part = part_of(l->panels, 4 * l->panel);
-        if (l->rows == 64) { g->part = (g->part + SUMS_PANELS - 1) / SUMS_PANELS * SUMS_PANELS; }
         if (l->rows == 32) { run_nibbles(g); } else { run_sums(g, sums + s->sums); }
     }
 }

@@ -88,7 +88,7 @@ static void set_planes(tile_gemm *g, const ql_weight *w) {
 }
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    if (m <= QL_GEMV_ROWS) { /* W is read once: float32 costs no more */
+    if (m <= QL_GEMV_ROWS) { /* W is read once: what is as exact as float32 costs no more */
         if (!ql_gemv_forward_amx(y, x, w, m, accumulate)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
         return;
     }
