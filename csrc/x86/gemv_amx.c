@@ -1,10 +1,11 @@
 /* gemv_amx.c: y (m, n) = x (m, k) W^T for m <= QL_GEMV_ROWS where codes are integers, of 2 to 4 bits in panels
- * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that less
- * than half of the time that memory takes is spent on arithmetic.
+ * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and
+ * instruction, so that arithmetic takes less time than memory.
  *
  * A group of x becomes integers of 24 bits with one scale, max|x| / MOST: about the rounding of float32 at the largest of them.
  * An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which are exact. Codes are unsigned, so
- * sums begin at -middle * the sum of the limbs that they add up. So a row of y has the same bits for every m and every number of threads. */
+ * sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every number of
+ * threads. */
 #include "../formats/packed.h"
 #include "overlay.h"
 #include "vec_avx512.h"
