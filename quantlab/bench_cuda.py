@@ -48,9 +48,9 @@ def weight(name: str, n: int, k: int) -> QuantWeight:
         return QuantWeight(name, 4, (n, k), 64, codes, (0.02 + 0.02 * rng.random(blocks)).astype(np.float32))
     bits = int(name.removeprefix("affine"))
     group = 64 if bits == 2 else 128
-    codes = rng.integers(0, 1 << 32, (n, k * bits // 32), dtype=np.uint32)
+    words = rng.integers(0, 1 << 32, (n, k * bits // 32), dtype=np.uint32)
     scales = (0.002 + 0.002 * rng.random((n, k // group))).astype(np.float32)
-    return QuantWeight("affine", bits, (n, k), group, codes, scales)
+    return QuantWeight("affine", bits, (n, k), group, words, scales)
 
 
 @lru_cache

@@ -151,7 +151,8 @@ class Batches:
         self.per_epoch = -(-len(self.units) // config.per_device_train_batch_size)
         self.steps_per_epoch = config.steps_per_epoch(self.per_epoch)
         self.steps = config.total_steps(self.per_epoch)
-        self._epoch, self._order = -1, np.arange(len(self.units))
+        self._epoch = -1
+        self._order: np.ndarray = np.arange(len(self.units))
 
     def step(self, step: int) -> list[tuple[int, list[int]]]:
         """(number of the batch, its rows) of each batch of a step, counted from 0."""

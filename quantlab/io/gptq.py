@@ -192,7 +192,7 @@ def _qzeros(module: str, weight: QuantWeight, version: str) -> np.ndarray:
     n, k = weight.shape
     groups = -(-k // weight.group)
     if weight.zeros is None:
-        zeros = np.full((groups, n), 2 ** (weight.bits - 1), np.uint8)
+        zeros: np.ndarray = np.full((groups, n), 2 ** (weight.bits - 1), np.uint8)
     else:
         zeros = np.ascontiguousarray(weight.zeros.reshape(n, groups).T)
     if version == V1:
