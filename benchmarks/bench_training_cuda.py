@@ -31,8 +31,8 @@ from quantlab.llama_config import LINEARS, LlamaConfig
 from quantlab.lora import Adapter
 
 BASES = {"nf4": ql.NF4Config(64, double_quant=True), "affine4 g128": ql.RTNConfig(4, 128)}
-# the cases with least memory first: what ops work in only grows
 BATCHES = (1, 32)  # of generation
+# the cases with least memory first: what ops work in only grows
 CASES = ((512, "none"), (512, "full"), (2048, "full"), (2048, "selective"), (2048, "none"))
 LORA = ql.LoraConfig(r=8, lora_alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj"))
 OPTIONS = (2e-4, 0.9, 0.999, 1e-8, 0.0)  # lr, beta1, beta2, eps, weight_decay

@@ -71,7 +71,7 @@ def lines_section(path: Path, details: bool) -> str:
         return logits_section(path, records) if details else ""
     if "matrices" in records[0]:
         return codes_section(path, records) if details else ""
-    if "recompute" in records[0]:
+    if records[0].get("op") in ("training", "generation"):
         return training_section(path, records)
     if "peak_bytes" in records[0]:
         return gptq_section(path, records)
@@ -239,6 +239,7 @@ def gptq_section(path: Path, records: list[dict[str, Any]]) -> str:
 def training_section(path: Path, records: list[dict[str, Any]]) -> str:
     """One line a case of LoRA training on a GPU, then of generation beside what was trained."""
     generated = [record for record in records if record["op"] == "generation"]
+    first = records[0]
     records = [record for record in records if record["op"] == "training"]
     rows = [
         [
@@ -248,7 +249,6 @@ def training_section(path: Path, records: list[dict[str, Any]]) -> str:
         for record in records
     ]  # fmt: skip
     table = markdown_table(["base", "batch", "recomputed", "ms a step", "tok/s", "peak device memory, GB"], rows)
-    first = records[0]
     return (
         f"### LoRA training on a GPU: {first['device']}, shapes of {first['model']}, r {first['r']} on q, k, v, o, "
         f"commit {first['commit']}\n\n{table}\n\nMedian of a step: gradient and AdamW."
@@ -275,7 +275,7 @@ def beside_section(records: list[dict[str, Any]]) -> str:
     rows = [
         [base, str(batch), f"{without:.2f}", f"{beside:.2f}", f"{beside / without:.2f}"]
         for (base, batch, adapter), without in milliseconds.items()
-        if not adapter and (beside := milliseconds[base, batch, True])
+        if not adapter and (beside := milliseconds.get((base, batch, True)))
     ]
     if not rows:
         return " "

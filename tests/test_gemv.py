@@ -155,3 +155,24 @@ def test_weights_too_wide_for_a_kernel(isa: str, rng: np.random.Generator, forma
     stored = ref.random_weight(rng, format, 3, k, group=64, bits=bits, perm=True)
     x = rng.standard_normal((4, k), dtype=np.float32)
     assert (np.abs(_core.linear(x, stored.core()) - ref.linear(x, stored)) <= bound(stored, x)).all()
+
+
+@pytest.mark.parametrize(("case", "k"), [("affine4", 18_432), ("affine8", 18_432), ("affine4", 28_672)])
+def test_the_kernel_does_not_depend_on_m(isa: str, rng: np.random.Generator, case: str, k: int) -> None:
+    """Nor does the room on the stack that it takes, wide as the matrix may be."""
+    if isa == "scalar":
+        pytest.skip("the specification, too slow at this size")
+    w, x = make(rng, case, 33, k).core(), rng.standard_normal((4, k), dtype=np.float32)
+    whole = _core.linear(x, w)
+    for m in ROWS:
+        assert _core.linear(x[:m].copy(), w).tobytes() == whole[:m].tobytes(), m
+
+
+@pytest.mark.parametrize("case", ["int8", "affine4", "affine8"])
+def test_small_activations_are_not_zero(isa: str, rng: np.random.Generator, case: str) -> None:
+    """As far as a float32 that is not denormal can hold a unit in the last place of the largest one's integers."""
+    w, x = make(rng, case, 17, 64), rng.standard_normal((2, 64), dtype=np.float32)
+    expected = _core.linear(x, w.core())
+    for power in (-80, -100):
+        found = _core.linear(x * np.float32(2.0**power), w.core()).astype(np.float64) / 2.0**power
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

@@ -238,7 +238,8 @@ static int begin_worker(int number) {
 static void open_region(uint32_t count, task_function *task, void *context, int helpers) {
     while (pool.workers < helpers && begin_worker(pool.workers)) { pool.workers++; }
     unsigned region = atomic_load(&pool.region) + 1;
-    for (unsigned i = 0; i < pool.runs; i++) { /* first: an old claim must not meet the new count */
+    unsigned used = region > 1 ? pool.runs : MAX_RUNS;
+    for (unsigned i = 0; i < used; i++) { /* first: an old claim, or one that never was, must not meet the new count */
         atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | NO_TASK);
     }
     pool.runs = runs_of(helpers + 1);

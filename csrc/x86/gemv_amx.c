@@ -3,7 +3,7 @@
  * instruction, so that arithmetic takes less time than memory.
  *
  * A group of x becomes integers of 24 bits with one scale, max|x| / MOST: about the rounding of float32 at the largest of them.
- * An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which are exact. Codes are unsigned, so
+ * A group with an infinity becomes NaN. An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which are exact. Codes are unsigned, so
  * sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every number of
  * threads. */
 #include "../formats/packed.h"
@@ -84,10 +84,11 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
     int32_t bits = _mm512_reduce_max_epi32(largest);
     memcpy(&most, &bits, sizeof most);
     scale = most / MOST;
-    vf inverse = v_set1(most > 0.0f ? MOST / most : 0.0f);
+    float up = most < 0x1p-64f ? 0x1p64f : 1.0f; /* the inverse of less would not be finite */
+    vf inverse = v_set1(most > 0.0f ? MOST / (most * up) : 0.0f);
     vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
     for (int64_t c = j; c < end; c += VL) {
-        vi rest = vi_from_vf(v_mul(load_columns(x, perm, c, end), inverse));
+        vi rest = vi_from_vf(v_mul(v_mul(load_columns(x, perm, c, end), v_set1(up)), inverse));
         for (int l = LIMBS - 1; l >= 0; l--) {
             vi limb = _mm512_srai_epi32(vi_shl(rest, 24), 24);
             rest = _mm512_srai_epi32(vi_sub(rest, limb), 8);
@@ -380,7 +381,9 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     int panels = g.l.rows > 0;
     g.groups = (w->k + g.l.group - 1) / g.l.group;
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP || m * (LIMBS * g.ld + 256 * g.groups) > MAX_SCRATCH;
+    int64_t a_group = (LIMBS * (panels ? 1 : VL) + 2) * 4; /* bytes: see `run` */
+    int64_t scratch = QL_GEMV_ROWS * (LIMBS * g.ld + a_group * g.groups); /* whatever m is: the kernel must not depend on it */
+    int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP || scratch > MAX_SCRATCH;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;

@@ -75,8 +75,8 @@ class Records:
 
     @property
     def any(self) -> dict[str, Any]:
-        """One of the cells: for what they all share (data, environment)."""
-        return next(iter(self.cells.values()))
+        """A record that stands for all in what they share (data, environment): each study says which."""
+        raise NotImplementedError
 
     @property
     def machine(self) -> str:

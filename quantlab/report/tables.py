@@ -119,7 +119,7 @@ def as_published() -> Table:
 def differences(study: Study) -> str:
     """In what our run is not the published one, in words."""
     data, config = study.any["data"], study.config
-    machine = study.machine if study.on_device else f"{study.machine}, no GPU"
+    machine = study.machine if study.any["env"]["gpu"] else f"{study.machine}, no GPU"
     ways = [f"the model ({study.model})", f"the machine ({machine})", f"the data ({data['n']:,} of {study.task})"]
     if not config["one_at_a_time"]:
         ways.append("batches in place of single tweets")
