@@ -170,8 +170,8 @@ def test_the_kernel_does_not_depend_on_m(isa: str, rng: np.random.Generator, cas
 
 @pytest.mark.parametrize("case", ["int8", "affine4", "affine8"])
 def test_small_activations_are_not_zero(isa: str, rng: np.random.Generator, case: str) -> None:
-    """A power of two changes no rounding, down to where the scale of the integers of x would be denormal."""
+    """A power of two changes no rounding, down to where a product of the scales of x and of W is denormal."""
     w, x = make(rng, case, 17, 64), rng.standard_normal((2, 64), dtype=np.float32)
-    for power in (-63, -64, -65, -80, -100):
+    for power in (-63, -64, -65, -80):
         found = _core.linear(x * np.float32(2.0**power), w.core()).astype(np.float64) / 2.0**power
         assert (np.abs(found - ref.linear(x, w)) <= bound(w, x)).all(), power
