@@ -210,8 +210,8 @@ typedef struct {
      * group) -> codes int8, scales (count / group,). Other formats: not called. */                                     \
     X(quantize_forward, (void *codes, float *scales, const float *x, ql_format format, int64_t count, int64_t group))
 
-/* Parts of the model in one op each. NULL where a backend has none (the CPU, but for products_forward): the model then
- * composes it from the ops above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
+/* Parts of the model in one op each. NULL where a backend has none (the CPU): the model then composes it from the ops
+ * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
 #define QL_FUSED_OPS(X)                                                                                                 \
     /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
      * rope(h Wk^T), h Wv^T of token i. Here and in the products below: each with the part of its adapter, l (3,) in    \
@@ -229,8 +229,6 @@ typedef struct {
     /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = rmsnorm(x, gain) */                                                   \
     X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
                         const ql_low_rank *l, int64_t t, float eps))                                                    \
-    /* linear_forward of `count` weights: y[i] (m, n_i) = x (m, k) W_i^T */                                            \
-    X(products_forward, (float *const *y, const float *x, const ql_weight *const *w, int64_t count, int64_t m))         \
     /* x (t, n) += a (t, k) W^T */                                                                                      \
     X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, const ql_low_rank *l, int64_t t))          \
     /* out (t, c) = rmsnorm(x, gain) */                                                                                 \

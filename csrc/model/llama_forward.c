@@ -70,21 +70,13 @@ static void product(float *y, const float *x, const ql_llama_layer *layer, int s
     ql_llama_product(y, s->u, x, layer, slot, &none, s->m, accumulate, be);
 }
 
-/* the products of `count` matrices from `slot` on with the same x; y[i] (m, n_i) */
-static void products(float *const *y, const float *x, const ql_llama_layer *layer, int slot, int count, const buffers *s,
-                     const ql_backend *be) {
-    if (layer->lora == NULL && be->products_forward != NULL) {
-        be->products_forward(y, x, layer->matrix + slot, count, s->m);
-        return;
-    }
-    for (int i = 0; i < count; i++) { product(y[i], x, layer, slot + i, s, 0, be); }
-}
-
 static void attention_block(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
                             void *cache_k, void *cache_v, const ql_backend *be) {
     int64_t t = batch->t;
     be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, t, m->c, m->eps);
-    products((float *const[]){s->q, s->k, s->v}, s->h, layer, QL_SLOT_Q, 3, s, be);
+    product(s->q, s->h, layer, QL_SLOT_Q, s, 0, be);
+    product(s->k, s->h, layer, QL_SLOT_K, s, 0, be);
+    product(s->v, s->h, layer, QL_SLOT_V, s, 0, be);
     be->rope_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
     be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     const float *k = s->k, *v = s->v;
@@ -100,7 +92,8 @@ static void attention_block(const ql_llama *m, const ql_llama_layer *layer, cons
 
 static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t, const buffers *s, const ql_backend *be) {
     be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, t, m->c, m->eps);
-    products((float *const[]){s->gate, s->up}, s->h, layer, QL_SLOT_GATE, 2, s, be);
+    product(s->gate, s->h, layer, QL_SLOT_GATE, s, 0, be);
+    product(s->up, s->h, layer, QL_SLOT_UP, s, 0, be);
     be->swiglu_forward(s->gate, s->gate, s->up, t * m->f);
     product(s->x, s->gate, layer, QL_SLOT_DOWN, s, 1, be);
 }

@@ -3,9 +3,9 @@
  * instruction, so that arithmetic takes less time than memory.
  *
  * A group of x becomes integers of 24 bits with one scale, max|x| / MOST: about the rounding of float32 at the largest of them.
- * A group with an infinity becomes NaN. An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which are exact. Codes are unsigned, so
- * sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every number of
- * threads. */
+ * A group with an infinity becomes NaN. An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which
+ * are exact. Codes are unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits
+ * for every m and every number of threads. */
 #include "../formats/packed.h"
 #include "overlay.h"
 #include "vec_avx512.h"
@@ -17,7 +17,6 @@
 
 enum {
     LIMBS = 3,
-    MOST_PRODUCTS = 4,       /* of the same x, in one region */
     MOST = 127 << 16,        /* its limbs are 127, 0, 0 */
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
@@ -42,6 +41,10 @@ typedef struct {
 
 static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+/* of a panel of `bits` bits, as ql_packed_layout has them: rows, and codes of a row in a block; constants after inlining */
+static inline int rows_of(int bits) { return bits == 4 ? 32 : 64; }
+static inline int step_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 
 /* panels at a time, each a stream of memory of its own: one stream alone reaches three quarters of the speed of some */
 static inline int streams_of(int64_t rows) { return rows == 32 ? 3 : 2; }
@@ -178,7 +181,7 @@ ALWAYS_INLINE vi codes_of(const uint32_t *p, const int bits, const int h) {
 /* sum[r][v] += the block at p, VL rows of W a vector, times its limbs of row r of x, the first of which are at x */
 ALWAYS_INLINE void add_block(vi (*sum)[VECTORS][LIMBS], const product *g, const uint32_t *p, const int8_t *x, const int bits,
                              const int vectors, const int m) {
-    const int step = bits == 4 ? 8 : bits == 2 ? 16 : 32, rows = bits == 4 ? 32 : 64;
+    const int step = step_of(bits), rows = rows_of(bits);
 #pragma GCC unroll 8
     for (int h = 0; h < step / 4; h++) {
 #pragma GCC unroll 2
@@ -199,7 +202,7 @@ ALWAYS_INLINE void add_block(vi (*sum)[VECTORS][LIMBS], const product *g, const 
 /* `panels` panels from row i of W on, each a stream of memory of its own, for m rows of x from row `first` on */
 ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, const int bits, const int panels, const int m) {
     const ql_packed_layout *l = &g->l;
-    const int step = bits == 4 ? 8 : bits == 2 ? 16 : 32, words = bits == 3 ? 3 : 1, rows = bits == 4 ? 32 : 64;
+    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits);
     const int vectors = panels * rows / VL;
     const uint32_t *p = (const uint32_t *)g->codes + i / rows * l->panel;
     const int8_t *x = g->limbs + first * LIMBS * g->ld;
@@ -248,7 +251,7 @@ ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, co
 }
 
 ALWAYS_INLINE void panel_range(const product *g, int64_t panel, int64_t end, const int bits) {
-    const int rows = bits == 4 ? 32 : 64, streams = streams_of(rows), fewer = bits == 4 ? 2 : 1; /* registers */
+    const int rows = rows_of(bits), streams = streams_of(rows), fewer = bits == 4 ? 2 : 1; /* registers */
     for (; panel + streams <= end && g->m == 1; panel += streams) { panel_products(g, 0, panel * rows, bits, streams, 1); }
     for (; panel + fewer <= end && g->m > 1; panel += fewer) {
         for (int64_t r = 0; r + 2 <= g->m; r += 2) { panel_products(g, r, panel * rows, bits, fewer, 2); }
@@ -396,50 +399,19 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     return 1;
 }
 
-/* whether both take the same integers of x */
-static int same_integers(const product *a, const product *b) {
-    const int32_t *perm_a = a->w->perm, *perm_b = b->w->perm;
-    if (a->w->k != b->w->k || a->l.group != b->l.group || a->l.rows != b->l.rows) { return 0; }
-    return perm_a == perm_b || (perm_a != NULL && perm_b != NULL && memcmp(perm_a, perm_b, (size_t)a->w->k * sizeof *perm_a) == 0);
-}
-
-/* task `task` of all products from `context` on */
-static void task_of_all(void *context, int64_t task) {
-    product *g = context;
-    for (; task >= g->tasks; g++) { task -= g->tasks; }
-    g->task(g, task);
-}
-
-/* `count` products that take the same integers of x, in one region */
-static void run(product *g, int64_t count, const float *x) {
-    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL, tasks = 0;
+static void run(product *g, const float *x) {
+    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL;
     alignas(64) int8_t limbs[g->m * LIMBS * g->ld];
     alignas(64) int32_t begin[LIMBS * numbers * lanes];
     alignas(64) float scales[numbers], sums[numbers];
-    for (int64_t i = 0; i < count; i++) {
-        g[i].limbs = limbs, g[i].begin = begin, g[i].scales = scales, g[i].sums = sums;
-        tasks += g[i].tasks;
-    }
+    g->limbs = limbs, g->begin = begin, g->scales = scales, g->sums = sums;
     split(g, x);
-    ql_parallel_for(tasks, task_of_all, g);
+    ql_parallel_for(g->tasks, g->task, g);
 }
 
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     product g;
     if (!prepare(&g, y, w, m, accumulate)) { return 0; }
-    run(&g, 1, x);
+    run(&g, x);
     return 1;
-}
-
-void ql_products_forward_amx(float *const *y, const float *x, const ql_weight *const *w, int64_t count, int64_t m) {
-    product g[MOST_PRODUCTS];
-    int64_t i = 0;
-    while (i < count && count <= MOST_PRODUCTS && prepare(&g[i], y[i], w[i], m, 0) && same_integers(&g[0], &g[i])) { i++; }
-    if (count > 0 && i == count) {
-        run(g, count, x);
-        return;
-    }
-    for (i = 0; i < count; i++) {
-        (w[i]->format == QL_F32 ? ql_linear_forward_avx512 : ql_linear_forward_amx)(y[i], x, w[i], m, 0);
-    }
 }

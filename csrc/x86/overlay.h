@@ -37,7 +37,6 @@ void ql_overlay_amx(ql_backend *table);
 int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
-void ql_products_forward_amx(float *const *y, const float *x, const ql_weight *const *w, int64_t count, int64_t m);
 
 /* rows or columns of a float32 operand: products with at most so many have kernels of their own (narrow_body.h, gram_body.h),
  * for others pack the other operand, which costs more than such a product */

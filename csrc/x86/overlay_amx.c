@@ -2,7 +2,6 @@
 #include "overlay.h"
 
 void ql_overlay_amx(ql_backend *table) {
-    table->products_forward = ql_products_forward_amx;
     table->gram_forward = ql_gram_forward_amx;
     table->attention_backward = ql_attention_backward_amx;
     for (int f = 0; f < QL_FORMAT_COUNT; f++) {
