@@ -210,27 +210,35 @@ typedef struct {
      * group) -> codes int8, scales (count / group,). Other formats: not called. */                                     \
     X(quantize_forward, (void *codes, float *scales, const float *x, ql_format format, int64_t count, int64_t group))
 
+/* The RMSNorm of the residual stream x (t, c) ahead of a product. An op that adds to x may prepare it, where it has the memory. */
+typedef struct {
+    const float *gain; /* (c,) */
+    float eps;
+    void *memory; /* of the backend, t c floats; NULL: nothing is prepared */
+    int prepared; /* whether memory holds what the op that prepared it left, for x as it is */
+} ql_norm;
+
 /* Parts of the model in one op each. NULL where a backend has none (the CPU): the model then composes it from the ops
  * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
 #define QL_FUSED_OPS(X)                                                                                                 \
-    /* h = rmsnorm(x, gain); q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
+    /* h = norm of x; q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
      * rope(h Wk^T), h Wv^T of token i. Here and in the products below: each with the part of its adapter, l (3,) in    \
      * the order of the weights, without dropout; l NULL: there is none */                                              \
-    X(qkv_forward, (void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq,                  \
+    X(qkv_forward, (void *q, void *k, void *v, const float *x, const ql_norm *norm, const ql_weight *wq,                \
                     const ql_weight *wk, const ql_weight *wv, const ql_low_rank *l, const float *cos, const float *sin, \
-                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d,       \
-                    float eps))                                                                                         \
+                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d))      \
     /* attention_forward; lse may be NULL. max_queries, max_keys: bounds of what a sequence has, known to the host: a   \
      * recorded step may be replayed with other kv_len up to them */                                                    \
     X(attention_fused_forward, (void *out, float *lse, const void *q, const void *k, const void *v,                     \
                                 const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t t,      \
                                 int64_t b, int64_t hq, int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys,   \
                                 float scale))                                                                           \
-    /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = rmsnorm(x, gain) */                                                   \
-    X(gate_up_forward, (void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,         \
-                        const ql_low_rank *l, int64_t t, float eps))                                                    \
-    /* x (t, n) += a (t, k) W^T */                                                                                      \
-    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, const ql_low_rank *l, int64_t t))          \
+    /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = norm of x */                                                          \
+    X(gate_up_forward, (void *a, const float *x, const ql_norm *norm, const ql_weight *gate, const ql_weight *up,       \
+                        const ql_low_rank *l, int64_t t))                                                               \
+    /* x (t, n) += a (t, k) W^T; next: the norm that x goes through after it, or NULL. Sets next->prepared */           \
+    X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, const ql_low_rank *l, ql_norm *next,       \
+                                int64_t t))                                                                             \
     /* out (t, c) = rmsnorm(x, gain) */                                                                                 \
     X(norm_fused_forward, (void *out, const float *x, const float *gain, int64_t t, int64_t c, float eps))              \
     /* out = a - b, count elements: float32 where floats is set, else of the backend's type */                          \
@@ -363,7 +371,7 @@ ql_status ql_cuda_fetch(void *host, const void *memory, size_t bytes);
 #define QL_BENCH_OPS(X)                                                                                          \
     X(READ, read) X(COPY, copy) X(MATMUL, matmul) X(MATMUL_BACKWARD, matmul_backward) X(DEQUANTIZE, dequantize)  \
     X(QUANTIZE, quantize) X(LINEAR, linear) X(LINEAR_BACKWARD, linear_backward_input) X(RESIDUAL, residual)      \
-    X(GATE_UP, gate_up) X(QKV, qkv) X(ATTENTION, attention)
+    X(GATE_UP, gate_up) X(QKV, qkv) X(ATTENTION, attention) X(ATTENTION_BACKWARD, attention_backward)
 typedef enum {
 #define X(NAME, name) QL_BENCH_##NAME,
     QL_BENCH_OPS(X)

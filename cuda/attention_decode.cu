@@ -4,7 +4,8 @@
  * A block owns one chunk of the keys of one sequence and one kv head, and all the (up to 16) query heads of that group: they
  * are the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores
  * of 16 keys, all meet in shared memory, and each warp then weighs all 64 values for a quarter of the output's columns. Several
- * blocks an SM keep the memory busy, so tiles are not double-buffered.
+ * blocks an SM keep the memory busy, so tiles are not double-buffered. Where no sequence can have more than 32 keys a tile has 32, two
+ * warps make the scores, and more blocks share an SM; the bits are the same.
  *
  * Chunks are added up in their order: up to 8 (short contexts, sm_90) form a cluster, whose blocks send each other the columns
  * that each of them adds up; more go through scratch memory, and the block that ends last adds them up. Both compute the same
@@ -15,13 +16,13 @@
  * kernel ahead. Lengths and older keys were written before the last kernel that lets its follower start only after its own wait
  * (embedding, or the attention of the layer before), and so are there.
  *
- *   shared: Q (16, d + 8) | K (64, d + 8) | V (64, d + 8) | scores (16, 64 + 4) float | of a cluster: parts, statistics
+ *   shared: Q (16, d + 8) | K (tile, d + 8) | V (tile, d + 8) | scores (16, tile + 4) float | of a cluster: parts, statistics
  *   parts: (chunks, group, columns) float; statistics: maximum and sum, (chunks, group, 2); in scratch for each (b, hkv) */
 #include "attention.cuh"
 #include "cuda.h"
 #include "pipeline.cuh"
 
-enum { WARPS = 4, THREADS = WARPS * WARP, KEYS = 64, ROWS = 16, SCORE_STRIDE = KEYS + 4 };
+enum { WARPS = 4, THREADS = WARPS * WARP, ROWS = 16, FEW_KEYS = 32 };
 enum { MAX_COUNTERS = 1 << 16, MAX_CLUSTER = 8 };
 
 /* how many blocks of (sequence, kv head) have ended; each goes back to 0 by itself */
@@ -59,11 +60,13 @@ static __device__ __forceinline__ chunk_work look_up(const attention_args<bf16> 
     return w;
 }
 
-/* 64 rows of keys or values to shared memory, but for row `skip`; zeros from row `valid` on */
-template <int D> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 *from, int64_t step, int valid, int skip) {
+template <int Keys> __host__ __device__ constexpr int score_stride() { return Keys + 4; }
+
+/* a tile of keys or values to shared memory, but for row `skip`; zeros from row `valid` on */
+template <int D, int Keys> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 *from, int64_t step, int valid, int skip) {
     constexpr int chunks = D / 8;
 #pragma unroll
-    for (int i = 0; i < KEYS * chunks / THREADS; i++) {
+    for (int i = 0; i < Keys * chunks / THREADS; i++) {
         int index = threadIdx.x + i * THREADS, row = index / chunks, chunk = index % chunks;
         if (row == skip) { continue; }
         copy_async_16(shared_address(to + row * (D + 8) + chunk * 8), from + (row < valid ? row : 0) * step + chunk * 8,
@@ -72,10 +75,10 @@ template <int D> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 
 }
 
 /* row `row` of keys and of values, and the queries of the group */
-template <int D>
+template <int D, int Keys>
 __device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf16 *from_k, const bf16 *from_v, int64_t row,
                                                      int64_t step, bf16 *q, const bf16 *from_q, int group) {
-    if (threadIdx.x < 2 * (D / 8) && row < KEYS) {
+    if (threadIdx.x < 2 * (D / 8) && row < Keys) {
         bool key = threadIdx.x < D / 8;
         int column = threadIdx.x % (D / 8) * 8;
         copy_async_16(shared_address((key ? k : v) + row * (D + 8) + column), (key ? from_k : from_v) + row * step + column, true);
@@ -87,7 +90,7 @@ __device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf1
 }
 
 /* scores of 16 rows and this warp's 16 keys, scaled, -inf beyond the last key, to shared memory */
-template <int D>
+template <int D, int Keys>
 __device__ __forceinline__ void score_keys(float *scores, uint32_t q, uint32_t k, int valid, float scale_log2) {
     float even[2][4] = {}, odd[2][4] = {}; /* two chains, so that one hides the latency of the other */
 #pragma unroll
@@ -104,22 +107,23 @@ __device__ __forceinline__ void score_keys(float *scores, uint32_t q, uint32_t k
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             int key = first + n * 8 + lane % 4 * 2 + (e & 1), row = lane / 4 + (e >> 1) * 8;
-            scores[row * SCORE_STRIDE + key] = key < valid ? (even[n][e] + odd[n][e]) * scale_log2 : -INFINITY;
+            scores[row * score_stride<Keys>() + key] = key < valid ? (even[n][e] + odd[n][e]) * scale_log2 : -INFINITY;
         }
     }
 }
 
 /* the lane's 2 rows of weights of a tile, as A fragments of its four steps of 16 keys; running maximum, sum and factor */
-__device__ __forceinline__ void weigh(uint32_t (&a)[KEYS / 16][4], const float *scores, float (&maximum)[2], float (&sum)[2],
+template <int Keys>
+__device__ __forceinline__ void weigh(uint32_t (&a)[Keys / 16][4], const float *scores, float (&maximum)[2], float (&sum)[2],
                                       float (&keep)[2]) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float2 x[KEYS / 8];
+        float2 x[Keys / 8];
         float top = maximum[r], part = 0.0f;
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            x[n] = *(const float2 *)(scores + (lane / 4 + r * 8) * SCORE_STRIDE + n * 8 + lane % 4 * 2);
+        for (int n = 0; n < Keys / 8; n++) {
+            x[n] = *(const float2 *)(scores + (lane / 4 + r * 8) * score_stride<Keys>() + n * 8 + lane % 4 * 2);
             top = fmaxf(top, fmaxf(x[n].x, x[n].y));
         }
         top = fmaxf(top, __shfl_xor_sync(QL_FULL_WARP, top, 1));
@@ -127,7 +131,7 @@ __device__ __forceinline__ void weigh(uint32_t (&a)[KEYS / 16][4], const float *
         keep[r] = exp2_fast(maximum[r] - top);
         maximum[r] = top;
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
+        for (int n = 0; n < Keys / 8; n++) {
             float2 w = make_float2(exp2_fast(x[n].x - top), exp2_fast(x[n].y - top));
             part += w.x + w.y;
             a[n / 2][n % 2 * 2 + r] = pack_bf16(w.x, w.y);
@@ -139,8 +143,8 @@ __device__ __forceinline__ void weigh(uint32_t (&a)[KEYS / 16][4], const float *
 }
 
 /* the warp's columns of out += weights V: columns 8 (warp + 4 i) .. + 8 */
-template <int D>
-__device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const uint32_t (&a)[KEYS / 16][4],
+template <int D, int Keys>
+__device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const uint32_t (&a)[Keys / 16][4],
                                            const bf16 *v) {
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
@@ -148,7 +152,7 @@ __device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WA
         int column = (warp + i * WARPS) * 8;
         if (D / 8 % WARPS != 0 && column >= D) { break; }
 #pragma unroll
-        for (int s = 0; s < KEYS / 32; s++) {
+        for (int s = 0; s < Keys / 32; s++) {
             uint32_t b[4];
             load_matrix_4_transposed(b, shared_address(v + (s * 32 + lane) * (D + 8) + column));
             mma_bf16(out[i], a[2 * s], b[0], b[1]);
@@ -158,32 +162,32 @@ __device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WA
 }
 
 /* the block's chunk of `left` keys, the first tile of which is on its way */
-template <int D>
+template <int D, int Keys>
 __device__ __forceinline__ void attend_chunk(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], float (&maximum)[2], float (&sum)[2],
                                              bf16 *q, bf16 *k, bf16 *v, float *scores, const bf16 *from_k, const bf16 *from_v,
                                              int64_t step, int left, float scale_log2) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     uint32_t q_lane = shared_address(q + lane % 16 * (D + 8) + lane / 16 * 8);
     uint32_t k_lane = shared_address(k + (warp * 16 + lane % 8 + lane / 16 * 8) * (D + 8) + lane / 8 % 2 * 8);
-    for (int done = 0; done < left; done += KEYS) {
+    for (int done = 0; done < left; done += Keys) {
         if (done > 0) {
             __syncthreads(); /* the tile before has been read */
-            load_tile<D>(k, from_k + done * step, step, left - done, -1);
-            load_tile<D>(v, from_v + done * step, step, left - done, -1);
+            load_tile<D, Keys>(k, from_k + done * step, step, left - done, -1);
+            load_tile<D, Keys>(v, from_v + done * step, step, left - done, -1);
         }
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
-        score_keys<D>(scores, q_lane, k_lane, left - done, scale_log2);
+        if (warp < Keys / 16) { score_keys<D, Keys>(scores, q_lane, k_lane, left - done, scale_log2); }
         __syncthreads();
-        uint32_t weights[KEYS / 16][4];
+        uint32_t weights[Keys / 16][4];
         float keep[2];
-        weigh(weights, scores, maximum, sum, keep);
+        weigh<Keys>(weights, scores, maximum, sum, keep);
 #pragma unroll
         for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
             out[i][0] *= keep[0], out[i][1] *= keep[0], out[i][2] *= keep[1], out[i][3] *= keep[1];
         }
-        add_values<D>(out, weights, v);
+        add_values<D, Keys>(out, weights, v);
     }
 }
 
@@ -304,7 +308,7 @@ template <bool clustered> __device__ __forceinline__ void wait_cluster() {
 }
 
 /* grid (chunks, hkv, b); clustered: the chunks of a group are one cluster */
-template <int D, bool clustered> __global__ void __launch_bounds__(THREADS, 5) attention_decode_kernel(decode_args c) {
+template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THREADS, Keys > FEW_KEYS ? 5 : 8) attention_decode_kernel(decode_args c) {
     constexpr int stride = D + 8, tiles_n = (D / 8 + WARPS - 1) / WARPS;
     extern __shared__ __align__(16) bf16 shared[];
     const attention_args<bf16> &args = c.a;
@@ -314,12 +318,12 @@ template <int D, bool clustered> __global__ void __launch_bounds__(THREADS, 5) a
     chunk_work w = look_up(args);
     bool active = (int)blockIdx.x < w.chunks;
     int64_t step = (int64_t)args.hkv * D, left = min(chunk_keys(w.keys), w.keys - w.first_key), newest = w.keys - 1 - w.first_key;
-    bf16 *q = shared, *k = q + ROWS * stride, *v = k + KEYS * stride;
-    float *scores = (float *)(v + KEYS * stride);
+    bf16 *q = shared, *k = q + ROWS * stride, *v = k + Keys * stride;
+    float *scores = (float *)(v + Keys * stride);
     const bf16 *from_k = args.k + w.kv_row * step + (int64_t)blockIdx.y * D, *from_v = args.v + (from_k - args.k);
     if (active) {
-        load_tile<D>(k, from_k, step, (int)left, newest < KEYS ? (int)newest : -1);
-        load_tile<D>(v, from_v, step, (int)left, newest < KEYS ? (int)newest : -1);
+        load_tile<D, Keys>(k, from_k, step, (int)left, newest < Keys ? (int)newest : -1);
+        load_tile<D, Keys>(v, from_v, step, (int)left, newest < Keys ? (int)newest : -1);
     }
     ql_cuda_wait_previous();
     ql_cuda_start_next();
@@ -328,8 +332,8 @@ template <int D, bool clustered> __global__ void __launch_bounds__(THREADS, 5) a
     int64_t head = w.query * args.hq + (int64_t)blockIdx.y * w.group;
     float out[tiles_n][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     if (active) {
-        load_row_and_queries<D>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
-        attend_chunk<D>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
+        load_row_and_queries<D, Keys>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
+        attend_chunk<D, Keys>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
     }
     bf16 *result = args.out + head * D;
     wait_cluster<clustered>();
@@ -343,17 +347,21 @@ template <int D, bool clustered> __global__ void __launch_bounds__(THREADS, 5) a
         return;
     }
 #ifdef QL_HAS_BULK_COPY
-    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, result, scores + ROWS * SCORE_STRIDE); }
+    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, result, scores + ROWS * score_stride<Keys>()); }
 #endif
     combine_last<D>(c, w, out, maximum, sum, result);
 }
 
-template <int D> static void launch_decode(decode_args args, dim3 grid, bool clustered) {
+template <int D, int Keys> static void launch_decode(decode_args args, dim3 grid, bool clustered) {
     int64_t group = args.a.hq / args.a.hkv;
-    size_t bytes = (size_t)(ROWS + 2 * KEYS) * (D + 8) * sizeof(bf16) + (size_t)ROWS * SCORE_STRIDE * sizeof(float);
-    if (!clustered) { return ql_cuda_launch(attention_decode_kernel<D, false>, grid, dim3(THREADS), bytes, true, args); }
-    bytes += (size_t)group * ((D / 8 + grid.x) * 8 + grid.x * 2) * sizeof(float);
-    ql_cuda_launch_cluster(attention_decode_kernel<D, true>, grid, dim3(THREADS), bytes, true, grid.x, args);
+    size_t bytes = (size_t)(ROWS + 2 * Keys) * (D + 8) * sizeof(bf16) + (size_t)ROWS * score_stride<Keys>() * sizeof(float);
+    if constexpr (Keys > FEW_KEYS) { /* fewer are one chunk */
+        if (clustered) {
+            bytes += (size_t)group * ((D / 8 + grid.x) * 8 + grid.x * 2) * sizeof(float);
+            return ql_cuda_launch_cluster(attention_decode_kernel<D, Keys, true>, grid, dim3(THREADS), bytes, true, grid.x, args);
+        }
+    }
+    ql_cuda_launch(attention_decode_kernel<D, Keys, false>, grid, dim3(THREADS), bytes, true, args);
 }
 
 bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys) {
@@ -374,11 +382,12 @@ bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys) {
         decode.statistics = decode.parts + parts * args.d;
     }
     dim3 grid((unsigned)decode.splits, (unsigned)args.hkv, (unsigned)args.b);
+    bool few = max_keys <= FEW_KEYS;
     switch (args.d) {
-    case 64: launch_decode<64>(decode, grid, clustered); break;
-    case 80: launch_decode<80>(decode, grid, clustered); break;
-    case 96: launch_decode<96>(decode, grid, clustered); break;
-    case 128: launch_decode<128>(decode, grid, clustered); break;
+    case 64: (few ? launch_decode<64, FEW_KEYS> : launch_decode<64, 64>)(decode, grid, clustered); break;
+    case 80: launch_decode<80, 64>(decode, grid, clustered); break;
+    case 96: launch_decode<96, 64>(decode, grid, clustered); break;
+    case 128: (few ? launch_decode<128, FEW_KEYS> : launch_decode<128, 64>)(decode, grid, clustered); break;
     }
     return true;
 }

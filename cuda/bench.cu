@@ -85,10 +85,15 @@ static int needs(const ql_bench *c, int64_t count[4], int floats[4]) {
     case QL_BENCH_QUANTIZE: floats[2] = 1, count[0] = n * k / 2, count[1] = widest(n, n * k / c->group) * 2, count[2] = n * k; return 3;
     case QL_BENCH_LINEAR: floats[0] = floats[1] = 1, count[0] = m * n, count[1] = m * k; return 2;
     case QL_BENCH_LINEAR_BACKWARD: floats[0] = floats[1] = 1, count[0] = m * k, count[1] = m * n; return 2;
-    case QL_BENCH_RESIDUAL: floats[0] = 1, count[0] = m * n, count[1] = m * k; return 2;
-    case QL_BENCH_GATE_UP: floats[1] = floats[2] = 1, count[0] = m * n, count[1] = m * k, count[2] = k; return 3;
-    case QL_BENCH_QKV: floats[3] = 1, count[0] = count[1] = count[2] = m * n, count[3] = m * k + k + m * c->d; return 4;
+    case QL_BENCH_RESIDUAL: floats[0] = floats[2] = 1, count[0] = m * n, count[1] = m * k, count[2] = m * n + n; return 3;
+    case QL_BENCH_GATE_UP: floats[1] = floats[2] = 1, count[0] = m * n, count[1] = m * k, count[2] = m * k + k; return 3;
+    case QL_BENCH_QKV: floats[3] = 1, count[0] = count[1] = count[2] = m * n, count[3] = 2 * m * k + k + m * c->d; return 4;
     case QL_BENCH_ATTENTION: count[0] = count[1] = m * c->b * c->hq * c->d, count[2] = count[3] = c->b * c->keys * c->hkv * c->d; return 4;
+    case QL_BENCH_ATTENTION_BACKWARD: {
+        int64_t queries = m * c->b * c->hq, keys = c->b * c->keys * c->hkv;
+        floats[3] = 1, count[0] = (queries + 2 * keys) * c->d, count[1] = 3 * queries * c->d, count[2] = 2 * keys * c->d, count[3] = queries;
+        return 4;
+    }
     }
     return 0;
 }
@@ -149,6 +154,12 @@ static void release_arrays(arrays *a, const ql_backend *table) {
 
 static dim3 roof_grid(const ql_bench *c) { return dim3((unsigned)(ql_cuda_multiprocessors() * c->m)); }
 
+/* as in a model: prepared by the product ahead, where it can be; memory: `count` floats, the gain behind them */
+static ql_norm norm_of(float *memory, int64_t count) {
+    ql_norm norm = {memory + count, 1e-5f, memory, 1};
+    return norm;
+}
+
 static void launch(const arrays *a, int copy, const ql_backend *be) {
     const ql_bench *c = a->of;
     void *const *x = a->memory[copy];
@@ -169,17 +180,34 @@ static void launch(const arrays *a, int copy, const ql_backend *be) {
     case QL_BENCH_QUANTIZE: be->quantize_forward[c->format](x[0], (float *)x[1], (const float *)x[2], c->format, c->n * c->k, c->group); break;
     case QL_BENCH_LINEAR: be->linear_forward[f]((float *)x[0], (const float *)x[1], w, c->m, 0); break;
     case QL_BENCH_LINEAR_BACKWARD: be->linear_backward_input[f]((float *)x[0], (const float *)x[1], w, c->m, 0); break;
-    case QL_BENCH_RESIDUAL: be->linear_residual_forward((float *)x[0], x[1], w, NULL, c->m); break;
-    case QL_BENCH_GATE_UP: be->gate_up_forward(x[0], (const float *)x[1], (const float *)x[2], w, w + 1, NULL, c->m, 1e-5f); break;
+    case QL_BENCH_RESIDUAL: {
+        ql_norm next = norm_of((float *)x[2], c->m * w->n);
+        be->linear_residual_forward((float *)x[0], x[1], w, NULL, &next, c->m);
+        break;
+    }
+    case QL_BENCH_GATE_UP: {
+        ql_norm norm = norm_of((float *)x[2], c->m * w->k);
+        be->gate_up_forward(x[0], (const float *)x[1], &norm, w, w + 1, NULL, c->m);
+        break;
+    }
     case QL_BENCH_QKV: {
-        const float *input = (const float *)x[3], *gain = input + c->m * w->k, *table = gain + w->k;
-        be->qkv_forward(x[0], x[1], x[2], input, gain, w, w + 1, w + 2, NULL, table, table, a->numbers, a->numbers, c->m, c->hq, c->hkv, c->d, 1e-5f);
+        float *input = (float *)x[3], *memory = input + c->m * w->k;
+        ql_norm norm = norm_of(memory, c->m * w->k);
+        const float *table = norm.gain + w->k;
+        be->qkv_forward(x[0], x[1], x[2], input, &norm, w, w + 1, w + 2, NULL, table, table, a->numbers, a->numbers, c->m, c->hq, c->hkv, c->d);
         break;
     }
     case QL_BENCH_ATTENTION:
         be->attention_fused_forward(x[0], NULL, x[1], x[2], x[3], a->ranges, a->ranges + c->b + 1, a->ranges + 2 * c->b + 1, c->m * c->b, c->b,
                                     c->hq, c->hkv, c->d, c->m, c->keys, 0.088f);
         break;
+    case QL_BENCH_ATTENTION_BACKWARD: {
+        int64_t t = c->m * c->b, queries = t * c->hq * c->d, keys = c->b * c->keys * c->hkv * c->d;
+        bf16 *dq = (bf16 *)x[0], *dk = dq + queries, *q = (bf16 *)x[1], *k = (bf16 *)x[2]; /* q, out, dout; k, v */
+        be->attention_fused_backward(dq, dk, dk + keys, q + 2 * queries, q, k, k + keys, q + queries, (const float *)x[3], a->ranges,
+                                     a->ranges + c->b + 1, a->ranges + 2 * c->b + 1, t, c->b, c->hq, c->hkv, c->d, c->m, c->keys, 0.088f);
+        break;
+    }
     }
 }
 

@@ -11,6 +11,22 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
     return rows;
 }
 
+/* where a product of t tokens leaves what `norm` of its n outputs needs: nowhere where one token is normed on the way, and where there are too
+ * many */
+static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
+    ql_norm_ahead ahead = {};
+    if (norm == NULL || norm->memory == NULL || t < 2 || t > NORM_TOKENS || n % NORM_COLUMNS != 0 || ql_cuda_capability() < 90) { return ahead; }
+    ahead.gain = norm->gain, ahead.halves = (bf16 *)norm->memory, ahead.squares = (float *)(ahead.halves + t * n);
+    for (ahead.line = 8; ahead.line < t; ahead.line *= 2) {}
+    return ahead;
+}
+
+static ql_activations normed(const float *x, const ql_norm *norm, int64_t t, int64_t k) {
+    ql_activations source = {x, NULL, norm->gain, norm->eps, {}};
+    if (norm->prepared) { source.made = norm_ahead(norm, t, k); }
+    return source;
+}
+
 /* ---- q, k, v ------------------------------------------------------------------------------------------------------ */
 
 /* row rows[i] (NULL: i) of out = row i of in, (t, width) */
@@ -70,16 +86,16 @@ static void product_rows(const ql_product *p, const ql_activations *x, const ql_
     }
 }
 
-extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, const float *gain, const ql_weight *wq, const ql_weight *wk,
+extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, const ql_norm *norm, const ql_weight *wq, const ql_weight *wk,
                                     const ql_weight *wv, const ql_low_rank *l, const float *cos, const float *sin,
-                                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d, float eps) {
+                                    const int32_t *positions, const int32_t *rows, int64_t t, int64_t hq, int64_t hkv, int64_t d) {
     (void)hq, (void)hkv; /* they follow from the weights and d */
-    ql_activations source = {x, NULL, gain, eps};
+    ql_activations source = normed(x, norm, t, wq->k);
     ql_rotation rotation = {cos, sin, positions, d};
     ql_low_rank_term term[3];
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 3, t, wq->k)) { return; }
     ql_product products[] = {
-        {wq, q, NULL, QL_OUT_ROPE, term[0]}, {wk, k, rows, QL_OUT_ROPE, term[1]}, {wv, v, rows, QL_OUT_BF16, term[2]}};
+        {wq, q, NULL, QL_OUT_ROPE, term[0], {}}, {wk, k, rows, QL_OUT_ROPE, term[1], {}}, {wv, v, rows, QL_OUT_BF16, term[2], {}}};
     if (ql_cuda_linear_small(products, 3, &source, &rotation, t)) { return; }
     for (int i = 0; i < 3; i++) { product_rows(&products[i], &source, i > 0 ? products[i - 1].w : NULL, &rotation, t); }
 }
@@ -113,16 +129,16 @@ static void swiglu_in_place(bf16 *gate, const bf16 *up, int64_t count) {
     ql_cuda_launch(swiglu_values, dim3((unsigned)((rest + 255) / 256)), dim3(256), 0, true, gate, up, 8 * vectors, count);
 }
 
-extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const float *gain, const ql_weight *gate, const ql_weight *up,
-                                        const ql_low_rank *l, int64_t t, float eps) {
-    ql_activations source = {x, NULL, gain, eps};
+extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const ql_norm *norm, const ql_weight *gate, const ql_weight *up,
+                                        const ql_low_rank *l, int64_t t) {
+    ql_activations source = normed(x, norm, t, gate->k);
     ql_low_rank_term term[2];
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 2, t, gate->k)) { return; }
-    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, term[0]}, {up, NULL, NULL, QL_OUT_SWIGLU, term[1]}};
+    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, term[0], {}}, {up, NULL, NULL, QL_OUT_SWIGLU, term[1], {}}};
     if (ql_cuda_linear_small(products, 2, &source, NULL, t)) { return; }
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
     if (ups == NULL) { return; }
-    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, term[0]}, {up, ups, NULL, QL_OUT_BF16, term[1]}}; /* weights that are not alike */
+    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, term[0], {}}, {up, ups, NULL, QL_OUT_BF16, term[1], {}}}; /* weights that are not alike */
     if (ql_cuda_linear_small(apart, 2, &source, NULL, t)) { return swiglu_in_place((bf16 *)a, ups, t * gate->n); }
     for (int i = 0; i < 2; i++) { product_rows(&apart[i], &source, i > 0 ? gate : NULL, NULL, t); }
     swiglu_in_place((bf16 *)a, ups, t * gate->n);
@@ -130,11 +146,17 @@ extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const float *ga
 
 /* ---- residual --------------------------------------------------------------------------------------------------------- */
 
-extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    ql_activations source = {NULL, (const bf16 *)a, NULL, 0.0f};
+extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, const ql_low_rank *l, ql_norm *next, int64_t t) {
+    ql_activations source = {NULL, (const bf16 *)a, NULL, 0.0f, {}};
     ql_low_rank_term term;
+    if (next != NULL) { next->prepared = 0; }
     if (t == 0 || !ql_cuda_low_rank_terms(&term, &source, l, 1, t, w->k)) { return; }
-    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, term};
+    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, term, norm_ahead(next, t, w->n)};
+    if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) {
+        if (product.next.halves != NULL) { next->prepared = 1; }
+        return;
+    }
+    product.next.halves = NULL;
     if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) { return; }
     const bf16 *rows = (const bf16 *)a;
     if (w->perm != NULL) {

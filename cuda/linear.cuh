@@ -4,6 +4,7 @@
 
 #include "cuda.h"
 #include "low_rank.cuh"
+#include "norm_ahead.cuh"
 #include "packed.h"
 
 /* out (i1 - i0, k): rows i0 .. i1 of W in stored order of columns (decode.cu) */
@@ -17,6 +18,7 @@ typedef struct {
     const bf16 *halves;
     const float *gain; /* (k,) */
     float eps;
+    ql_norm_ahead made; /* of that norm, by the product ahead; halves NULL: nothing */
 } ql_activations;
 
 /* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on */
@@ -42,6 +44,7 @@ typedef struct {
     const int32_t *rows;
     ql_output output;
     ql_low_rank_term term; /* added to the product, ahead of what becomes of it */
+    ql_norm_ahead next;    /* QL_OUT_FLOAT_ADD: to be made; halves NULL: nothing */
 } ql_product;
 
 typedef struct { /* QL_OUT_ROPE */
@@ -51,7 +54,8 @@ typedef struct { /* QL_OUT_ROPE */
 } ql_rotation;
 
 /* Up to three products of the same activations, in one launch where the weights are alike. False where a weight is not packed,
- * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). */
+ * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). What is to be
+ * made for a norm (one product of up to NORM_TOKENS tokens) is made where it returns true. */
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);
 
 /* ---- products of many tokens (linear_large.cu) ----------------------------------------------------------------------- */

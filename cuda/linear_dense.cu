@@ -74,10 +74,11 @@ static __global__ void __launch_bounds__(DENSE_WARPS *WARP, 2) dense_kernel(cons
     uint32_t base = shared_address(partial);
 #pragma unroll
     for (int nt = 0; nt < Tokens8; nt++) { put_fragment<Single>(base + (nt * DENSE_WARPS + warp) * bytes, lane, sums[nt]); }
+    small_lines lines;
     small_target to;
-    if (warp < Tokens8) { to = aim_fragment<Single>(a, tile, lane, warp, 1.0f); }
+    if (warp < Tokens8) { lines = fragment_lines<Single>(a, a.part[tile.part], lane, warp, {1.0f, 0}), to = aim_fragment<Single>(a, tile, lines, lane, warp); }
     __syncthreads();
-    if (warp < Tokens8) { store_fragment<Single>(a, tile, to, add_fragments<Single>(base + warp * DENSE_WARPS * bytes, lane, DENSE_WARPS, bytes)); }
+    if (warp < Tokens8) { store_fragment<Single>(a, tile, lines, to, add_fragments<Single>(base + warp * DENSE_WARPS * bytes, lane, DENSE_WARPS, bytes)); }
 }
 
 template <typename T> static void launch(const small_args *a) {

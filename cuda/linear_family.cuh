@@ -17,11 +17,11 @@ typedef struct {
 
 typedef struct {
     void (*function)(small_args);
-    uint32_t (*bytes)(int stages, int record, int units, int cluster); /* of shared memory */
-    int tokens, threads;                                               /* most tokens; of a block */
+    uint32_t (*bytes)(int stages, int record, int units); /* of shared memory */
+    int tokens, groups;                                                /* most tokens; warpgroups that multiply */
 } group_kernel;
 
-enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 2 };
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 3 };
 
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
@@ -44,15 +44,14 @@ template <typename Codes, int Parts, int Tokens, int Units, int MaxWarps, int Bl
     return {small_register<Codes, 1, Tokens == 1, Parts, Units, MaxWarps, Blocks>, NULL, Tokens, MaxWarps, Units, 0, Blocks};
 }
 
-template <typename Codes, int Tokens8, int Groups> uint32_t group_bytes(int stages, int record, int units, int cluster) {
-    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, cluster).bytes;
+template <typename Codes, int Tokens8, int Groups> uint32_t group_bytes(int stages, int record, int units) {
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units).bytes;
 }
-template <typename Codes, int Parts, int Tokens8, int Groups, int Finishers> constexpr group_kernel make_group() {
-    return {small_group<Codes, Tokens8, Parts, Groups, Finishers>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8,
-            Groups * GROUP_THREADS + Finishers * WARP};
+template <typename Codes, int Parts, int Tokens8, int Groups> constexpr group_kernel make_group() {
+    return {small_group<Codes, Tokens8, Parts, Groups>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8, Groups};
 }
 #define SMALL_GROUPS_OF(Codes, Parts) \
-    { make_group<Codes, Parts, 4, 3, 3>(), make_group<Codes, Parts, 8, 3, 3>() }
+    { make_group<Codes, Parts, 2, 4>(), make_group<Codes, Parts, 4, 3>(), make_group<Codes, Parts, 8, 2>() }
 
 /* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */

@@ -2,13 +2,14 @@
  * (units.cuh) is the A operand, decoded into registers, and groups are scaled in float32; but the activations are read from shared
  * memory by the tensor cores, 64 rows of W at a time, so that more tokens cost little.
  *
- * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K; each holds its part of the
- * activations for the whole launch, and its warpgroups take the items of the cluster in turn, free of one another. A warp brings
- * its own weights, `stages` times group_units units of both halves of its tile, by bulk copies. Fragments (16 rows x 8 tokens) of
- * an item's sums are dealt out to the blocks of the cluster, where a finishing warp adds them in order and stores them while the
- * warpgroup goes on.
+ * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
+ * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
+ * cluster. A warp brings its own weights, `stages` units of both halves of its tile, by bulk copies (the finishing warps bring the
+ * first ones, while it brings activations). Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
+ * first those of the block's warpgroups, in order, then, dealt out to the blocks of the cluster, those of its blocks, and store them.
  *
- *   shared: barriers | table | activations (columns / 64, tokens, 64) bf16 | sums of two items a warpgroup, from all blocks | stages
+ *   shared: barriers | norms | table | activations (columns / 64, tokens, 64) bf16 | sums of an item, of all warpgroups of the
+ *           block | those of the cluster's blocks that are added here | stages
  *
  * Activations are swizzled as the descriptors say: rows of 128 bytes, 16-byte chunk c of row r at c ^ (r % 8). The columns of 16 stand in
  * the order of the fragments of units.cuh: of 8 columns at 32 i + 8 t, pairs 0 and 1 are bytes 4 t of chunks 4 i and 4 i + 1, pairs
@@ -19,27 +20,28 @@
 #include "linear_small.cuh"
 #include "wgmma.cuh"
 
-enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 8, GROUP_BLOCK = 64 /* columns of a swizzled row */ };
-
-template <typename Codes> __host__ __device__ constexpr int group_units() { return (int)Codes::bytes > (int)CHUNK ? 1 : 2; } /* of a stage and half: about 1 KB */
-
-template <int Tokens8> __host__ __device__ constexpr int group_buffers() { return Tokens8 > 4 ? 1 : 2; } /* of sums of an item */
+enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 12, GROUP_BLOCK = 64 /* columns of a swizzled row */, GROUP_PIECES = 3 };
 
 struct group_layout {
-    uint32_t full, sums_full, sums_free, table, x, sums, stages, bytes;
+    uint32_t full, sums_full, sums_free, received_full, received_free; /* barriers, 8 bytes each */
+    uint32_t norms, table, x, sums, received, stages, bytes;
 };
+
+/* in how many passes a tile's fragments go through the sums of the block: more tokens leave no room for all at once */
+template <int Tokens8> __host__ __device__ constexpr int group_passes() { return Tokens8 > 4 ? 4 : 1; }
 
 /* units: of K, of a block; the bytes count what aligning the start may take */
 template <typename Codes, int Tokens8, int Groups>
-__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units, int cluster) {
-    constexpr int warps = Groups * GROUP_WARPS, fragments = GROUP_WARPS * Tokens8, buffers = group_buffers<Tokens8>();
+__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units) {
+    constexpr int warps = Groups * GROUP_WARPS;
     group_layout l;
-    l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * buffers * Groups;
-    l.table = (l.sums_free + 8 * buffers * Groups + 127) / 128 * 128;
+    l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * GROUP_WARPS;
+    l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.norms = l.received_free + 8 * GROUP_WARPS;
+    l.table = (l.norms + norms_bytes(GROUP_WARPS, 8 * Tokens8) + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
     l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
-    l.stages = l.sums + (uint32_t)(Groups * buffers * (fragments > cluster ? fragments : cluster) * CHUNK);
-    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * group_units<Codes>() * record) + 1024;
+    l.received = l.sums + (uint32_t)(warps * Tokens8 / group_passes<Tokens8>() * CHUNK), l.stages = l.received + GROUP_WARPS * Tokens8 * CHUNK;
+    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * record) + 1024;
     return l;
 }
 
@@ -48,54 +50,82 @@ __host__ __device__ inline group_layout group_layout_of(int stages, int record, 
 /* where a thread stands */
 struct group_place {
     uint32_t base;
-    int cluster, rank, first, step; /* items of the cluster: first, first + step, ... */
-    int items, group, warp, member, lane;
-    small_range k;
+    int shift, rank, first, step, items; /* log2 of the cluster; items of the cluster: first, first + step, ... */
+    int group, member, lane;             /* warpgroup (Groups: the finishing warps) and warp in it */
+    small_range k;                       /* units of the block */
     group_layout l;
 };
 
 /* ---- weights: each warp for itself ---------------------------------------------------------------------------- */
 
+__device__ __forceinline__ small_tile group_tile(const small_args &a, int tile) { return locate_tile(a, min(tile, a.tiles - 1)); }
+__device__ __forceinline__ small_range group_units(const group_place &p, int group, int groups) {
+    small_range r = small_units_of(p.k.end - p.k.first, group, groups);
+    return {p.k.first + r.first, p.k.first + r.end};
+}
+/* of warp `warp` of those that multiply */
+__device__ __forceinline__ uint32_t group_stage_full(const group_place &p, int warp, int stage) {
+    return p.base + p.l.full + 8 * (warp * GROUP_MAX_STAGES + stage);
+}
+__device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
+    return p.base + p.l.stages + (warp * a.stages + stage) * 2 * a.record;
+}
+
 struct group_fetch {
-    int item, unit, stage; /* what comes next, and where it goes */
-    small_tile tile;
+    int item, unit; /* what comes next */
+    const uint8_t *upper, *lower;
 };
 
-__device__ __forceinline__ small_tile group_tile(const small_args &a, int tile) { return locate_tile(a, min(tile, a.tiles - 1)); }
+__device__ __forceinline__ void group_seek(group_fetch &f, const small_args &a, const group_place &p, int member) {
+    small_tile tile = group_tile(a, f.item * GROUP_WARPS + member);
+    f.upper = tile.upper + (int64_t)f.unit * a.record, f.lower = tile.lower + (int64_t)f.unit * a.record;
+}
 
-template <typename Codes, int Groups> __device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p) {
-    constexpr int units = group_units<Codes>();
+/* the next unit, of `mine`, of tile `member` of the item to stage `stage` of the warp; by one lane */
+__device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p, small_range mine, int member, int warp, int stage) {
     if (f.item >= p.items) { return; }
-    if (f.unit == p.k.first) { f.tile = group_tile(a, f.item * GROUP_WARPS + p.member); }
-    if (p.lane == 0) {
-        uint32_t full = p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + f.stage), half = units * a.record;
-        uint32_t bytes = min(units, p.k.end - f.unit) * a.record, to = p.base + p.l.stages + (p.warp * a.stages + f.stage) * 2 * half;
-        barrier_arrive_expect(full, 2 * bytes);
-        copy_bulk(to, f.tile.upper + (int64_t)f.unit * a.record, bytes, full);
-        copy_bulk(to + half, f.tile.lower + (int64_t)f.unit * a.record, bytes, full);
+    uint32_t full = group_stage_full(p, warp, stage), to = group_stage(a, p, warp, stage);
+    barrier_arrive_expect(full, 2 * a.record);
+    copy_bulk(to, f.upper, a.record, full);
+    copy_bulk(to + a.record, f.lower, a.record, full);
+    f.upper += a.record, f.lower += a.record;
+    if (++f.unit < mine.end) { return; }
+    f.unit = mine.first, f.item += p.step;
+    if (f.item < p.items) { group_seek(f, a, p, member); }
+}
+
+/* where a warp's fetching stands after its first `stages` units; with Fetch they are fetched, by one lane */
+template <bool Fetch> __device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine, int member, int warp) {
+    group_fetch f = {mine.first < mine.end ? p.first : p.items, mine.first, NULL, NULL};
+    if (Fetch) {
+        if (f.item < p.items) { group_seek(f, a, p, member); }
+        for (int i = 0; i < a.stages; i++) { group_fetch_stage(f, a, p, mine, member, warp, i); }
+        return f;
     }
-    if ((f.unit += units) >= p.k.end) { f.unit = p.k.first, f.item += Groups * p.step; }
-    if (++f.stage == a.stages) { f.stage = 0; }
+    int units = mine.end - mine.first;
+    if (units > 0) { f.item += a.stages / units * p.step, f.unit += a.stages % units; }
+    if (f.item < p.items) { group_seek(f, a, p, member); }
+    return f;
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------ */
 
-/* this block's columns of all tokens, zeros from token m on: a warp takes 64 columns of 4 tokens at a time */
-template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_args &a, uint32_t to, int column, int columns) {
-    constexpr int quads = 2 * Tokens8, ahead = 8;
-    int warps = blockDim.x / WARP, lane = threadIdx.x % WARP, v = lane % 8, count = quads * (columns / GROUP_BLOCK);
-    for (int first = threadIdx.x / WARP; first < count; first += ahead * warps) {
+/* `columns` columns of all tokens, zeros from token m on, by a warpgroup: a warp takes 64 columns of 4 tokens at a time */
+template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_args &a, const group_place &p, uint32_t to, int column, int columns) {
+    constexpr int quads = 2 * Tokens8, ahead = 16;
+    int v = p.lane % 8, count = quads * (columns / GROUP_BLOCK);
+    for (int first = p.member; first < count; first += ahead * GROUP_WARPS) {
         uint4 x[ahead];
 #pragma unroll
         for (int i = 0; i < ahead; i++) {
-            int piece = first + i * warps, token = piece % quads * 4 + lane / 8;
+            int piece = first + i * GROUP_WARPS, token = piece % quads * 4 + p.lane / 8;
             bool there = piece < count && token < a.m;
             const bf16 *from = a.x + (int64_t)token * a.x_line + column + piece / quads * GROUP_BLOCK + 8 * v;
             x[i] = there ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int i = 0; i < ahead; i++) {
-            int piece = first + i * warps, token = piece % quads * 4 + lane / 8;
+            int piece = first + i * GROUP_WARPS, token = piece % quads * 4 + p.lane / 8;
             uint32_t row = to + (piece / quads * 8 * Tokens8 + token) * 128 + v % 4 * 4, chunk = v / 4 * 4, turn = token % 8;
             if (piece >= count) { break; }
             store_shared(row + ((chunk ^ turn) * 16), x[i].x);
@@ -104,6 +134,42 @@ template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_
             store_shared(row + (((chunk + 3) ^ turn) * 16), x[i].w);
         }
     }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    block_barrier(1 + p.group, GROUP_THREADS);
+}
+
+/* whether the columns of x stand in the order of the fragments; units of a piece then */
+__device__ __forceinline__ bool group_streams(const small_args &a) { return a.made.halves != NULL && a.made.line > 16; }
+__device__ __forceinline__ int group_step(small_range mine) { return (mine.end - mine.first + GROUP_PIECES - 1) / GROUP_PIECES; }
+
+/* The same of columns that stand in the order of the fragments (normed_column), by asynchronous copies, so that the products start with the
+ * first of GROUP_PIECES pieces of `step` units. */
+template <typename Codes, int Tokens8>
+__device__ __forceinline__ void group_begin_x(const small_args &a, const group_place &p, uint32_t to, small_range mine, int step) {
+    constexpr int chunks = Codes::columns / 8, count = chunks * 8 * Tokens8; /* of 16 bytes; of a unit */
+    for (int piece = 0, u = mine.first; piece < GROUP_PIECES; piece++) {
+        for (int end = min(u + step, mine.end); u < end; u++, to += Codes::columns * 16 * Tokens8) {
+#pragma unroll 4
+            for (int i = p.member * WARP + p.lane; i < count; i += GROUP_THREADS) {
+                int token = i / chunks, chunk = i % chunks;
+                const bf16 *from = a.x + (int64_t)(token < a.m ? token : 0) * a.x_line + u * Codes::columns + chunk * 8;
+                copy_async_16(to + (chunk / 8 * 8 * Tokens8 + token) * 128 + (chunk % 8 ^ token % 8) * 16, from, token < a.m);
+            }
+        }
+        copy_async_commit();
+    }
+}
+/* until piece `piece` is there */
+__device__ __forceinline__ void group_await_x(const group_place &p, int piece) {
+    if (piece == 0) {
+        copy_async_wait<GROUP_PIECES - 1>();
+    } else if (piece == 1) {
+        copy_async_wait<GROUP_PIECES - 2>();
+    } else {
+        copy_async_wait<0>();
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    block_barrier(1 + p.group, GROUP_THREADS);
 }
 
 /* ---- one unit of four tiles --------------------------------------------------------------------------------------- */
@@ -167,144 +233,217 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
 
 /* ---- sums of an item ------------------------------------------------------------------------------------------------ */
 
-/* fragments of an item that block `rank` adds: rank, rank + cluster, ... */
-template <int Tokens8> __device__ __forceinline__ int group_share(int rank, int cluster) {
-    return (GROUP_WARPS * Tokens8 - rank + cluster - 1) / cluster;
+/* Number nt of the fragments of tile `member` of an item is number member * Tokens8 + nt of all; block number % cluster of the cluster
+ * adds those of all blocks. First of the tile's that is this block's (Tokens8 and more: none), and how many blocks have some. */
+template <int Tokens8> __device__ __forceinline__ int group_first(const group_place &p) {
+    int first = p.rank - (p.member * Tokens8 & ((1 << p.shift) - 1));
+    return first < 0 ? Tokens8 : first;
 }
-/* place of a sum of block `block` */
-template <int Tokens8> __device__ __forceinline__ uint32_t group_sums_at(const group_place &p, int buffer, int block, int slot) {
-    int most = max(GROUP_WARPS * Tokens8, p.cluster), slots = group_share<Tokens8>(0, p.cluster);
-    return p.base + p.l.sums + ((p.group * group_buffers<Tokens8>() + buffer) * most + block * slots + slot) * CHUNK;
+template <int Tokens8> __device__ __forceinline__ int group_owners(const group_place &p) { return min(Tokens8, 1 << p.shift); }
+/* bytes that the other blocks send of a tile; the barrier waits for as many */
+template <int Tokens8> __device__ __forceinline__ uint32_t group_inbound(const group_place &p) {
+    int first = group_first<Tokens8>(p), cluster = 1 << p.shift;
+    return first < Tokens8 ? (Tokens8 - first + cluster - 1) / cluster * (cluster - 1) * CHUNK : 0;
 }
-template <int Tokens8> __device__ __forceinline__ uint32_t group_full(const group_place &p, int buffer) {
-    return p.base + p.l.sums_full + 8 * (p.group * group_buffers<Tokens8>() + buffer);
+/* where the sum of block `rank` of the fragment is received, counted from the base */
+template <int Tokens8> __device__ __forceinline__ uint32_t group_received(const group_place &p, int nt, int rank) {
+    return p.l.received + (((p.member * Tokens8 + nt) >> p.shift << p.shift) + rank) * CHUNK;
 }
-template <int Tokens8> __device__ __forceinline__ uint32_t group_free(const group_place &p, int buffer) {
-    return p.base + p.l.sums_free + 8 * (p.group * group_buffers<Tokens8>() + buffer);
-}
+__device__ __forceinline__ uint32_t group_barrier(const group_place &p, uint32_t first) { return p.base + first + 8 * p.member; }
 
-/* sums of the warpgroup's count'th item to the blocks that add them, once those have added what was in the buffer */
-template <int Tokens8> __device__ __forceinline__ void group_send(const group_place &p, int count, const float (&sums)[4 * Tokens8]) {
-    constexpr int buffers = group_buffers<Tokens8>();
-    int buffer = count % buffers;
-    if (count >= buffers) { barrier_wait_cluster(group_free<Tokens8>(p, buffer), (count / buffers - 1) & 1); }
+/* what the warps of the warpgroups have of a tile of the count'th item, to the finishing warp of the tile */
+template <int Tokens8> __device__ __forceinline__ void group_put(const group_place &p, int count, const float (&sums)[4 * Tokens8]) {
+    constexpr int passes = group_passes<Tokens8>(), some = Tokens8 / passes;
+    uint32_t to = p.base + p.l.sums + (p.group * GROUP_WARPS + p.member) * some * CHUNK + p.lane * 16;
 #pragma unroll
-    for (int nt = 0; nt < Tokens8; nt++) {
-        int fragment = p.member * Tokens8 + nt, owner = fragment % p.cluster;
-        uint32_t place = cluster_address(group_sums_at<Tokens8>(p, buffer, p.rank, fragment / p.cluster), owner);
-        float4 v = make_float4(sums[4 * nt], sums[4 * nt + 1], sums[4 * nt + 2], sums[4 * nt + 3]);
-        cluster_store_async(place + p.lane * 16, v, cluster_address(group_full<Tokens8>(p, buffer), owner));
+    for (int pass = 0; pass < passes; pass++) {
+        int phase = count * passes + pass;
+        if (phase > 0) { barrier_wait(group_barrier(p, p.l.sums_free), (phase - 1) & 1); }
+#pragma unroll
+        for (int i = 0; i < some; i++) {
+            const float *from = sums + 4 * (pass * some + i);
+            store_shared(to + i * CHUNK, make_float4(from[0], from[1], from[2], from[3]));
+        }
+        warp_arrive(group_barrier(p, p.l.sums_full), p.lane);
     }
 }
 
-/* Finishing warp `self` of Finishers adds and stores this block's fragments of every Finishers-th item, GROUP_AIMED at a time. */
-template <int Tokens8, int Groups, int Finishers> __device__ __forceinline__ void group_finish(const small_args &a, group_place p, int self) {
-    enum { GROUP_AIMED = 2 };
-    constexpr int buffers = group_buffers<Tokens8>();
-    int share = group_share<Tokens8>(p.rank, p.cluster), index = self;
-    uint32_t stride = group_share<Tokens8>(0, p.cluster) * CHUNK;
-    for (int item = p.first + self * p.step; item < p.items; item += Finishers * p.step, index += Finishers) {
-        int count = index / Groups, buffer = count % buffers;
-        p.group = index % Groups;
-        for (int slot = 0; slot < share || slot == 0; slot += GROUP_AIMED) {
-            small_tile tile[GROUP_AIMED];
-            small_target to[GROUP_AIMED];
+/* the sums of the block, over its warpgroups in order, to the blocks that add those of the cluster, once these have read the last ones */
+template <int Tokens8, int Groups> __device__ __forceinline__ void group_send(const group_place &p, int count, bool sends) {
+    constexpr int passes = group_passes<Tokens8>(), some = Tokens8 / passes;
+    uint32_t from = p.base + p.l.sums + p.member * some * CHUNK + p.lane * 16;
 #pragma unroll
-            for (int i = 0; i < GROUP_AIMED; i++) {
-                int fragment = (slot + i) * p.cluster + p.rank, place = item * GROUP_WARPS + fragment / Tokens8;
-                bool there = slot + i < share && place < a.tiles;
-                tile[i] = group_tile(a, place);
-                to[i] = aim_fragment<false>(a, tile[i], p.lane, there ? fragment % Tokens8 : Tokens8, 1.0f); /* Tokens8: none */
-            }
-            if (slot == 0) { barrier_wait_cluster(group_full<Tokens8>(p, buffer), count / buffers & 1); }
+    for (int pass = 0; pass < passes; pass++) {
+        float4 sums[some];
+        barrier_wait(group_barrier(p, p.l.sums_full), (count * passes + pass) & 1);
 #pragma unroll
-            for (int i = 0; i < GROUP_AIMED; i++) {
-                if (slot + i >= share) { break; }
-                store_fragment<false>(a, tile[i], to[i], add_fragments<false>(group_sums_at<Tokens8>(p, buffer, 0, slot + i), p.lane, p.cluster, stride));
+        for (int i = 0; i < some; i++) { sums[i] = load_shared<float4>(from + i * CHUNK); }
+#pragma unroll
+        for (int group = 1; group < Groups; group++) {
+#pragma unroll
+            for (int i = 0; i < some; i++) {
+                float4 more = load_shared<float4>(from + (group * GROUP_WARPS * some + i) * CHUNK);
+                sums[i].x += more.x, sums[i].y += more.y, sums[i].z += more.z, sums[i].w += more.w;
             }
         }
-        if (item + buffers * Groups * p.step >= p.items) { continue; } /* nobody waits for the buffer; the other blocks may have ended */
-        __syncwarp();
-        if (p.lane == 0) { barrier_arrive_expect(group_full<Tokens8>(p, buffer), share * p.cluster * CHUNK); }
-        __syncwarp();
-        if (p.lane < p.cluster) { barrier_arrive_cluster(cluster_address(group_free<Tokens8>(p, buffer), p.lane)); }
+        warp_arrive(group_barrier(p, p.l.sums_free), p.lane);
+        if (pass == 0 && count > 0 && sends) { barrier_wait(group_barrier(p, p.l.received_free), (count - 1) & 1); }
+#pragma unroll
+        for (int i = 0; i < some; i++) {
+            int nt = pass * some + i, owner = (p.member * Tokens8 + nt) & ((1 << p.shift) - 1);
+            uint32_t place = group_received<Tokens8>(p, nt, p.rank) + p.lane * 16;
+            if (owner == p.rank) {
+                store_shared(p.base + place, sums[i]); /* read by the lane that stores it */
+            } else {
+                uint32_t there = cluster_address(p.base, owner);
+                cluster_store_async(there + place, sums[i], there + p.l.received_full + 8 * p.member);
+            }
+        }
+    }
+}
+
+/* what was received of the tile has been read: the other blocks may send the next; its bytes are awaited first */
+template <int Tokens8> __device__ __forceinline__ void group_release(const group_place &p) {
+    __syncwarp();
+    if (p.lane == 0) { barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p)); }
+    __syncwarp();
+    if (p.lane < 1 << p.shift && p.lane != p.rank) { barrier_arrive_cluster(cluster_address(group_barrier(p, p.l.received_free), p.lane)); }
+}
+
+/* the sum of what was received of a fragment, in the order of the blocks */
+template <int Tokens8> __device__ __forceinline__ float4 group_add(const group_place &p, int nt) {
+    uint32_t from = p.base + group_received<Tokens8>(p, nt, 0) + p.lane * 16;
+    float4 sum = load_shared<float4>(from);
+#pragma unroll 1
+    for (int rank = 1; rank < 1 << p.shift; rank++) {
+        float4 more = load_shared<float4>(from + rank * CHUNK);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    }
+    return sum;
+}
+
+/* A finishing warp adds up tile `member` of every item, and stores those of its fragments that are this block's, GROUP_AIMED at a time.
+ * A warp has little time for all of this: it must keep up with four that multiply. */
+template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(const small_args &a, const group_place &p, small_norms norms) {
+    constexpr int most = Tokens8 / 2, aimed = most < 2 ? most : 2; /* fragments of this block: clusters have two blocks at least */
+    int count = 0, cluster = 1 << p.shift, first = group_first<Tokens8>(p), part = -1;
+    bool sends = group_owners<Tokens8>(p) > (first < Tokens8 ? 1 : 0);
+    small_lines lines[most];
+    for (int item = p.first; item < p.items; item += p.step, count++) {
+        int place = item * GROUP_WARPS + p.member;
+        small_tile tile = group_tile(a, place);
+        if (tile.part != part) {
+            part = tile.part;
+#pragma unroll
+            for (int i = 0; i < most; i++) { lines[i] = fragment_lines<false>(a, a.part[part], p.lane, first + i * cluster, norms); }
+        }
+#pragma unroll
+        for (int i = 0; i < most; i += aimed) {
+            small_target to[aimed];
+            float4 sums[aimed];
+            if (i > 0 && first + i * cluster >= Tokens8) { break; }
+#pragma unroll
+            for (int j = 0; j < aimed; j++) { to[j] = aim_fragment<false>(a, tile, lines[i + j], p.lane, first + (i + j) * cluster); }
+            if (i == 0) {
+                group_send<Tokens8, Groups>(p, count, sends);
+                if (first >= Tokens8) { break; }
+                barrier_wait(group_barrier(p, p.l.received_full), count & 1);
+            }
+#pragma unroll
+            for (int j = 0; j < aimed; j++) { sums[j] = group_add<Tokens8>(p, min(first + (i + j) * cluster, Tokens8 - 1)); }
+            /* before the stores; at the end nobody waits for it, and the other blocks may have ended */
+            if (first + (i + aimed) * cluster >= Tokens8 && item + p.step < p.items) { group_release<Tokens8>(p); }
+#pragma unroll
+            for (int j = 0; j < aimed; j++) {
+                if (place < a.tiles && first + (i + j) * cluster < Tokens8) { store_fragment<false>(a, tile, lines[i + j], to[j], sums[j]); }
+            }
+        }
     }
 }
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------------ */
 
 template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ group_place group_start(const small_args &a, const void *shared) {
-    constexpr int buffers = group_buffers<Tokens8>();
     group_place p;
-    p.cluster = cluster_size(), p.rank = cluster_rank(), p.warp = threadIdx.x / WARP, p.lane = threadIdx.x % WARP;
-    p.group = p.warp / GROUP_WARPS, p.member = p.warp % GROUP_WARPS;
-    p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x / p.cluster, p.step = gridDim.x / p.cluster;
-    p.k = small_units_of(a.units, p.rank, p.cluster);
+    int warp = __shfl_sync(QL_FULL_WARP, threadIdx.x / WARP, 0); /* the same in all lanes: descriptors stay in uniform registers */
+    int cluster = cluster_size();
+    p.shift = __ffs(cluster) - 1, p.rank = cluster_rank(), p.lane = threadIdx.x % WARP;
+    p.group = warp / GROUP_WARPS, p.member = warp % GROUP_WARPS;
+    p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x >> p.shift, p.step = gridDim.x >> p.shift;
+    p.k = small_units_of(a.units, p.rank, cluster);
     p.base = (shared_address(shared) + 1023) & ~1023u;
-    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + p.cluster - 1) / p.cluster, p.cluster);
-    if (p.lane != 0 || p.warp >= Groups * GROUP_WARPS) { return p; }
-    for (int i = 0; i < a.stages; i++) { barrier_init(p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + i), 1); }
-    for (int i = 0; i < buffers && p.member == 0; i++) { barrier_init(group_full<Tokens8>(p, i), 1), barrier_init(group_free<Tokens8>(p, i), p.cluster); }
-    barrier_init_fence();
-    for (int i = 0; i < buffers && p.member == 0; i++) {
-        barrier_arrive_expect(group_full<Tokens8>(p, i), group_share<Tokens8>(p.rank, p.cluster) * p.cluster * CHUNK);
+    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) / cluster);
+    if (p.group < Groups && p.lane < a.stages) { barrier_init(group_stage_full(p, warp, p.lane), 1); }
+    if (p.group == Groups && p.lane == 0) {
+        int others = group_owners<Tokens8>(p) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0);
+        barrier_init(group_barrier(p, p.l.sums_full), warp_arrivals(Groups)), barrier_init(group_barrier(p, p.l.sums_free), warp_arrivals(1));
+        barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), max(others, 1));
+        barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p));
     }
+    barrier_init_fence();
     return p;
 }
 
-/* a warpgroup's items: every Groups-th of the cluster's */
+/* the part of the warpgroup's columns in all items of the cluster */
 template <typename Codes, int Tokens8, int Parts, int Groups>
-__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, group_fetch fetch, uint32_t x, uint32_t table) {
-    constexpr int units = group_units<Codes>();
-    int stage = 0, phase = 0, count = 0;
-    for (int item = p.first + p.group * p.step; item < p.items; item += Groups * p.step, count++) {
+__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, small_range mine, uint32_t x, uint32_t table) {
+    int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member, step = group_step(mine), piece = 0;
+    int awaited = group_streams(a) ? mine.first : mine.end; /* the unit that the next piece of activations begins with */
+    group_fetch fetch = group_fetch_first<false>(a, p, mine, p.member, warp);
+    for (int item = p.first; item < p.items; item += p.step, count++) {
         group_state<Tokens8, group_batch<Codes, Parts>()> s = {};
-        for (int u = p.k.first; u < p.k.end; u += units) {
-            barrier_wait(p.base + p.l.full + 8 * (p.warp * GROUP_MAX_STAGES + stage), phase);
-            uint32_t half = units * a.record, upper = p.base + p.l.stages + (p.warp * a.stages + stage) * 2 * half;
-            for (int i = 0; i < units && u + i < p.k.end; i++) {
-                uint32_t x_here = x + (u - p.k.first + i) * (Codes::columns / GROUP_BLOCK * 1024 * Tokens8);
-                group_unit<Codes, Tokens8, Parts>(s, a, upper + i * a.record, upper + half + i * a.record, (uint32_t)descriptor(x_here, 16), table, p.lane);
-            }
+        uint32_t x_here = (uint32_t)descriptor(x, 16);
+        for (int u = mine.first; u < mine.end; u++) {
+            uint32_t upper = group_stage(a, p, warp, stage);
+            if (u == awaited && count == 0) { group_await_x(p, piece++), awaited += step; }
+            barrier_wait(group_stage_full(p, warp, stage), phase);
+            group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + a.record, x_here, table, p.lane);
             __syncwarp();
-            group_fetch_stage<Codes, Groups>(fetch, a, p);
+            if (p.lane == 0) { group_fetch_stage(fetch, a, p, mine, p.member, warp, stage); }
+            x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         group_scale(s);
-        group_send<Tokens8>(p, count, s.sums);
+        group_put<Tokens8>(p, count, s.sums);
     }
 }
 
-/* The block has 4 Groups warps that multiply and Finishers others. */
-template <typename Codes, int Tokens8, int Parts, int Groups, int Finishers> __device__ __forceinline__ void group_body(const small_args &a) {
+/* The block has 4 Groups warps that multiply and 4 that finish. */
+template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __forceinline__ void group_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     group_place p = group_start<Codes, Tokens8, Groups>(a, shared);
-    uint32_t table = p.base + p.l.table, x = p.base + p.l.x;
-    bool multiplies = p.warp < Groups * GROUP_WARPS;
-    group_fetch fetch = {p.first + p.group * p.step, p.k.first, 0, {}};
-    __syncwarp();
-    for (int i = 0; i < a.stages && multiplies; i++) { group_fetch_stage<Codes, Groups>(fetch, a, p); }
-    cluster_arrive();
-    ql_cuda_start_next();
+    small_range mine = group_units(p, p.group, Groups);
+    uint32_t table = p.base + p.l.table, x = p.base + p.l.x + (mine.first - p.k.first) * (Codes::columns * 16 * Tokens8);
     if (Codes::table) { fill_table((uint32_t *)(shared + (table - shared_address(shared))), a.values); }
-    ql_cuda_wait_previous();
-    group_load_x<Tokens8>(a, x, p.k.first * Codes::columns, (p.k.end - p.k.first) * Codes::columns);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    cluster_arrive();
     __syncthreads();
-    cluster_wait();
-    if (multiplies) {
-        group_multiply<Codes, Tokens8, Parts, Groups>(a, p, fetch, x, table);
-    } else {
-        group_finish<Tokens8, Groups, Finishers>(a, p, p.warp - Groups * GROUP_WARPS);
+    ql_cuda_start_next();
+    if (p.group == Groups) { /* the first weights: a lane a warpgroup's tile of the warp's number */
+        if (p.lane < Groups) { group_fetch_first<true>(a, p, group_units(p, p.lane, Groups), p.member, p.lane * GROUP_WARPS + p.member); }
+        __syncwarp();
+        ql_cuda_wait_previous();
+        small_norms norms = {1.0f, a.made.halves != NULL ? p.base + p.l.norms : 0};
+        if (norms.each != 0) { make_norms(norms.each, a.made, a.k, a.eps, p.member, GROUP_WARPS, p.lane, 1 + Groups); }
+        cluster_wait();
+        group_finish<Tokens8, Groups>(a, p, norms);
+        return;
     }
+    ql_cuda_wait_previous();
+    if (group_streams(a)) {
+        group_begin_x<Codes, Tokens8>(a, p, x, mine, group_step(mine));
+    } else {
+        group_load_x<Tokens8>(a, p, x, mine.first * Codes::columns, (mine.end - mine.first) * Codes::columns);
+    }
+    cluster_wait();
+    group_multiply<Codes, Tokens8, Parts, Groups>(a, p, mine, x, table);
 }
 
 #endif
 
-template <typename Codes, int Tokens8, int Parts, int Groups, int Finishers>
-__global__ void __launch_bounds__(Groups *GROUP_THREADS + Finishers *WARP, 1) small_group(const __grid_constant__ small_args a) {
+template <typename Codes, int Tokens8, int Parts, int Groups>
+__global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(const __grid_constant__ small_args a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    group_body<Codes, Tokens8, Parts, Groups, Finishers>(a);
+    group_body<Codes, Tokens8, Parts, Groups>(a);
 #else
     __trap(); /* not chosen: linear_small.cu */
 #endif

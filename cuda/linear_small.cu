@@ -110,27 +110,47 @@ static bool has_groups(void) {
     return built;
 }
 
-/* The cluster with which a block has the least to bring in and hand over: weights and sums of its items, and activations, which
- * come from L2 and count half. */
-static bool launch_group(const group_kernel *k, small_args *a, int columns) {
-    int items = (a->tiles + GROUP_WARPS - 1) / GROUP_WARPS, best = 0, best_clusters = 0;
-    int64_t least = INT64_MAX, sums = (int64_t)k->tokens * TILE_ROWS * GROUP_WARPS * 4;
-    size_t shared = 0;
-    for (int cluster = 2; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-        int units = (a->units + cluster - 1) / cluster, most = ql_cuda_max_clusters(cluster), clusters = most < items ? most : items;
-        uint32_t without = k->bytes(0, a->record, units, cluster), stage = k->bytes(1, a->record, units, cluster) - without;
-        if (clusters == 0 || without + LEAST_STAGES * stage > SHARED_MEMORY) { continue; }
-        int64_t rounds = (items + clusters - 1) / clusters, weights = (int64_t)units * a->record * 2 * GROUP_WARPS;
-        int64_t cost = rounds * (weights + sums) + (int64_t)units * columns * k->tokens;
-        if (cost >= least) { continue; }
-        int stages = (int)((SHARED_MEMORY - without) / stage);
-        a->stages = stages < GROUP_MAX_STAGES ? stages : GROUP_MAX_STAGES;
-        least = cost, best = cluster, best_clusters = clusters, shared = without + (size_t)a->stages * stage;
+/* a way to launch a kernel of linear_group.cuh */
+typedef struct {
+    const group_kernel *kernel;
+    int cluster, clusters, stages;
+    size_t shared;
+    int64_t cost;
+} group_plan;
+
+/* Of kernel k with clusters of `cluster` blocks; cost 0 where it does not fit. A block brings in the weights of its items, and
+ * activations, which come from L2 and count half; an item that is handed over costs as much as ITEM_BYTES of weights. As measured on an
+ * H100 (cuda/dev). */
+static group_plan plan_group(const group_kernel *k, const small_args *a, int cluster, int columns) {
+    enum { ITEM_BYTES = 48 << 10 };
+    group_plan plan = {k, cluster, 0, 0, 0, 0};
+    int items = (a->tiles + GROUP_WARPS - 1) / GROUP_WARPS, units = (a->units + cluster - 1) / cluster, most = ql_cuda_max_clusters(cluster);
+    uint32_t without = k->bytes(0, a->record, units), stage = k->bytes(1, a->record, units) - without;
+    plan.clusters = most < items ? most : items;
+    if (plan.clusters == 0 || without + LEAST_STAGES * stage > SHARED_MEMORY) { return plan; }
+    int64_t rounds = (items + plan.clusters - 1) / plan.clusters, steps = (units + k->groups - 1) / k->groups;
+    int64_t weights = steps * k->groups * a->record * 2 * GROUP_WARPS;
+    int stages = (int)((SHARED_MEMORY - without) / stage);
+    plan.stages = stages < GROUP_MAX_STAGES ? stages : GROUP_MAX_STAGES, plan.shared = without + (size_t)plan.stages * stage;
+    plan.cost = rounds * (weights + ITEM_BYTES) + (int64_t)units * columns * k->tokens;
+    return plan;
+}
+
+/* of the kernels for the fewest tokens that are enough, the cheapest way */
+static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
+    group_plan best = {NULL, 0, 0, 0, 0, 0};
+    for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
+        if (a->m > kernels[i].tokens || (best.cost > 0 && kernels[i].tokens > best.kernel->tokens)) { continue; }
+        for (int cluster = 2; cluster <= 8 && cluster <= a->units; cluster *= 2) {
+            group_plan plan = plan_group(&kernels[i], a, cluster, columns);
+            if (plan.cost > 0 && (best.cost == 0 || plan.cost < best.cost)) { best = plan; }
+        }
     }
-    if (best == 0) { return false; }
+    if (best.cost == 0) { return false; }
+    a->stages = best.stages;
     void *arguments[] = {a};
-    ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(best_clusters * best)), dim3((unsigned)k->threads), shared, true,
-                            (unsigned)best, arguments);
+    ql_cuda_launch_pointers((const void *)best.kernel->function, dim3((unsigned)(best.clusters * best.cluster)),
+                            dim3((unsigned)(best.kernel->groups + 1) * GROUP_THREADS), best.shared, true, (unsigned)best.cluster, arguments);
     return true;
 }
 
@@ -143,13 +163,6 @@ static bool launch_rings(small_args *a, const small_kernel *kernels, int first, 
         for (int i = 0; i < SMALL_RINGS; i++) {
             if (takes(&kernels[i], a->m) && launch_ring(&kernels[i], a, cluster)) { return true; }
         }
-    }
-    return false;
-}
-
-static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
-    for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
-        if (a->m <= kernels[i].tokens) { return launch_group(&kernels[i], a, columns); }
     }
     return false;
 }
@@ -174,6 +187,10 @@ static bool launch(small_args *a, const ql_packed *p) {
 static bool set_activations(small_args *a, const ql_activations *x, const ql_weight *w, int64_t m) {
     int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
     a->k = (int)w->k, a->x_line = (int)line;
+    if (x->made.halves != NULL && w->perm == NULL && line == w->k && ql_packed_of(w)->kind < QL_ROWS_F32) {
+        a->made = x->made, a->eps = x->eps;
+        return a->x = x->made.halves, true;
+    }
     if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0) { return a->x = x->halves, true; }
     if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90 && ql_packed_of(w)->kind < QL_ROWS_F32) {
         a->floats = x->floats, a->gain = x->gain, a->eps = x->eps, a->perm = w->perm;
@@ -217,6 +234,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
         i += products[i].output == QL_OUT_SWIGLU;
     }
     all.units = p->units, all.record = p->record, all.parts = p->parts, all.zeros = p->zeros, all.values = p->values;
+    all.next = products[0].next;
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
     int64_t step = ql_cuda_capability() < 90 ? 8 : 16;
@@ -228,7 +246,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
         small_args a;
         move_to_token(&a, &all, first, m - first < step ? m - first : step);
         if (launch(&a, p)) { continue; }
-        if (step <= 8 || first > 0) { return false; }
+        if (step <= 8 || first > 0 || all.made.halves != NULL || all.next.halves != NULL) { return false; }
         step = (step / 2 + 7) / 8 * 8, first = -step; /* fewer tokens at a time may fit */
     }
     return true;

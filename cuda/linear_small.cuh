@@ -20,6 +20,7 @@
 
 #include "cuda.h"
 #include "low_rank.cuh"
+#include "norm_ahead.cuh"
 #include "units.cuh"
 
 /* what becomes of a sum v0 (upper unit's row) and v1 (lower unit's row) of a token */
@@ -39,7 +40,7 @@ struct small_part {
 
 struct small_args {
     small_part part[3];
-    const bf16 *x;              /* (m, x_line) activations, zeros beyond k; or NULL and: */
+    const bf16 *x;              /* (m, x_line) activations, zeros beyond k; not yet normed where made.halves is not NULL; or NULL and: */
     const float *floats, *gain; /* (k,) of a single token, normed where gain is not NULL */
     const int32_t *perm;        /* (k,) or NULL: stored column j is column perm[j] of floats */
     float eps;
@@ -51,7 +52,8 @@ struct small_args {
     int k, x_line;
     int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
     int m, d, stages;
-    int adapted; /* whether a part has a term */
+    int adapted;                /* whether a part has a term */
+    ql_norm_ahead made, next;   /* of the norm of x; for the norm of what part 0 adds to, (m, n) */
 };
 
 struct small_tile {
@@ -115,53 +117,83 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
 
 /* ---- epilogue -------------------------------------------------------------------------------------------------- */
 
-/* what a lane needs for the outputs of rows g and lower g of a tile and tokens `token`, `token` + 1; fetched ahead of the sums */
-struct small_target {
+/* what the norm multiplies the sums of a token by: the same for all, or floats in shared memory */
+struct small_norms {
+    float one;
+    uint32_t each; /* 0: none */
+};
+
+/* what a lane needs for the outputs of tokens `token` and `token` + 1, in all tiles of a part */
+struct small_lines {
     void *at[2]; /* the line of each token; NULL: no such token */
+    float norm[2];
+    int angle[2]; /* SMALL_ROPE: where the angles of its position begin */
+    int token;
+};
+
+__device__ __forceinline__ small_lines small_lines_of(const small_args &a, const small_part &p, int token, small_norms norms) {
+    small_lines lines = {};
+    int size = p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD ? 4 : 2;
+    lines.token = token;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (token + i >= a.m) { continue; }
+        lines.norm[i] = norms.each != 0 ? load_shared<float>(norms.each + 4 * (token + i)) : norms.one;
+        lines.at[i] = (char *)p.out + (int64_t)(p.rows != NULL ? p.rows[token + i] : token + i) * p.n * size;
+        if (p.output == SMALL_ROPE && p.rotate) { lines.angle[i] = a.positions[token + i] * (a.d / 2); }
+    }
+    return lines;
+}
+
+/* what it needs for rows g and lower g of a tile; fetched ahead of the sums */
+struct small_target {
     int row, row_lower;
-    float factor, factor_lower;
+    float factor, factor_lower, gain, gain_lower; /* gain: of the norm that comes next */
     float old[4]; /* what is added: (token, row), (token, row_lower), (token + 1, ...) */
     float2 angle[2];
 };
 
-/* norm: one more factor */
-__device__ __forceinline__ small_target small_aim(const small_args &a, const small_tile &tile, int g, int token, float norm) {
+__device__ __forceinline__ small_target small_aim(const small_args &a, const small_tile &tile, int g, const small_lines &lines) {
     const small_part &p = a.part[tile.part];
     small_target to = {};
     to.row = tile.unit * UNIT_ROWS + g, to.row_lower = to.row + p.lower_rows;
-    to.factor = __ldg(p.factor) * norm, to.factor_lower = __ldg(p.factor_lower) * norm;
-    bool floats = p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD;
+    to.factor = __ldg(p.factor), to.factor_lower = __ldg(p.factor_lower);
+    if (a.next.halves != NULL) { to.gain = __ldg(a.next.gain + to.row), to.gain_lower = __ldg(a.next.gain + to.row_lower); }
+    if (p.output == SMALL_FLOAT_ADD) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (token + i >= a.m) { continue; }
-        int64_t line = (int64_t)(p.rows != NULL ? p.rows[token + i] : token + i) * p.n;
-        to.at[i] = (char *)p.out + line * (floats ? 4 : 2);
-        if (p.output == SMALL_FLOAT_ADD) {
-            const float *old = (const float *)to.at[i];
-            to.old[2 * i] = to.row < p.n ? old[to.row] : 0.0f, to.old[2 * i + 1] = to.row_lower < p.n ? old[to.row_lower] : 0.0f;
+        for (int i = 0; i < 2; i++) {
+            const float *old = (const float *)lines.at[i];
+            to.old[2 * i] = old != NULL && to.row < p.n ? old[to.row] : 0.0f;
+            to.old[2 * i + 1] = old != NULL && to.row_lower < p.n ? old[to.row_lower] : 0.0f;
         }
-        if (p.output == SMALL_ROPE && p.rotate) {
-            int64_t at = (int64_t)a.positions[token + i] * (a.d / 2) + to.row % a.d;
-            to.angle[i] = make_float2(a.cos[at], a.sin[at]);
-        }
+    }
+    if (p.output == SMALL_ROPE && p.rotate) {
+        int turn = to.row % a.d;
+#pragma unroll
+        for (int i = 0; i < 2; i++) { to.angle[i] = make_float2(a.cos[lines.angle[i] + turn], a.sin[lines.angle[i] + turn]); }
     }
     return to;
 }
 
-/* v0 and v1: sums of row and row_lower, token i of the target */
-__device__ __forceinline__ void small_store(const small_part &p, const small_target &to, int i, float v0, float v1) {
-    if (to.at[i] == NULL) { return; }
-    v0 = to.old[2 * i] + v0 * to.factor, v1 = to.old[2 * i + 1] + v1 * to.factor_lower;
+/* v0 and v1: sums of row and row_lower, token i of the lines. What the next norm needs of them: the sum of their squares */
+__device__ __forceinline__ float small_store(const small_args &a, const small_part &p, const small_lines &lines, const small_target &to, int i,
+                                             float v0, float v1) {
+    if (lines.at[i] == NULL) { return 0.0f; }
+    v0 = to.old[2 * i] + v0 * (to.factor * lines.norm[i]), v1 = to.old[2 * i + 1] + v1 * (to.factor_lower * lines.norm[i]);
     if (p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD) {
-        float *out = (float *)to.at[i];
+        float *out = (float *)lines.at[i];
         if (to.row < p.n) { out[to.row] = v0; }
         if (to.row_lower < p.n) { out[to.row_lower] = v1; }
-        return;
+        if (a.next.halves == NULL) { return 0.0f; }
+        bf16 *next = a.next.halves + (int64_t)(lines.token + i) * p.n;
+        next[normed_column(a.next, to.row)] = __float2bfloat16_rn(v0 * to.gain);
+        next[normed_column(a.next, to.row_lower)] = __float2bfloat16_rn(v1 * to.gain_lower);
+        return v0 * v0 + v1 * v1;
     }
-    bf16 *out = (bf16 *)to.at[i];
+    bf16 *out = (bf16 *)lines.at[i];
     if (p.output == SMALL_SWIGLU) {
-        if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(silu(v0) * v1); }
-        return;
+        if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(silu_fast(v0) * v1); }
+        return 0.0f;
     }
     if (p.output == SMALL_ROPE && p.rotate) {
         float2 turned = rope_pair(v0, v1, to.angle[i].x, to.angle[i].y);
@@ -169,6 +201,7 @@ __device__ __forceinline__ void small_store(const small_part &p, const small_tar
     }
     if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(v0); }
     if (to.row_lower < p.n) { out[to.row_lower] = __float2bfloat16_rn(v1); }
+    return 0.0f;
 }
 
 /* A fragment is what the warps of a block hand over of 16 rows and 8 tokens: 16 bytes a lane as the mma leaves it; of a single
@@ -218,19 +251,25 @@ template <bool Single> __device__ __forceinline__ void add_terms(small_target &t
     }
 }
 
-template <bool Single> __device__ __forceinline__ small_target aim_fragment(const small_args &a, const small_tile &tile, int lane, int nt, float norm) {
-    small_target to = Single ? small_aim(a, tile, lane % 8, lane < 8 ? 0 : a.m, norm) : small_aim(a, tile, lane / 4, 8 * nt + 2 * (lane % 4), norm);
+/* where a fragment of a tile goes: fragment nt of a part, 8 tokens */
+template <bool Single> __device__ __forceinline__ small_lines fragment_lines(const small_args &a, const small_part &p, int lane, int nt, small_norms norms) {
+    return small_lines_of(a, p, Single ? (lane < 8 ? 0 : a.m) : 8 * nt + 2 * (lane % 4), norms);
+}
+template <bool Single>
+__device__ __forceinline__ small_target aim_fragment(const small_args &a, const small_tile &tile, const small_lines &lines, int lane, int nt) {
+    small_target to = small_aim(a, tile, Single ? lane % 8 : lane / 4, lines);
     if (a.adapted && 8 * nt < a.m) { add_terms<Single>(to, a, tile, lane, nt); }
     return to;
 }
-template <bool Single> __device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_target &to, float4 c) {
+template <bool Single>
+__device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_lines &lines, const small_target &to, float4 c) {
     const small_part &p = a.part[tile.part];
     if (Single) {
-        small_store(p, to, 0, c.x, __shfl_down_sync(QL_FULL_WARP, c.x, 8));
-    } else {
-        small_store(p, to, 0, c.x, c.z);
-        small_store(p, to, 1, c.y, c.w);
+        small_store(a, p, lines, to, 0, c.x, __shfl_down_sync(QL_FULL_WARP, c.x, 8));
+        return;
     }
+    float s0 = small_store(a, p, lines, to, 0, c.x, c.z), s1 = small_store(a, p, lines, to, 1, c.y, c.w);
+    if (a.next.halves != NULL && lines.token / 8 * 8 < a.next.line) { put_squares(a.next, tile.unit / 2, lines.token, s0, s1, threadIdx.x % WARP); }
 }
 
 /* a table for byte -> pair of bf16, a copy a lane; values: 16 bf16 */
@@ -314,12 +353,16 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
         uint32_t buffer = partial + parity * warps * Tokens8 * bytes;
 #pragma unroll
         for (int nt = 0; nt < Tokens8; nt++) { put_fragment<Single>(buffer + (nt * warps + warp) * bytes, lane, sums[nt]); }
+        small_lines lines;
         small_target to;
-        if (warp < Tokens8) { to = aim_fragment<Single>(a, tile, lane, warp, 1.0f); }
+        auto aim = [&](int nt) {
+            lines = fragment_lines<Single>(a, a.part[tile.part], lane, nt, {1.0f, 0}), to = aim_fragment<Single>(a, tile, lines, lane, nt);
+        };
+        if (warp < Tokens8) { aim(warp); }
         __syncthreads();
         for (int nt = warp; nt < Tokens8; nt += warps) {
-            if (nt != warp) { to = aim_fragment<Single>(a, tile, lane, nt, 1.0f); }
-            store_fragment<Single>(a, tile, to, add_fragments<Single>(buffer + nt * warps * bytes, lane, warps, bytes));
+            if (nt != warp) { aim(nt); }
+            store_fragment<Single>(a, tile, lines, to, add_fragments<Single>(buffer + nt * warps * bytes, lane, warps, bytes));
         }
         tile = next, parity ^= 1;
     }
@@ -332,7 +375,7 @@ struct small_layout {
     uint32_t full, empty, x_full, sums_full, sums_empty, tile_full; /* barriers, 8 bytes each */
     uint32_t table, norm, x, x_line, sums, tile_sums, stages, bytes;
 };
-enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X_PAD = 64 };
+enum { SMALL_MAX_STAGES = 16, SMALL_X_CHUNKS = 16, SMALL_MAX_OWNED = 64, SMALL_X_PAD = 64, SMALL_MAX_FINISHERS = 2 };
 
 /* units: of K, of a block. owned: tiles that one block of a cluster adds up, 0 without clusters.
  * Lines of activations are padded so that 64 bytes of two lines, as a quarter of a warp reads them, are in different banks. */
@@ -343,7 +386,7 @@ __host__ __device__ inline small_layout small_ring_layout(int stages, int record
     l.full = 0, l.empty = l.full + 8 * SMALL_MAX_STAGES, l.x_full = l.empty + 8 * SMALL_MAX_STAGES;
     l.sums_full = l.x_full + 8 * SMALL_X_CHUNKS, l.sums_empty = l.sums_full + 16, l.tile_full = l.sums_empty + 16;
     l.norm = l.tile_full + 8 * owned;
-    l.table = (l.norm + 4 * Warps + 127) / 128 * 128;
+    l.table = (l.norm + (Single ? 4 * Warps : norms_bytes(SMALL_MAX_FINISHERS, 8 * Tokens8)) + 127) / 128 * 128;
     l.x = l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u);
     l.x_line = (uint32_t)(units * Codes::columns * 2 + SMALL_X_PAD);
     l.sums = (l.x + (Single ? 1u : 8u * Tokens8) * l.x_line + 127) / 128 * 128;
@@ -473,8 +516,7 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
                 auto x_at = [&](int b, int nt) { return load_shared<uint4>(x_here + nt * 8 * l.x_line + b * TWO_STEPS * 2); };
                 small_unit_pair<Codes, Tokens8, Parts>(sums, a, upper, upper + half_bytes, base + l.table, lane, x_at);
             }
-            __syncwarp();
-            if (lane == 0) { barrier_arrive(base + l.empty + 8 * stage); }
+            warp_arrive(base + l.empty + 8 * stage, lane);
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         int buffer = count & 1;
@@ -483,26 +525,38 @@ __device__ __forceinline__ void small_consume(const small_args &a, uint32_t base
         for (int nt = 0; nt < Tokens8; nt++) {
             put_fragment<Single>(base + l.sums + ((buffer * Tokens8 + nt) * Warps + warp) * bytes, lane, sums[nt]);
         }
-        __syncwarp();
-        if (lane == 0) { barrier_arrive(base + l.sums_full + 8 * buffer); }
+        warp_arrive(base + l.sums_full + 8 * buffer, lane);
     }
 }
 
-/* what the norm multiplies the sums by */
-template <int Warps> __device__ __forceinline__ float small_norm(const small_args &a, uint32_t base, const small_layout &l) {
-    if (a.gain == NULL) { return 1.0f; }
+/* what the norm multiplies the sums by, for finishing warp `self` of Finishers */
+template <bool Single, int Warps, int Finishers>
+__device__ __forceinline__ small_norms small_make_norms(const small_args &a, uint32_t base, const small_layout &l, int self, int lane) {
+    if (!Single && a.made.halves != NULL) {
+        make_norms(base + l.norm, a.made, a.k, a.eps, self, Finishers, lane, 1);
+        return {1.0f, base + l.norm};
+    }
+    if (!Single || a.gain == NULL) { return {1.0f, 0}; }
     float squares = 0.0f;
     for (int i = 0; i < Warps; i++) { squares += load_shared<float>(base + l.norm + 4 * i); }
-    return 1.0f / sqrtf(squares / (float)a.k + a.eps);
+    return {1.0f / sqrtf(squares / (float)a.k + a.eps), 0};
 }
 
 /* Finishing warp `self` of Finishers takes every Finishers-th fragment; in a cluster it hands its sum to the owner of the tile,
  * and adds what came for the tiles of this block at the end. */
 template <int Tokens8, bool Single, int Warps, int Finishers>
 __device__ __forceinline__ void small_finish(const small_args &a, uint32_t base, const small_layout &l, int first, int step, int self, int lane,
-                                             int rank, int cluster, float norm) {
+                                             int rank, int cluster, small_norms norms) {
     constexpr int bytes = fragment_bytes<Single>();
-    int count = 0, item = 0;
+    int count = 0, item = 0, part = -1, fragment = 0; /* of `lines`: they seldom change */
+    small_lines lines;
+    auto aim = [&](small_target &to, const small_tile &tile, int nt) {
+        if (tile.part != part || nt != fragment) {
+            part = tile.part, fragment = nt;
+            lines = fragment_lines<Single>(a, a.part[part], lane, nt, norms);
+        }
+        to = aim_fragment<Single>(a, tile, lines, lane, nt);
+    };
     for (int index = first; index < a.tiles; index += step, count++) {
         int buffer = count & 1;
 #pragma unroll 1
@@ -510,13 +564,12 @@ __device__ __forceinline__ void small_finish(const small_args &a, uint32_t base,
             if (item % Finishers != self) { continue; }
             small_tile tile = {};
             small_target to = {};
-            if (cluster == 1) { tile = locate_tile(a, index), to = aim_fragment<Single>(a, tile, lane, nt, norm); }
+            if (cluster == 1) { tile = locate_tile(a, index), aim(to, tile, nt); }
             barrier_wait(base + l.sums_full + 8 * buffer, count >> 1 & 1);
             float4 c = add_fragments<Single>(base + l.sums + (buffer * Tokens8 + nt) * Warps * bytes, lane, Warps, bytes);
-            __syncwarp();
-            if (lane == 0) { barrier_arrive(base + l.sums_empty + 8 * buffer); }
+            warp_arrive(base + l.sums_empty + 8 * buffer, lane);
             if (cluster == 1) {
-                store_fragment<Single>(a, tile, to, c);
+                store_fragment<Single>(a, tile, lines, to, c);
                 continue;
             }
             int owner = count % cluster, slot = count / cluster;
@@ -537,10 +590,11 @@ __device__ __forceinline__ void small_finish(const small_args &a, uint32_t base,
             if (item % Finishers != self) { continue; }
             int slot = i / cluster;
             small_tile tile = locate_tile(a, first + i * step);
-            small_target to = aim_fragment<Single>(a, tile, lane, nt, norm);
-            barrier_wait_cluster(base + l.tile_full + 8 * slot, 0);
+            small_target to;
+            aim(to, tile, nt);
+            barrier_wait(base + l.tile_full + 8 * slot, 0);
             uint32_t from = base + l.tile_sums + (slot * cluster * Tokens8 + nt) * bytes;
-            store_fragment<Single>(a, tile, to, add_fragments<Single>(from, lane, cluster, Tokens8 * bytes));
+            store_fragment<Single>(a, tile, lines, to, add_fragments<Single>(from, lane, cluster, Tokens8 * bytes));
         }
     }
 }
@@ -549,12 +603,12 @@ template <int Warps, int Fragments>
 __device__ __forceinline__ void small_init_barriers(uint32_t base, const small_layout &l, int stages, int owned, uint32_t owned_bytes) {
     for (int i = 0; i < stages; i++) {
         barrier_init(base + l.full + 8 * i, 1);
-        barrier_init(base + l.empty + 8 * i, Warps);
+        barrier_init(base + l.empty + 8 * i, warp_arrivals(Warps));
     }
     for (int i = 0; i < SMALL_X_CHUNKS; i++) { barrier_init(base + l.x_full + 8 * i, 1); }
     for (int i = 0; i < 2; i++) {
-        barrier_init(base + l.sums_full + 8 * i, Warps);
-        barrier_init(base + l.sums_empty + 8 * i, Fragments);
+        barrier_init(base + l.sums_full + 8 * i, warp_arrivals(Warps));
+        barrier_init(base + l.sums_empty + 8 * i, warp_arrivals(Fragments));
     }
     for (int i = 0; i < owned; i++) { barrier_init(base + l.tile_full + 8 * i, 1); }
     barrier_init_fence();
@@ -593,7 +647,9 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
     if (warp < Warps) {
         small_consume<Codes, Tokens8, Single, Parts, Warps, Units>(a, base, l, k, first, step, warp, lane);
     } else {
-        small_finish<Tokens8, Single, Warps, Finishers>(a, base, l, first, step, warp - Warps - 1, lane, rank, cluster, small_norm<Warps>(a, base, l));
+        int self = warp - Warps - 1;
+        small_norms norms = small_make_norms<Single, Warps, Finishers>(a, base, l, self, lane);
+        small_finish<Tokens8, Single, Warps, Finishers>(a, base, l, first, step, self, lane, rank, cluster, norms);
     }
 }
 

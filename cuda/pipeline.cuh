@@ -21,13 +21,26 @@ __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarr
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+/* A warp arrives, once all its lanes are here. The tool racecheck follows each thread by its own arrivals alone: for it, every lane
+ * arrives (-DQL_RACECHECK, README.md). */
+#ifdef QL_RACECHECK
+__device__ __forceinline__ constexpr int warp_arrivals(int warps) { return warps * WARP; }
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int) { barrier_arrive(barrier); }
+#else
+__device__ __forceinline__ constexpr int warp_arrivals(int warps) { return warps; }
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) { barrier_arrive(barrier); }
+}
+#endif
 /* arrives once and lets the phase also wait for `bytes` of bulk copies */
 __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-/* the same on a barrier of another block of the cluster */
+/* Arrives on a barrier of another block of the cluster, after what this thread read of shared memory. Nothing written is handed over:
+ * a release for the cluster would wait for all stores to global memory that are on their way, about a microsecond. */
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /* until the phase of this parity is complete */
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -35,16 +48,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
                  ".reg .pred done;\n"
                  "again:\n"
                  "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}\n" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again;\n"
                  "}\n" ::"r"(barrier),
                  "r"(parity)

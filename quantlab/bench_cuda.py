@@ -114,16 +114,18 @@ def many_tokens(format: str, part: str, m: int, backward: bool) -> list[Record]:
     return [record(op, format, f"{part} m{m}", samples, w.nbytes, 2 * m * n * k, beside)]
 
 
-def attention(b: int, queries: int, keys: int) -> list[Record]:
+def attention(op: str, b: int, queries: int, keys: int) -> list[Record]:
     sizes: dict[str, Any] = {"b": b, "m": queries, "keys": keys, "hq": HEADS, "hkv": HEADS, "d": HEAD_DIM}
-    samples = _core.cuda_bench("attention", (), SAMPLES, **sizes)
+    samples = _core.cuda_bench(op, (), SAMPLES, **sizes)
     pairs = b * (queries * (keys - queries) + queries * (queries + 1) // 2)
-    nbytes = 2 * b * HEADS * HEAD_DIM * (2 * keys + 2 * queries)
-    flops = 4 * pairs * HEADS * HEAD_DIM
+    nbytes, products = 2 * b * HEADS * HEAD_DIM * (2 * keys + 2 * queries), 2
+    if op == "attention_backward":  # of the scores, of q, k, v and of the weights
+        nbytes, products = 2 * nbytes, 5
+    flops = 2 * products * pairs * HEADS * HEAD_DIM
     beside = ("read", roof("read", nbytes))
     if queries > 1:  # against the rate of a large product
         beside = ("matmul", flops * matmul("matmul", 8192, 8192, 8192) / (2 * 8192**3))
-    return [record("attention", "bf16", f"b{b} t{queries} s{keys}", samples, nbytes, flops, beside)]
+    return [record(op, "bf16", f"b{b} t{queries} s{keys}", samples, nbytes, flops, beside)]
 
 
 def dequantize(format: str) -> list[Record]:
@@ -173,8 +175,9 @@ def seconds_of(run: Callable[[], Any], samples: int = SAMPLES) -> list[float]:
 
 
 def model(format: str) -> list[Record]:
-    """Forward passes to each row's last hidden state (tweets one at a time: seconds a tweet), and greedy generation of
-    128 tokens after 32: seconds a step, prompts left out. gb_per_s counts the layers' weights once."""
+    """Forward passes to each row's last hidden state (tweets one at a time: seconds a tweet), and greedy generation: of
+    30 tokens after 2, as the LIMA study does, seconds in all; of 128 tokens after 32, seconds a step, prompts left out.
+    gb_per_s counts the layers' weights once a pass."""
     llama = build_model(format)
     nbytes = sum(w.nbytes for name, w in llama.weights.items() if name.startswith("model.layers"))
     matrices = sum(w.shape[0] * w.shape[1] for name, w in llama.weights.items() if name.startswith("model.layers"))
@@ -194,6 +197,11 @@ def model(format: str) -> list[Record]:
     few = rows[:256]
     samples = [s / len(few) for s in seconds_of(lambda: [predict(llama, [row]) for row in few], 3)]
     found.append(record("model_tweets", format, "1 row at a time", samples, nbytes, 0, read))
+    for b in (1, 2, 4, 8, 16, 32):
+        samples = seconds_of(partial(short_generation, llama, [ids[i, :2] for i in range(b)]))
+        found.append(
+            record("model_generate", format, f"b{b}, 30 tokens", samples, 30 * nbytes, 60 * b * matrices, read)
+        )
     for b in (1, 8, 32):
         samples = steps_of(llama, [ids[i, :32] for i in range(b)], 128)
         one = record("model_generate", format, f"b{b}", samples, nbytes, 2 * b * matrices, read)
@@ -214,6 +222,11 @@ def grouped(llama: LlamaForCausalLM, rows: list[np.ndarray]) -> list[list[np.nda
 
 def predict(llama: LlamaForCausalLM, rows: list[np.ndarray]) -> np.ndarray:
     return llama.packed_hidden(rows, keep=np.cumsum([len(row) for row in rows]) - 1)
+
+
+def short_generation(llama: LlamaForCausalLM, prompts: list[np.ndarray]) -> None:
+    for _ in device_steps(llama, prompts, 30):
+        pass
 
 
 def steps_of(llama: LlamaForCausalLM, prompts: list[np.ndarray], tokens: int) -> list[float]:
@@ -245,7 +258,7 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
     "linear": lambda: linear_jobs(False),
     "linear_backward_input": lambda: linear_jobs(True),
     "attention": lambda: (
-        partial(attention, b, queries, keys)
+        partial(attention, "attention", b, queries, keys)
         for b, queries, keys in (
             (1, 2048, 2048),
             (1, 8192, 8192),
@@ -255,6 +268,9 @@ OPS: dict[str, Callable[[], Iterator[Job]]] = {
             (32, 1, 160),
             (1, 1, 2048),
         )
+    ),
+    "attention_backward": lambda: (
+        partial(attention, "attention_backward", 1, keys, keys) for keys in (512, 2048, 8192)
     ),
     "dequantize": lambda: (partial(dequantize, format) for format in FORMATS if format != "bf16"),
     "quantize": lambda: (partial(quantize, format) for format in ("nf4", "fp4", "int8")),

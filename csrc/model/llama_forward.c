@@ -8,7 +8,7 @@
 /* what a pass holds beside its output, cut from the workspace; but for x and h in the backend's own type where it is fused */
 typedef struct {
     float *x;         /* (t, c) residual stream */
-    float *h;         /* (t, c) normed input of a block */
+    float *h;         /* (t, c) normed input of a block; fused: memory of the norms */
     float *q, *k, *v; /* (t, hq d) (t, hkv d) (t, hkv d) */
     float *a;         /* (t, hq d) attention output */
     float *gate, *up; /* (t, f) */
@@ -98,20 +98,23 @@ static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t,
     product(s->x, s->gate, layer, QL_SLOT_DOWN, s, 1, be);
 }
 
+/* norm: of x ahead of the layer, and then of x behind it, whose gain is `next` (NULL: not to be prepared) */
 static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
-                        void *cache_k, void *cache_v, const ql_backend *be) {
+                        void *cache_k, void *cache_v, ql_norm *norm, const float *next, const ql_backend *be) {
     int64_t t = batch->t;
     const ql_weight *const *w = layer->matrix;
     ql_low_rank low[QL_SLOTS];
     for (int slot = 0; slot < QL_SLOTS; slot++) { low[slot] = ql_low_rank_of(layer->lora != NULL ? &layer->lora[slot] : NULL); }
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
-    be->qkv_forward(s->q, k, v, s->x, layer->input_norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], &low[QL_SLOT_Q],
-                    batch->cos, batch->sin, batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d, m->eps);
+    be->qkv_forward(s->q, k, v, s->x, norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], &low[QL_SLOT_Q],
+                    batch->cos, batch->sin, batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d);
     be->attention_fused_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
                                 m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
-    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], &low[QL_SLOT_O], t);
-    be->gate_up_forward(s->gate, s->x, layer->post_norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], &low[QL_SLOT_GATE], t, m->eps);
-    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], t);
+    norm->gain = layer->post_norm;
+    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], &low[QL_SLOT_O], norm, t);
+    be->gate_up_forward(s->gate, s->x, norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], &low[QL_SLOT_GATE], t);
+    norm->gain = next;
+    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], next != NULL ? norm : NULL, t);
 }
 
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,
@@ -120,12 +123,13 @@ ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batc
     ql_workspace memory = {workspace, 0};
     buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &memory);
     int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(be) : 0;
+    ql_norm norm = {m->layers > 0 ? m->layer[0].input_norm : NULL, m->eps, s.h, 0};
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
     for (int64_t i = 0; i < m->layers; i++) {
         void *cache_k = cache != NULL ? (char *)cache->k + i * layer_bytes : NULL;
         void *cache_v = cache != NULL ? (char *)cache->v + i * layer_bytes : NULL;
         if (fused) {
-            fused_layer(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
+            fused_layer(m, &m->layer[i], batch, &s, cache_k, cache_v, &norm, i + 1 < m->layers ? m->layer[i + 1].input_norm : NULL, be);
         } else {
             attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
             mlp_block(m, &m->layer[i], batch->t, &s, be);

@@ -110,9 +110,10 @@ static PyObject *device_attention(PyObject *self, PyObject *arguments) {
     DeviceArrayObject *k = q == NULL ? NULL : ql_device_new(be, QL_DEVICE_BFLOAT16, 2, (int64_t[]){t, keys});
     DeviceArrayObject *v = k == NULL ? NULL : ql_device_new(be, QL_DEVICE_BFLOAT16, 2, (int64_t[]){t, keys});
     if (v == NULL) { return Py_XDECREF(out), Py_XDECREF(q), Py_XDECREF(k), NULL; }
+    ql_norm norm = {a.gain->memory, a.eps, NULL, 0};
     BEGIN(be, qkv_forward)
-    be->qkv_forward(q->memory, k->memory, v->memory, a.x->memory, a.gain->memory, &a.q->weight, &a.k->weight, &a.v->weight,
-                    NULL, a.cos->memory, a.sin->memory, a.positions->memory, NULL, t, a.hq, a.hkv, a.d, a.eps);
+    be->qkv_forward(q->memory, k->memory, v->memory, a.x->memory, &norm, &a.q->weight, &a.k->weight, &a.v->weight,
+                    NULL, a.cos->memory, a.sin->memory, a.positions->memory, NULL, t, a.hq, a.hkv, a.d);
     be->attention_fused_forward(out->memory, NULL, q->memory, k->memory, v->memory, a.q_start->memory, a.kv_start->memory,
                                 a.kv_len->memory, t, b, a.hq, a.hkv, a.d, a.longest, a.longest, 1.0f / sqrtf((float)a.d));
     END
@@ -138,8 +139,9 @@ static PyObject *device_gate_up(PyObject *self, PyObject *arguments) {
     }
     DeviceArrayObject *out = ql_device_new(be, QL_DEVICE_BFLOAT16, 2, (int64_t[]){x->dim[0], gate->weight.n});
     if (out == NULL) { return NULL; }
+    ql_norm norm = {gain->memory, eps, NULL, 0};
     BEGIN(be, gate_up_forward)
-    be->gate_up_forward(out->memory, x->memory, gain->memory, &gate->weight, &up->weight, NULL, x->dim[0], eps);
+    be->gate_up_forward(out->memory, x->memory, &norm, &gate->weight, &up->weight, NULL, x->dim[0]);
     END
     return ql_device_finish(out, stopped, status);
 }
@@ -155,7 +157,7 @@ static PyObject *device_add(PyObject *self, PyObject *arguments) {
     DeviceWeightObject *w = a == NULL ? NULL : ql_device_weight(w_object, "w", &be);
     if (w == NULL || !ql_device_check_dim(a, "a", 0, x->dim[0]) || !check_weight(w, "w", x->dim[1], a->dim[1])) { return NULL; }
     BEGIN(be, linear_residual_forward)
-    be->linear_residual_forward(x->memory, a->memory, &w->weight, NULL, x->dim[0]);
+    be->linear_residual_forward(x->memory, a->memory, &w->weight, NULL, NULL, x->dim[0]);
     END
     return ql_device_finish(NULL, stopped, status);
 }

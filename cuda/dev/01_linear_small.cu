@@ -1,10 +1,11 @@
-/* 01_linear_small.cu: the kernels of linear_small.cuh at 4 bits, group 128, on the shapes of LLaMA-2-7B: every variant against a
+/* 01_linear_small.cu: the kernels of linear_small.cuh and linear_group.cuh at 4 bits, group 128, on the shapes of LLaMA-2-7B: every variant against a
  * float64 product, timed by graph replay over rotating weights beyond L2, beside a kernel that only reads as many bytes.
  *
- *   nvcc -std=c++17 -O3 -arch=sm_90a -split-compile=0 -o /tmp/small cuda/dev/01_linear_small.cu && /tmp/small [all.csv [tokens ...]]
+ *   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o /tmp/small cuda/dev/01_linear_small.cu && /tmp/small [all.csv [tokens ...]]
  *
  * Prints the best variants of each shape and number of tokens, then the time of a chain of all four shapes (8 layers of distinct
- * weights), each with its best variant. all.csv: every measurement. */
+ * weights), each with its best variant. all.csv: every measurement. -DQL_ONLY_GROUPS: linear_group.cuh alone. */
+#include "../linear_group.cuh"
 #include "../linear_small.cuh"
 
 #include <algorithm>
@@ -29,6 +30,11 @@
 #define QL_PARTS 1
 #define QL_CHECKED 1
 #endif
+#ifdef QL_RACECHECK /* one small matrix, every variant once: compute-sanitizer --tool racecheck */
+static const bool timed = false;
+#else
+static const bool timed = true;
+#endif
 using Codes = QL_CODES;
 static const int GROUP_PARTS = QL_PARTS, RECORD = record_bytes<Codes>(GROUP_PARTS, 0), COLUMNS = Codes::columns;
 static int sms;
@@ -39,24 +45,35 @@ static cudaStream_t stream;
 typedef small_layout (*layout_function)(int stages, int record, int units, int cluster, int owned);
 struct variant {
     const void *kernel;
-    layout_function layout; /* NULL: the register kernel */
+    layout_function layout; /* NULL: the register kernel, or where there are groups: that of linear_group.cuh */
     int tokens8, single, warps, units, finishers, blocks;
+    uint32_t (*bytes)(int stages, int record, int units);
+    int groups;
 };
+template <int Tokens8, int Groups> static uint32_t group_bytes_of(int stages, int record, int units) {
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units).bytes;
+}
 
 #define RING(T8, S, W, U, F, B)                                                                                                    \
-    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B }
+    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B, NULL, 0 }
 #define REGISTER(T8, S, U, W, B) \
-    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B }
+    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B, NULL, 0 }
+#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G>, NULL, T8, 0, 4 * (G) + 3, 1, 0, 1, group_bytes_of<T8, G>, G }
 
 static const variant variants[] = {
+#ifndef QL_ONLY_GROUPS
     /* one token */
     RING(1, true, 16, 1, 1, 2), RING(1, true, 8, 1, 1, 3), RING(1, true, 8, 2, 2, 2), RING(1, true, 12, 1, 1, 2), REGISTER(1, true, 2, 16, 2),
     /* 2 to 8 */
     RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 2, 2, 2), RING(1, false, 4, 2, 2, 4), RING(1, false, 16, 1, 2, 1), RING(1, false, 8, 1, 4, 2),
     /* 9 to 16 */
     RING(2, false, 16, 1, 2, 1), RING(2, false, 16, 1, 4, 1), RING(2, false, 24, 1, 4, 1), RING(2, false, 8, 2, 2, 1), RING(2, false, 8, 2, 4, 1),
+#endif
+    GROUP(2, 4),
     /* 17 to 32 */
-    RING(4, false, 8, 1, 8, 1), RING(4, false, 16, 1, 8, 1),
+    GROUP(4, 4), GROUP(4, 3),
+    /* 33 to 64 */
+    GROUP(8, 3), GROUP(8, 2),
 };
 
 /* ---- problems --------------------------------------------------------------------------------------------------- */
@@ -198,11 +215,35 @@ static small_args arguments(const problem &p, int copy) {
     return a;
 }
 
+static int clusters_at_once(const variant &v, int cluster, size_t shared) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(64 * cluster), config.blockDim = dim3((v.groups + 1) * GROUP_THREADS), config.dynamicSmemBytes = shared;
+    config.attrs = &attribute, config.numAttrs = 1;
+    int count = 0;
+    CHECK(cudaOccupancyMaxActiveClusters(&count, v.kernel, &config));
+    return count;
+}
+
+static bool configure_group(setting &c, const variant &v, int units, int tiles) {
+    int most = (units + c.cluster - 1) / c.cluster, items = (tiles + GROUP_WARPS - 1) / GROUP_WARPS, room = 227 * 1024;
+    if (c.per_sm > 1 || c.resident > 1 || c.cluster < 2 || c.cluster > units) { return false; }
+    int without = (int)v.bytes(0, RECORD, most), stage = (int)v.bytes(1, RECORD, most) - without;
+    if (without + 2 * stage > room) { return false; }
+    c.stages = std::min((room - without) / stage, (int)GROUP_MAX_STAGES);
+    c.shared = without + (size_t)c.stages * stage;
+    c.grid = std::min(clusters_at_once(v, c.cluster, c.shared), items) * c.cluster;
+    return true;
+}
+
 /* false where the variant does not fit */
 static bool configure(setting &c, const problem &p) {
     const variant &v = variants[c.index];
     int units = p.s->k / COLUMNS, tiles = p.s->n / 16;
     if (v.tokens8 != (p.m + 7) / 8 || v.single != (p.m == 1)) { return false; }
+    if (v.groups > 0) { return configure_group(c, v, units, tiles); }
     if (v.layout == NULL) {
         int warps = (units + v.units - 1) / v.units;
         if (c.cluster != 1 || warps > v.warps || warps * 2 <= v.warps || c.resident != c.per_sm || c.per_sm > 2) { return false; }
@@ -228,7 +269,7 @@ static void launch(const setting &c, const problem &p, int copy) {
     a.stages = c.stages;
     cudaLaunchConfig_t config;
     memset(&config, 0, sizeof config);
-    int units = p.s->k / COLUMNS, warps = v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 1 + v.finishers;
+    int units = p.s->k / COLUMNS, warps = v.groups > 0 ? (v.groups + 1) * GROUP_WARPS : v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 1 + v.finishers;
     config.gridDim = dim3(c.grid), config.blockDim = dim3(warps * 32), config.dynamicSmemBytes = c.shared, config.stream = stream;
     cudaLaunchAttribute attribute[2];
     attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -271,6 +312,7 @@ template <typename Body> static double time_graph(int repeats, Body body) {
 static double roof_us(const shape &s, uint32_t *sink) {
     double best = 1e9;
     int launches = std::max(s.copies, 24);
+    if (!timed) { return 1.0; }
     for (int grid : {1, 2, 4, 8}) {
         for (int block : {256, 512, 1024}) {
             if (grid * block > 2048) { continue; }
@@ -289,19 +331,22 @@ static std::string describe(const setting &c) {
     const variant &v = variants[c.index];
     char text[200];
     snprintf(text, sizeof text, "%s warps %2d units %d finishers %d blocks %d | an SM %d of %d cluster %d grid %4d stages %2d shared %6zu",
-             v.layout ? "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
+             v.groups ? "group   " : v.layout ? "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
              c.stages, c.shared);
     return text;
 }
 
 static std::vector<shape> make_shapes(std::vector<double> &roof) {
     std::vector<shape> shapes = {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}};
+#ifdef QL_RACECHECK
+    shapes = {{512, 1024}};
+#endif
     uint32_t *sink;
     CHECK(cudaMalloc(&sink, 4));
     for (size_t i = 0; i < shapes.size(); i++) {
         shape &s = shapes[i];
         s.bytes = (size_t)s.n / 8 * (s.k / COLUMNS) * RECORD;
-        s.copies = std::max(8, (int)(220000000 / s.bytes));
+        s.copies = timed ? std::max(8, (int)(220000000 / s.bytes)) : 1;
         CHECK(cudaMalloc(&s.weights, s.bytes * s.copies));
         size_t count = s.bytes * s.copies / RECORD, threads = count * (RECORD / 4);
         fill_weights<<<(unsigned)((threads + 255) / 256), 256, 0, stream>>>(s.weights, count, RECORD, (uint32_t)(77 * i));
@@ -326,7 +371,7 @@ static bool measure(setting &c, const problem &p, double roof, FILE *csv, int &b
 #ifdef QL_CHECKED
     c.error = error_of(p);
 #endif
-    c.us = time_graph(3, [&] {
+    c.us = !timed ? 1.0 : time_graph(3, [&] {
                for (int l = 0; l < launches; l++) { launch(c, p, l % p.s->copies); }
            }) / launches * 1e6;
     if (csv) { fprintf(csv, "%d,%d,%d,%.2f,%.3f,%.1e,%s\n", p.m, p.s->n, p.s->k, c.us, roof / c.us, c.error, describe(c).c_str()); }
@@ -340,15 +385,15 @@ static std::vector<setting> sweep(const problem &p, double roof, FILE *csv) {
     std::vector<setting> done;
     int bad = 0, rings = 0, registers = 0;
     for (int index = 0; index < (int)(sizeof variants / sizeof *variants); index++) {
-        for (int i = 0; i < 4 * 4 * 3; i++) { /* blocks an SM, of this and the next kernel, cluster */
-            setting c = {index, i / 12 + 1, i / 3 % 4 + 1, 1 << i % 3, 0, 0, 0, 0.0, 0.0};
+        for (int i = 0; i < 4 * 4 * 4; i++) { /* blocks an SM, of this and the next kernel, cluster */
+            setting c = {index, i / 16 + 1, i / 4 % 4 + 1, 1 << i % 4, 0, 0, 0, 0.0, 0.0};
             if (measure(c, p, roof, csv, bad)) { done.push_back(c); }
         }
     }
     std::sort(done.begin(), done.end(), [](const setting &a, const setting &b) { return a.us < b.us; });
     printf("M %2d  %5d x %5d, roof %.2f us, %d variants, %d wrong\n", p.m, p.s->n, p.s->k, roof, (int)done.size() + bad, bad);
     for (const setting &c : done) {
-        bool ring = variants[c.index].layout != NULL;
+        bool ring = variants[c.index].layout != NULL || variants[c.index].groups > 0;
         if ((ring ? rings++ : registers++) < (ring ? 5 : 2)) {
             printf("  %6.2f us %5.1f %%  error %.0e  %s\n", c.us, 100 * roof / c.us, c.error, describe(c).c_str());
         }
@@ -395,12 +440,12 @@ int main(int argc, char **argv) {
     sms = properties.multiProcessorCount;
     printf("%s, %d SMs\n", properties.name, sms);
     for (const variant &v : variants) {
-        CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 - 1024));
+        CHECK(cudaFuncSetAttribute(v.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024));
     }
     std::vector<double> roof;
     std::vector<shape> shapes = make_shapes(roof);
     FILE *csv = argc > 1 ? fopen(argv[1], "w") : NULL;
-    std::vector<int> tokens = {1, 8, 16, 32};
+    std::vector<int> tokens = {1, 8, 16, 32, 64};
     if (argc > 2) { tokens.clear(); }
     for (int i = 2; i < argc; i++) { tokens.push_back(atoi(argv[i])); }
     for (int m : tokens) {
@@ -411,6 +456,7 @@ int main(int argc, char **argv) {
             done.push_back(sweep(problems[i], roof[i], csv));
             if (done[i].empty()) { return 1; }
         }
+        if (!timed) { continue; }
         printf("M %2d  chains of 128 kernels; sum of the roofs %.3f ms\n", m, 32e-3 * (roof[0] + roof[1] + roof[2] + roof[3]));
         time_chain({done[0][0], done[1][0], done[2][0], done[3][0]}, problems, "the best of each shape");
         time_uniform_chains(done, problems);

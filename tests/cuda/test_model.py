@@ -77,6 +77,26 @@ def test_quantized(config) -> None:
         assert relative(gpu.hidden_states(rows), cpu.hidden_states(rows)) <= NOISE
 
 
+@pytest.mark.parametrize("config", [ql.RTNConfig(4, 128), ql.RTNConfig(3, 64, sym=False), ql.NF4Config(64)], ids=str)
+def test_norms_between_products(config) -> None:
+    """Few tokens, matrices of whole units: what adds to the residual stream prepares the norm behind it, for each
+    number of tokens in the order that the next product takes."""
+    changes = {"hidden_size": 1024, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 128}
+    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, **changes), config, progress=False)
+    gpu = cpu.to("cuda")
+    for tokens in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 64, 65):
+        rows = rows_of(cpu, (tokens,), seed=tokens)
+        found = gpu.hidden_states(rows)
+        with ql.backend.use(precise=True):  # AMX rounds activations too
+            expected = cpu.hidden_states(rows)
+        assert relative(found, expected) <= NOISE, tokens
+        assert found.tobytes() == gpu.hidden_states(rows).tobytes()
+    for sequences in (3, 8, 20, 40):  # a step is recorded, and so are what its products prepare
+        prompts = rows_of(cpu, (2,) * sequences, seed=sequences)
+        for prompt, row in zip(prompts, gpu.generate(prompts, max_new_tokens=12, eos_token_id=[]), strict=True):
+            check_greedy(cpu, prompt, row[len(prompt) :].tolist())
+
+
 def test_logits_losses_and_features() -> None:
     cpu, gpu = pair()
     rows = rows_of(cpu, (40, 7))
