@@ -190,13 +190,13 @@ def cuda_section(path: Path, records: list[dict[str, Any]], details: bool) -> st
     by_op: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_op.setdefault("model" if record["op"].startswith("model") else record["op"], []).append(record)
-    first = records[0]
-    parts = [f"### On a GPU: {first['machine']}, {first['model']}, random weights, commit {first['commit']}"]
+    first, commits = records[0], ", ".join(dict.fromkeys(record["commit"] for record in records))
+    parts = [f"### On a GPU: {first['machine']}, {first['model']}, random weights, commits {commits}"]
     if "model" in by_op:
         model = pivot(
             by_op.pop("model"), lambda r: f"{r['op'].removeprefix('model_')} {r['shape']}", lambda r: r["format"]
         )
-        parts.append(f"The whole model: a forward pass, a tweet, a step of generation\n\n{model}")
+        parts.append(f"The whole model: a forward pass, a tweet, 30 tokens in all or a step of generation\n\n{model}")
     if not details:
         by_op.clear()
     for op, heading in CUDA_TABLES.items():
