@@ -15,7 +15,7 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
  * many */
 static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
     ql_norm_ahead ahead = {};
-    if (norm == NULL || norm->memory == NULL || t < 2 || t > NORM_TOKENS || n % NORM_COLUMNS != 0 || ql_cuda_capability() < 90) { return ahead; }
+    if (norm == NULL || norm->memory == NULL || t < 2 || t > NORM_TOKENS || n % NORM_BLOCK != 0 || ql_cuda_capability() < 90) { return ahead; }
     ahead.gain = norm->gain, ahead.halves = (bf16 *)norm->memory, ahead.squares = (float *)(ahead.halves + t * n);
     for (ahead.line = 8; ahead.line < t; ahead.line *= 2) {}
     return ahead;

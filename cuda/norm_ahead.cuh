@@ -5,9 +5,9 @@
 
 #include "pipeline.cuh"
 
-enum { NORM_COLUMNS = 16, NORM_TOKENS = 64 /* at most */ };
+enum { NORM_COLUMNS = 16, NORM_BLOCK = 32, NORM_TOKENS = 64 /* at most */ };
 
-/* of m tokens x (m, n), n a multiple of NORM_COLUMNS */
+/* of m tokens x (m, n), n a multiple of NORM_BLOCK */
 typedef struct {
     const float *gain; /* (n,) */
     bf16 *halves;      /* (m, n): x gain, not yet divided by the root mean square of its row, in the order of normed_column; NULL: nothing is left */
@@ -18,7 +18,7 @@ typedef struct {
 #ifdef __CUDACC__
 
 /* The place of column j in its row of halves. More than 16 tokens are multiplied by linear_group.cuh, which takes columns in the order of
- * its fragments: of 32, pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
+ * its fragments: of NORM_BLOCK, pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
 __device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) {
     return ahead.line <= 16 ? j : (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1);
 }
