@@ -4,8 +4,8 @@
  * A block owns one chunk of the keys of one sequence and one kv head, and all the (up to 16) query heads of that group: they
  * are the 16 rows of the matrix products, so the keys are read once. Keys come in tiles of 64: each of 4 warps makes the scores
  * of 16 keys, all meet in shared memory, and each warp then weighs all 64 values for a quarter of the output's columns. Several
- * blocks an SM keep the memory busy, so tiles are not double-buffered. Where no sequence can have more than 32 keys a tile has 32, two
- * warps make the scores, and more blocks share an SM; the bits are the same.
+ * blocks an SM keep the memory busy, so tiles are not double-buffered. Where no sequence can have more than 32 keys (and d is 64 or
+ * 128) a tile has 32, two warps make the scores, and more blocks share an SM; the bits are the same.
  *
  * Chunks are added up in their order: up to 8 (short contexts, sm_90) form a cluster, whose blocks send each other the columns
  * that each of them adds up; more go through scratch memory, and the block that ends last adds them up. Both compute the same
@@ -112,7 +112,7 @@ __device__ __forceinline__ void score_keys(float *scores, uint32_t q, uint32_t k
     }
 }
 
-/* the lane's 2 rows of weights of a tile, as A fragments of its four steps of 16 keys; running maximum, sum and factor */
+/* the lane's 2 rows of weights of a tile, as A fragments of its steps of 16 keys; running maximum, sum and factor */
 template <int Keys>
 __device__ __forceinline__ void weigh(uint32_t (&a)[Keys / 16][4], const float *scores, float (&maximum)[2], float (&sum)[2],
                                       float (&keep)[2]) {

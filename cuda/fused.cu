@@ -1,5 +1,5 @@
 /* fused.cu: the fused slots that are products: norm + q, k, v + rotary embedding; norm + gate, up + SwiGLU; product + residual.
- * Few tokens: one kernel each after the norm. Many: cuBLAS, then an elementwise kernel. */
+ * Few tokens: one kernel each, after that of the norm where the product ahead has not prepared it. Many: cuBLAS, then an elementwise kernel. */
 #include "linear.cuh"
 
 #include <type_traits>
@@ -11,11 +11,11 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
     return rows;
 }
 
-/* where a product of t tokens leaves what `norm` of its n outputs needs: nowhere where one token is normed on the way, and where there are too
- * many */
+/* where a product of t tokens leaves what `norm` of its n outputs needs: nowhere where one token is normed on the way, and where there are
+ * too many for one launch */
 static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
     ql_norm_ahead ahead = {};
-    if (norm == NULL || norm->memory == NULL || t < 2 || t > NORM_TOKENS || n % NORM_BLOCK != 0 || ql_cuda_capability() < 90) { return ahead; }
+    if (norm == NULL || norm->memory == NULL || t < 2 || t > ql_cuda_linear_small_tokens() || n % NORM_BLOCK != 0) { return ahead; }
     ahead.gain = norm->gain, ahead.halves = (bf16 *)norm->memory, ahead.squares = (float *)(ahead.halves + t * n);
     for (ahead.line = 8; ahead.line < t; ahead.line *= 2) {}
     return ahead;
@@ -25,6 +25,14 @@ static ql_activations normed(const float *x, const ql_norm *norm, int64_t t, int
     ql_activations source = {x, NULL, norm->gain, norm->eps, {}};
     if (norm->prepared) { source.made = norm_ahead(norm, t, k); }
     return source;
+}
+
+/* linear_small; where no kernel takes all tokens with a prepared norm, again without it */
+static bool normed_products(const ql_product *products, int count, ql_activations *x, const ql_rotation *rotation, int64_t t) {
+    if (ql_cuda_linear_small(products, count, x, rotation, t)) { return true; }
+    bool prepared = x->made.halves != NULL;
+    x->made.halves = NULL;
+    return prepared && ql_cuda_linear_small(products, count, x, rotation, t);
 }
 
 /* ---- q, k, v ------------------------------------------------------------------------------------------------------ */
@@ -96,7 +104,7 @@ extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, c
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 3, t, wq->k)) { return; }
     ql_product products[] = {
         {wq, q, NULL, QL_OUT_ROPE, term[0], {}}, {wk, k, rows, QL_OUT_ROPE, term[1], {}}, {wv, v, rows, QL_OUT_BF16, term[2], {}}};
-    if (ql_cuda_linear_small(products, 3, &source, &rotation, t)) { return; }
+    if (normed_products(products, 3, &source, &rotation, t)) { return; }
     for (int i = 0; i < 3; i++) { product_rows(&products[i], &source, i > 0 ? products[i - 1].w : NULL, &rotation, t); }
 }
 
@@ -135,7 +143,7 @@ extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const ql_norm *
     ql_low_rank_term term[2];
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 2, t, gate->k)) { return; }
     ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, term[0], {}}, {up, NULL, NULL, QL_OUT_SWIGLU, term[1], {}}};
-    if (ql_cuda_linear_small(products, 2, &source, NULL, t)) { return; }
+    if (normed_products(products, 2, &source, NULL, t)) { return; }
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
     if (ups == NULL) { return; }
     ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, term[0], {}}, {up, ups, NULL, QL_OUT_BF16, term[1], {}}}; /* weights that are not alike */

@@ -55,8 +55,11 @@ typedef struct { /* QL_OUT_ROPE */
 
 /* Up to three products of the same activations, in one launch where the weights are alike. False where a weight is not packed,
  * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). What is to be
- * made for a norm (one product of up to NORM_TOKENS tokens) is made where it returns true. */
+ * made for a norm (one product, in one launch) is made where it returns true. */
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);
+
+/* tokens that one launch of them takes on this device; 0: a norm is not prepared here */
+int ql_cuda_linear_small_tokens(void);
 
 /* ---- products of many tokens (linear_large.cu) ----------------------------------------------------------------------- */
 

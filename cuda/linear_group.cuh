@@ -239,7 +239,7 @@ template <int Tokens8> __device__ __forceinline__ int group_first(const group_pl
     int first = p.rank - (p.member * Tokens8 & ((1 << p.shift) - 1));
     return first < 0 ? Tokens8 : first;
 }
-template <int Tokens8> __device__ __forceinline__ int group_owners(const group_place &p) { return min(Tokens8, 1 << p.shift); }
+template <int Tokens8> __device__ __forceinline__ int group_owners(const group_place &p) { return min(Tokens8, 1 << p.shift); } /* 2 at least */
 /* bytes that the other blocks send of a tile; the barrier waits for as many */
 template <int Tokens8> __device__ __forceinline__ uint32_t group_inbound(const group_place &p) {
     int first = group_first<Tokens8>(p), cluster = 1 << p.shift;
@@ -269,7 +269,7 @@ template <int Tokens8> __device__ __forceinline__ void group_put(const group_pla
 }
 
 /* the sums of the block, over its warpgroups in order, to the blocks that add those of the cluster, once these have read the last ones */
-template <int Tokens8, int Groups> __device__ __forceinline__ void group_send(const group_place &p, int count, bool sends) {
+template <int Tokens8, int Groups> __device__ __forceinline__ void group_send(const group_place &p, int count) {
     constexpr int passes = group_passes<Tokens8>(), some = Tokens8 / passes;
     uint32_t from = p.base + p.l.sums + p.member * some * CHUNK + p.lane * 16;
 #pragma unroll
@@ -287,7 +287,7 @@ template <int Tokens8, int Groups> __device__ __forceinline__ void group_send(co
             }
         }
         warp_arrive(group_barrier(p, p.l.sums_free), p.lane);
-        if (pass == 0 && count > 0 && sends) { barrier_wait(group_barrier(p, p.l.received_free), (count - 1) & 1); }
+        if (pass == 0 && count > 0) { barrier_wait(group_barrier(p, p.l.received_free), (count - 1) & 1); }
 #pragma unroll
         for (int i = 0; i < some; i++) {
             int nt = pass * some + i, owner = (p.member * Tokens8 + nt) & ((1 << p.shift) - 1);
@@ -327,7 +327,6 @@ template <int Tokens8> __device__ __forceinline__ float4 group_add(const group_p
 template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(const small_args &a, const group_place &p, small_norms norms) {
     constexpr int most = Tokens8 / 2, aimed = most < 2 ? most : 2; /* fragments of this block: clusters have two blocks at least */
     int count = 0, cluster = 1 << p.shift, first = group_first<Tokens8>(p), part = -1;
-    bool sends = group_owners<Tokens8>(p) > (first < Tokens8 ? 1 : 0);
     small_lines lines[most];
     for (int item = p.first; item < p.items; item += p.step, count++) {
         int place = item * GROUP_WARPS + p.member;
@@ -345,7 +344,7 @@ template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(
 #pragma unroll
             for (int j = 0; j < aimed; j++) { to[j] = aim_fragment<false>(a, tile, lines[i + j], p.lane, first + (i + j) * cluster); }
             if (i == 0) {
-                group_send<Tokens8, Groups>(p, count, sends);
+                group_send<Tokens8, Groups>(p, count);
                 if (first >= Tokens8) { break; }
                 barrier_wait(group_barrier(p, p.l.received_full), count & 1);
             }
@@ -377,7 +376,7 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
     if (p.group == Groups && p.lane == 0) {
         int others = group_owners<Tokens8>(p) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0);
         barrier_init(group_barrier(p, p.l.sums_full), warp_arrivals(Groups)), barrier_init(group_barrier(p, p.l.sums_free), warp_arrivals(1));
-        barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), max(others, 1));
+        barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), others);
         barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p));
     }
     barrier_init_fence();

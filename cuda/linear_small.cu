@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, GROUP_TOKENS = 64 };
+enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, RING_TOKENS = 16, GROUP_TOKENS = 64 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -109,6 +109,8 @@ static bool has_groups(void) {
         cudaFuncGetAttributes(&attributes, (const void *)ql_small_4bit.group[0].function) == cudaSuccess && attributes.numRegs > 32;
     return built;
 }
+
+int ql_cuda_linear_small_tokens(void) { return has_groups() ? GROUP_TOKENS : ql_cuda_capability() < 90 ? 0 : RING_TOKENS; }
 
 /* a way to launch a kernel of linear_group.cuh */
 typedef struct {
@@ -237,7 +239,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     all.next = products[0].next;
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
-    int64_t step = ql_cuda_capability() < 90 ? 8 : 16;
+    int64_t step = ql_cuda_capability() < 90 ? 8 : RING_TOKENS;
     if (has_groups()) { /* as even as they can be */
         int64_t passes = (m + GROUP_TOKENS - 1) / GROUP_TOKENS;
         step = ((m + passes - 1) / passes + 7) / 8 * 8;

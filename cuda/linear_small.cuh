@@ -385,7 +385,7 @@ __host__ __device__ inline small_layout small_ring_layout(int stages, int record
     small_layout l;
     l.full = 0, l.empty = l.full + 8 * SMALL_MAX_STAGES, l.x_full = l.empty + 8 * SMALL_MAX_STAGES;
     l.sums_full = l.x_full + 8 * SMALL_X_CHUNKS, l.sums_empty = l.sums_full + 16, l.tile_full = l.sums_empty + 16;
-    l.norm = l.tile_full + 8 * owned;
+    l.norm = (l.tile_full + 8 * owned + 15) / 16 * 16;
     l.table = (l.norm + (Single ? 4 * Warps : norms_bytes(SMALL_MAX_FINISHERS, 8 * Tokens8)) + 127) / 128 * 128;
     l.x = l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u);
     l.x_line = (uint32_t)(units * Codes::columns * 2 + SMALL_X_PAD);

@@ -5,7 +5,7 @@
 
 #include "pipeline.cuh"
 
-enum { NORM_COLUMNS = 16, NORM_BLOCK = 32, NORM_TOKENS = 64 /* at most */ };
+enum { NORM_COLUMNS = 16, NORM_BLOCK = 32 };
 
 /* of m tokens x (m, n), n a multiple of NORM_BLOCK */
 typedef struct {

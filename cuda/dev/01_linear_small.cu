@@ -58,7 +58,7 @@ template <int Tokens8, int Groups> static uint32_t group_bytes_of(int stages, in
     variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B, NULL, 0 }
 #define REGISTER(T8, S, U, W, B) \
     variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B, NULL, 0 }
-#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G>, NULL, T8, 0, 4 * (G) + 3, 1, 0, 1, group_bytes_of<T8, G>, G }
+#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G>, NULL, T8, 0, 4 * (G) + 4, 1, 0, 1, group_bytes_of<T8, G>, G }
 
 static const variant variants[] = {
 #ifndef QL_ONLY_GROUPS

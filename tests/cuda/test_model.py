@@ -163,6 +163,19 @@ def adapted(config: ql.QuantizationConfig | None, adapter: dict[str, Any], **cha
     return model, model.to("cuda"), parts
 
 
+@pytest.mark.parametrize("base", ["nf4", "affine3", "permuted"])
+def test_norms_between_products_beside_an_adapter(base: str) -> None:
+    """A width of whole units: the norm is prepared while the adapter makes its own; columns in another order take the
+    residual stream itself."""
+    changes = {"hidden_size": 512, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 64}
+    cpu, gpu, _ = adapted(BASES[base], ADAPTERS["all"], **changes)
+    for lengths in ((3,), (9, 2), (16, 8), (33, 31)):
+        rows = rows_of(cpu, lengths)
+        with ql.backend.use(precise=True):
+            expected = cpu.hidden_states(rows)
+        assert relative(gpu.hidden_states(rows), expected) <= 3 * NOISE, lengths
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("base", BASES)
 def test_hidden_states_beside_an_adapter(base: str, adapter: str) -> None:

@@ -87,7 +87,8 @@ def test_many_tiles(rng: np.random.Generator, case: str) -> None:
     """Several tiles a thread block, clusters that split K, ragged ends of both."""
     check(rng, case, 9000, 512, (1, 8, 16, 32, 64))
     check(rng, case, 1064, 4224, (1, 2, 8, 16, 32, 64, 100))
-    check(rng, case, 1064, 11008, (1, 8, 16, 32, 64))  # two buffers of sums
+    check(rng, case, 1064, 11008, (1, 8, 16, 32, 64))  # several items a cluster, few steps of K each
+    check(rng, case, 272, 11008, (1, 8, 16, 32, 64))
 
 
 @pytest.mark.parametrize("case", ["affine4-128", "affine3-64", "nf4-64", "int8"])
