@@ -21,9 +21,9 @@ def use(
 
     isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N": where single ops
     (`linear`, `dequantize`, …) run; a model has a device of its own. precise: kernels that compute in bfloat16 (amx:
-    products with weights that are not float32, and Hessians) split both operands into a high and a low part, which
-    costs up to four times the time and brings the relative error of an operand from 2^-8 to 2^-16; not set: False. The
-    choice holds for the whole process, so two Python threads should not make different ones at the same time.
+    products with weights that are not float32) split both operands into a high and a low part, which costs up to four
+    times the time and brings the relative error of an operand from 2^-8 to 2^-16; not set: False. The choice holds for
+    the whole process, so two Python threads should not make different ones at the same time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.

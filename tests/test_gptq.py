@@ -252,8 +252,7 @@ def test_hessian_takes_batches_of_any_float_type() -> None:
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 5, 12)).astype(np.float16)
     hessian = Hessian(12)
-    with ql.backend.use(precise=True):
-        hessian.add(x)
+    hessian.add(x)
     flat = x.reshape(-1, 12).astype(np.float64)
     assert hessian.tokens == 10
     bound = 2.0**-15 * (np.abs(flat).T @ np.abs(flat))  # tiles leave out the products of low parts, 2^-16 at most

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,29 +9,19 @@ import reference as ref
 
 from quantlab import _core, backend
 
-BF16_ROUNDING = 2.0**-8  # relative: half a unit of the 8 bits of a bfloat16
 SHAPES = [(t, ka, kb) for t, ka, kb in zip(ref.SIZES, reversed(ref.SIZES), ref.SIZES[3:] + ref.SIZES[:3], strict=True)]
 SHAPES += [(300, 65, 200), (5, 130, 33), (257, 14, 193), (2100, 40, 70), (900, 600, 35)]
 SHAPES += [(300, 8, 200), (70, 130, 8), (65, 5, 33), (129, 16, 17), (64, 300, 13)]  # of a LoRA: to 16 columns
 
 
-def bound(t: int, h, a, b, isa: str, lower: bool = False) -> np.ndarray:
+def bound(t: int, h, a, b, isa: str) -> np.ndarray:
     """A priori: half an EPS for each addition and product on the path, times the sum of the magnitudes; on tiles three
     products, and what high and low bfloat16 parts leave out, which is nothing where both fit one bfloat16: 2^-16 of
-    each operand, and as much in the product of the low parts; of a lower triangle what rounding both to bfloat16
-    leaves out, unless precise."""
-    rounded = lower and not _core.precise()
-    split = 2 * BF16_ROUNDING + BF16_ROUNDING**2 if rounded else 3 * BF16_ROUNDING**2
-    split = split if isa == "amx" else 0.0
-    additions = t if isa != "amx" or rounded else 3 * t
+    each operand, and as much in the product of the low parts."""
+    split = 3 * 2.0**-16 if isa == "amx" else 0.0
+    additions = 3 * t if isa == "amx" else t
     magnitude = np.abs(a.T).astype(np.float64) @ np.abs(b)
     return (additions + 3) * ref.EPS / 2 * (np.abs(h) + magnitude) + split * magnitude
-
-
-@pytest.fixture(params=[False, True], ids=["", "precise"])
-def precise(request: pytest.FixtureRequest) -> Iterator[bool]:
-    with backend.use(precise=request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -48,31 +36,27 @@ def test_matches_float64(isa: str, rng: np.random.Generator, shape: tuple[int, i
 
 
 @pytest.mark.parametrize("k", [*ref.SIZES, 100, 193, 400])
-def test_lower_writes_only_the_lower_triangle(isa: str, precise: bool, rng: np.random.Generator, k: int) -> None:
+def test_lower_writes_only_the_lower_triangle(isa: str, rng: np.random.Generator, k: int) -> None:
     a = rng.standard_normal((70, k), dtype=np.float32)
     before = rng.standard_normal((k, k), dtype=np.float32)
     h, buffer = ref.guarded(before)
     _core.gram_into(h, a, a, True)
     upper = np.triu_indices(k, 1)
     assert h[upper].tobytes() == before[upper].tobytes()
-    assert (np.abs(h - ref.gram(before, a, a, True)) <= bound(70, before, a, a, isa, True)).all()
+    assert (np.abs(h - ref.gram(before, a, a, True)) <= bound(70, before, a, a, isa)).all()
     assert ref.guards_intact(buffer)
-    if isa != "amx" or precise:  # the same products
-        full = before.copy()
-        _core.gram_into(full, a, a, False)
-        assert np.tril(full).tobytes() == np.tril(h).tobytes()
+    full = before.copy()
+    _core.gram_into(full, a, a, False)
+    assert np.tril(full).tobytes() == np.tril(h).tobytes()
 
 
-def test_error_beside_float32(isa: str, precise: bool, rng: np.random.Generator) -> None:
-    """Root mean square, over that of the result. Roundings of single elements to bfloat16 add up like a random walk."""
+def test_error_beside_float32(isa: str, rng: np.random.Generator) -> None:
+    """Root mean square, over that of the result."""
     x = rng.standard_normal((1500, 130), dtype=np.float32)
-    exact = x.T.astype(np.float64) @ x
-    for lower in (False, True):
-        h = np.zeros((130, 130), np.float32)
-        _core.gram_into(h, x, x, lower)
-        kept = np.tril(exact) if lower else exact
-        rms = np.sqrt(np.mean((h - kept) ** 2) / np.mean(kept**2))
-        assert rms <= (2.0**-20 if isa != "amx" else 2.0**-9 if lower and not precise else 2.0**-18)
+    h, exact = np.zeros((130, 130), np.float32), x.T.astype(np.float64) @ x
+    _core.gram_into(h, x, x, False)
+    rms = np.sqrt(np.mean((h - exact) ** 2) / np.mean(exact**2))
+    assert rms <= (2.0**-18 if isa == "amx" else 2.0**-20)
 
 
 @pytest.mark.skipif(not _core.isa_info()["amx"]["usable"], reason="needs AMX")
