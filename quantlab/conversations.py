@@ -40,7 +40,8 @@ def conversation_of(item: Any, where: str) -> list[Message]:
     if isinstance(item, Mapping):
         found = [name for name in ("messages", "conversations") if name in item]
         if len(found) != 1:
-            raise ValueError(f"{where}: has the fields {', '.join(map(str, item))}, expected messages or conversations")
+            fields = ", ".join(map(str, item))
+            raise ValueError(f"{where}: has the fields {fields}, expected messages or conversations, or text: a string")
         item = item[found[0]]
     if isinstance(item, str) or not isinstance(item, Sequence):
         raise ValueError(f"{where}: got {type(item).__name__}, expected a list of turns")

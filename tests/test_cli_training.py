@@ -41,7 +41,7 @@ def test_an_adapter_is_trained_used_and_merged(capsys, tiny, talk, tmp_path):
     inside = result(capsys, "generate", tmp_path / "merged", "hello", "--max-new-tokens", 8)
     assert beside["tokens"] == inside["tokens"]
     status, told, _ = call(capsys, "merge", tiny, out, tmp_path / "merged-nf4", "--requantize", "nf4")
-    assert status == 0 and "rounding costs up to" in told
+    assert status == 0 and "rounding adds an error of up to" in told
 
 
 def test_a_run_is_taken_up(capsys, tiny, talk, tmp_path):

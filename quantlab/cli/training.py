@@ -107,7 +107,8 @@ def _train(
         return
     trained = [entry for entry in tuned.training_log if "loss" in entry]
     print(f"{settings['output_dir']}: {parameters:,} parameters, {trained[-1]['step']} steps")
-    print(f"loss {trained[0]['loss']:.4f} -> {trained[-1]['loss']:.4f}")
+    ends = trained if len(trained) == 1 else [trained[0], trained[-1]]  # each the mean of some steps
+    print(f"loss {' -> '.join(format(entry['loss'], '.4f') for entry in ends)}")
     evaluations = [entry["eval_loss"] for entry in tuned.training_log if "eval_loss" in entry]
     if evaluations:
         print(f"held out: loss {' -> '.join(f'{loss:.4f}' for loss in evaluations)}")
@@ -151,4 +152,6 @@ def merge(
         return
     print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
     ratios = [entry["error_ratio"] for entry in report if entry["delta_norm"] > 0]
-    print(f"rounding costs up to {100 * max(ratios):.3g} % of what the adapter adds (norms, {len(ratios)} matrices)")
+    print(
+        f"rounding adds an error of up to {max(ratios):.3g} times what the adapter adds (norms, {len(ratios)} matrices)"
+    )

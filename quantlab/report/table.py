@@ -50,12 +50,14 @@ def error_of(cell: dict[str, Any]) -> str:
 
 
 def document(study: Records, heading: str, tables: Iterable[Table]) -> str:
-    """A Markdown document: what did not finish, and the tables."""
+    """A Markdown document: what did not finish, the tables, and what the cells note."""
     parts = [f"# {heading}\n"]
     if study.unfinished:
         lines = (f"- {study.title(cell['name'])}: {error_of(cell)}\n" for cell in study.unfinished)
         parts.append("Not finished:\n\n" + "".join(lines))
     parts += [f"## {table.heading}\n\n{table.markdown()}" for table in tables]
+    if study.notes:
+        parts.append("## Notes\n\n" + "".join(f"- {note}\n" for note in study.notes))
     return "\n".join(parts)
 
 
