@@ -1,5 +1,5 @@
 /* linear_dense.cu: y = x W^T for up to 16 tokens and a float weight in its rows as they are stored, each value rounded to bfloat16.
- * Tiles, activations and what becomes of the sums are those of linear_small.cuh; a block takes a tile, its warps share K, and the first
+ * Tiles, activations and what becomes of the sums are those of linear_small.cuh (linear_parts.cuh, linear_epilogue.cuh); a block takes a tile, its warps share K, and the first
  * weights are on their way before the kernel ahead has ended. */
 #include "linear_family.cuh"
 
