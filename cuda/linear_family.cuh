@@ -37,6 +37,7 @@ extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_
 
 template <typename Codes, int Parts, int Tokens, int Warps, int Units, int Finishers, int Blocks> constexpr small_kernel make_ring() {
     constexpr int tokens8 = (Tokens + 7) / 8;
+    static_assert(Finishers <= SMALL_MAX_FINISHERS, "the norms of several tokens have room for so many warps");
     return {small_ring<Codes, tokens8, Tokens == 1, Parts, Warps, Units, Finishers, Blocks>,
             small_ring_layout<Codes, tokens8, Tokens == 1, Warps, Units>, Tokens, Warps, Units, Finishers, Blocks};
 }

@@ -234,12 +234,11 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
 /* ---- sums of an item ------------------------------------------------------------------------------------------------ */
 
 /* Number nt of the fragments of tile `member` of an item is number member * Tokens8 + nt of all; block number % cluster of the cluster
- * adds those of all blocks. First of the tile's that is this block's (Tokens8 and more: none), and how many blocks have some. */
+ * adds those of all blocks. First of the tile's that is this block's (Tokens8 and more: none). */
 template <int Tokens8> __device__ __forceinline__ int group_first(const group_place &p) {
     int first = p.rank - (p.member * Tokens8 & ((1 << p.shift) - 1));
     return first < 0 ? Tokens8 : first;
 }
-template <int Tokens8> __device__ __forceinline__ int group_owners(const group_place &p) { return min(Tokens8, 1 << p.shift); } /* 2 at least */
 /* bytes that the other blocks send of a tile; the barrier waits for as many */
 template <int Tokens8> __device__ __forceinline__ uint32_t group_inbound(const group_place &p) {
     int first = group_first<Tokens8>(p), cluster = 1 << p.shift;
@@ -374,7 +373,7 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
     p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) / cluster);
     if (p.group < Groups && p.lane < a.stages) { barrier_init(group_stage_full(p, warp, p.lane), 1); }
     if (p.group == Groups && p.lane == 0) {
-        int others = group_owners<Tokens8>(p) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0);
+        int others = min(Tokens8, 1 << p.shift) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0); /* that add fragments of the tile: one at least */
         barrier_init(group_barrier(p, p.l.sums_full), warp_arrivals(Groups)), barrier_init(group_barrier(p, p.l.sums_free), warp_arrivals(1));
         barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), others);
         barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p));

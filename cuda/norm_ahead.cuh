@@ -15,8 +15,6 @@ typedef struct {
     int line;          /* a power of two from 8 on, at least m */
 } ql_norm_ahead;
 
-#ifdef __CUDACC__
-
 /* The place of column j in its row of halves. More than 16 tokens are multiplied by linear_group.cuh, which takes columns in the order of
  * its fragments: of NORM_BLOCK, pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
 __device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) {
@@ -61,5 +59,4 @@ __device__ __forceinline__ void make_norms(uint32_t norms, const ql_norm_ahead &
     block_barrier(barrier, warps * WARP);
 }
 
-#endif
 #endif
