@@ -78,7 +78,7 @@ typedef struct {
     float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
     int64_t ld, down, right;
     const char *fetch, *fetch_end; /* memory that is needed soon */
-    const char *line;              /* and the lines of c, `line_ld` bytes apart, `lines` of them */
+    const char *line;              /* and what is written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
     int64_t line_ld, lines;
 } quad;
 
@@ -235,6 +235,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
             q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
         } else {
             q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
+            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = SIDE; /* the next sums */
         }
         multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
         if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }
