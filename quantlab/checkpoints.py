@@ -77,7 +77,8 @@ class RunFolder:
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=self.path))
         try:
             adapter = state.adapter
-            peft.write_adapter(staging, adapter.config, dict(adapter.items()), adapter.score)
+            parts = (adapter.config, dict(adapter.items()), adapter.score)
+            peft.write_adapter(staging, *parts, base_format=adapter.base_format)
             moments = {"mean": LazyTensor.of(state.mean), "square": LazyTensor.of(state.square)}
             write_safetensors(staging / OPTIMIZER, moments)
             content = {"step": state.step, "settings": self.settings, "losses": state.losses, "log": state.log}

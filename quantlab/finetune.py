@@ -25,7 +25,7 @@ from quantlab.cuda import device_number
 from quantlab.examples import Data, Examples, prepare_examples
 from quantlab.llama import BATCH_TOKENS, Llama, Packed, Texts
 from quantlab.llama_config import layer_modules
-from quantlab.lora import Adapter
+from quantlab.lora import Adapter, base_format
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import fingerprint, hash_rows
 from quantlab.tracking import event_sink
@@ -72,6 +72,7 @@ def finetune(
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
     is_classifier = isinstance(model, LlamaForSequenceClassification)
     adapter = lora.copy() if isinstance(lora, Adapter) else Adapter.fresh(lora, model, config.seed, is_classifier)
+    adapter.base_format = base_format(model)
     tuned = model.with_adapter(adapter)
     run = TrainingRun(tuned, _task(tuned, data, labels, config, "data"), config)
     if eval_data is not None:

@@ -360,13 +360,14 @@ class Llama:
         return chat_ids(self, messages, add_generation_prompt)
 
     def __repr__(self) -> str:
-        formats = sorted({self._format_name(self.weights[module]) for module in layer_modules(self.config)})
         beside = f", {self.adapter!r}" if self.adapter is not None else ""
-        return f"{type(self).__name__}({self.config!r}, weights {' '.join(formats)}{beside})"
+        return f"{type(self).__name__}({self.config!r}, weights {' '.join(self.formats)}{beside})"
 
-    @staticmethod
-    def _format_name(weight: QuantWeight) -> str:
-        return f"affine-{weight.bits}" if weight.format == "affine" else weight.format
+    @property
+    def formats(self) -> list[str]:
+        """The formats of the decoder layers' matrices, each once: f32, nf4, affine-4, …"""
+        weights = [self.weights[module] for module in layer_modules(self.config)]
+        return sorted({f"affine-{one.bits}" if one.format == "affine" else one.format for one in weights})
 
     def _repr_html_(self) -> str:
         size = self.size_report()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -48,6 +49,7 @@ class Adapter:
 
     config: the LoraConfig. parameters: float32, all matrices end to end (and the head of a classifier, where it was
     trained with them). `adapter[module]`: (A (r, k), B (n, r)), views of it. score: the head (labels, c) or None.
+    base_format: that of the weights it was trained beside (`base_format`), where that is known.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class Adapter:
         config: LoraConfig,
         matrices: Mapping[str, tuple[np.ndarray, np.ndarray]],
         score: np.ndarray | None = None,
+        base_format: str | None = None,
     ):
-        self.config = config
+        self.config, self.base_format = config, base_format
         self.shapes = {module: (a.shape, b.shape) for module, (a, b) in matrices.items()}
         self.score_shape = None if score is None else score.shape
         arrays = [array for pair in matrices.values() for array in pair] + ([] if score is None else [score])
@@ -76,7 +79,7 @@ class Adapter:
         return cls(dataclasses.replace(config, task_type=task_type(model)), matrices, score)
 
     def copy(self) -> Adapter:
-        return Adapter(self.config, dict(self.items()), self.score)
+        return Adapter(self.config, dict(self.items()), self.score, self.base_format)
 
     def _offsets(self) -> Iterator[tuple[str, int, int, int]]:
         """module, where its A, its B begin and where they end in `parameters`."""
@@ -164,6 +167,11 @@ def task_type(model: Llama) -> TaskType:
     return "SEQ_CLS" if "score" in model.weights else "CAUSAL_LM"
 
 
+def base_format(model: Llama) -> str:
+    """What an adapter is trained beside: the formats of the decoder layers' weights, floats of any width as one."""
+    return " ".join(sorted({"float" if name in FLOAT_BITS else name for name in model.formats}))
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,20 +179,26 @@ def save_adapter(model: Llama, path: str | os.PathLike[str]) -> dict[str, int]:
     """Writes the adapter of a model in peft's layout; returns {file name: bytes}."""
     adapter, source = model.require_adapter(), model.checkpoint
     base = None if source is None else str(source.path)
-    return peft.write_adapter(path, adapter.config, dict(adapter.items()), adapter.score, base)
+    return peft.write_adapter(path, adapter.config, dict(adapter.items()), adapter.score, base, adapter.base_format)
 
 
 def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     """The model, its weights shared, with an adapter of peft's layout (a directory) at work beside them.
 
-    FileNotFoundError, or ValueError where the adapter is damaged, not supported or of another model's shape.
+    FileNotFoundError, or ValueError where the adapter is damaged, not supported or of another model's shape. A warning
+    where it was trained beside weights of another format: it made up for their rounding, not for this model's.
     """
-    return model.with_adapter(read_adapter(path))
+    adapter = read_adapter(path)
+    beside, here = adapter.base_format, base_format(model)
+    tuned = model.with_adapter(adapter)
+    if beside is not None and beside != here:
+        warnings.warn(f"adapter: {path} was trained beside {beside} weights, this model's are {here}", stacklevel=2)
+    return tuned
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """The adapter in a directory of peft's layout."""
-    return Adapter(*peft.read_adapter(path))
+    return Adapter(*peft.read_adapter(path), base_format=peft.read_base_format(path))
 
 
 # ---- merging -------------------------------------------------------------------------------------------------------

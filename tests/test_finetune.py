@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_it_learns_beside_every_base(config):
     assert ql.evaluate(tuned, held_out)["loss"] == evaluations[-1]
     np.testing.assert_array_equal(model(held_out[0]), logits)  # the base is as it was
     assert all(entry["tokens_per_second"] > 0 and entry["peak_memory_bytes"] > 0 for entry in log if "loss" in entry)
+
+
+def test_the_format_of_the_base_goes_with_the_adapter(tmp_path):
+    base = tiny_model()
+    tuned = ql.finetune(ql.quantize(base, ql.RTNConfig(4, 32)), ALL, made_up(), settings(max_steps=1))
+    tuned.save_adapter(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = ql.load_adapter(ql.quantize(base, ql.RTNConfig(4, 16)), tmp_path)
+    with pytest.warns(UserWarning, match="was trained beside affine-4 weights, this model's are nf4"):
+        ql.load_adapter(ql.quantize(base, ql.NF4Config()), tmp_path)
+    with pytest.warns(UserWarning, match="this model's are float"):
+        ql.load_adapter(base, tmp_path)
+    more = ql.finetune(base, again.adapter, made_up(), settings(max_steps=1))  # trained on, beside floats now
+    assert (more.adapter.base_format, again.adapter.base_format) == ("float", "affine-4")
 
 
 def labelled(count: int = 40, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:

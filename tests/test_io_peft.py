@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quantlab.config import LoraConfig
-from quantlab.io.peft import CONFIG, TENSORS, read_adapter, write_adapter
+from quantlab.io.peft import CONFIG, TENSORS, read_adapter, read_base_format, write_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{MODULE}"
@@ -39,6 +39,12 @@ def test_round_trip(tmp_path, rng):
     np.testing.assert_array_equal(head, score)
     fields = json.loads((tmp_path / CONFIG).read_text())
     assert fields["modules_to_save"] == ["classifier", "score"] and fields["base_model_name_or_path"] == "demo"
+
+
+def test_the_format_of_the_base_is_kept(folder, tmp_path, rng):
+    assert read_base_format(folder) is None  # as of an adapter by peft
+    write_adapter(tmp_path / "ours", LoraConfig(r=3, target_modules=["q_proj"]), matrices(rng), base_format="nf4")
+    assert read_base_format(tmp_path / "ours") == "nf4"
 
 
 def test_half_precision_is_read(folder):

@@ -1,8 +1,10 @@
 """LoRA adapters in the layout of peft: adapter_config.json beside adapter_model.safetensors.
 
 Keys: base_model.model.<module>.lora_A.weight (r, k) and .lora_B.weight (n, r); a trained classification head is
-base_model.model.score.weight. What adapters may hold beyond that (DoRA, biases, ranks by pattern, other trained
-modules) is refused with the field's name. Source: peft, docs/source/developer_guides/checkpoint.md.
+base_model.model.score.weight. The format of the weights that it was trained beside is a string in the metadata of the
+tensors' file, which peft leaves alone (it would complain of a strange key in adapter_config.json). What adapters may
+hold beyond that (DoRA, biases, ranks by pattern, other trained modules) is refused with the field's name. Source:
+peft, docs/source/developer_guides/checkpoint.md.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from quantlab.io.safetensors import LazyTensor, SafetensorsFile, write_safetenso
 from quantlab.io.tokenizer import dump_config
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BASE_FORMAT = "quantlab.base_format"  # in the metadata: "nf4", "affine-4", "float", …
 PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 MODULE_KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
@@ -46,11 +49,13 @@ def write_adapter(
     matrices: Matrices,
     score: np.ndarray | None = None,
     base: str | None = None,
+    base_format: str | None = None,
 ) -> dict[str, int]:
     """Writes an adapter directory that peft loads; returns {file name: bytes}.
 
     matrices: {module: (A float32 (r, k), B float32 (n, r))}. score: the trained head (labels, hidden). base: the name
-    of the model it belongs to. Both files are written beside `path` first, so what was there stays if that fails.
+    of the model it belongs to. base_format: that of the weights it was trained beside. Both files are written beside
+    `path` first, so what was there stays if that fails.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
@@ -65,7 +70,8 @@ def write_adapter(
     target.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".tmp", dir=target))
     try:
-        sizes = {TENSORS: write_safetensors(staging / TENSORS, tensors)}
+        metadata = {"format": "pt", **({} if base_format is None else {BASE_FORMAT: base_format})}
+        sizes = {TENSORS: write_safetensors(staging / TENSORS, tensors, metadata)}
         sizes[CONFIG] = write_bytes(staging / CONFIG, dump_config(_fields(config, score is not None, base)))
         for name in sizes:
             os.replace(staging / name, target / name)
@@ -130,6 +136,11 @@ def read_adapter(
         raise ValueError(f"{file.path}: holds no lora_A and lora_B")
     config = _config(fields, list(pairs), str(folder / CONFIG))
     return config, {module: _pair(module, pair, config.r, file.path) for module, pair in pairs.items()}, score
+
+
+def read_base_format(path: str | os.PathLike[str]) -> str | None:
+    """The format of the weights that an adapter was trained beside; None where its directory does not say."""
+    return SafetensorsFile(Path(path) / TENSORS).metadata.get(BASE_FORMAT)
 
 
 def _pair(module: str, pair: Mapping[str, np.ndarray], r: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
