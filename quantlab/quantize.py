@@ -24,6 +24,8 @@ from quantlab.weight import FLOAT_BITS, QuantWeight
 if TYPE_CHECKING:
     from quantlab.io import Checkpoint
 
+FIRST_MATRIX = "model.layers.0.self_attn.q_proj"
+
 Model = TypeVar("Model", bound=Llama)
 
 
@@ -76,7 +78,7 @@ def quantize(
         )
     source = _open(model)
     llama = source.config if isinstance(source.config, LlamaConfig) else LlamaConfig(source.config)
-    _check_float(source, llama)
+    require_float(source)
     if isinstance(config, GPTQConfig):
         rows = calibration_rows(source, llama, calibration)
         number = device_number(getattr(source, "device", "cpu") if device is None else device)
@@ -104,13 +106,13 @@ def _open(model: Any) -> Any:
     return model
 
 
-def _check_float(source: Any, llama: LlamaConfig) -> None:
+def require_float(source: Any) -> None:
+    """ValueError unless a model or Checkpoint has float weights and no adapter: what `quantize` takes."""
     if getattr(source, "adapter", None) is not None:
         raise ValueError("model: it has an adapter; quantize model.merge(), or model.without_adapter()")
-    module = next(layer_modules(llama))
-    weight = source.weight(module)
+    weight = source.weight(FIRST_MATRIX)
     if weight.format not in FLOAT_BITS:
-        raise ValueError(f"model: its {module} is {weight.format} already; quantize a model with float weights")
+        raise ValueError(f"model: its {FIRST_MATRIX} is {weight.format} already; quantize a model with float weights")
 
 
 def _build(source: Any, llama: LlamaConfig, weights: Mapping[str, QuantWeight]) -> Any:

@@ -1,18 +1,25 @@
-"""How large a checkpoint is: of a model in hand, and from a config alone."""
+"""How large a checkpoint is: of a model in hand, as its files are, and from a config alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantlab.config import check_group_size
+from quantlab.io.checkpoint import open_checkpoint, source_kind
+from quantlab.io.files import read_json
+from quantlab.io.hub import download_config
 from quantlab.io.save import checkpoint_nbytes
 from quantlab.llama import LlamaConfig
 
 if TYPE_CHECKING:
+    from quantlab.io import Checkpoint
     from quantlab.weight import QuantWeight
+
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
@@ -90,18 +97,56 @@ def size_of_model(
     return {"parts": parts, "total": sum(parts.values()), "memory": memory, "packed": packed}
 
 
+def open_config(name: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
+    """The config of a known model, a config.json, or a source of `open_checkpoint`; and the checkpoint, where its files
+    are on this machine (beside a config.json too): a hub model is not downloaded to tell its size."""
+    if name.lower() in KNOWN_CONFIGS:
+        return KNOWN_CONFIGS[name.lower()], None
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if path.suffix == ".json" and not (path.name == "config.json" and any(path.parent.glob("*.safetensors"))):
+        return read_json(path), None
+    source = path.parent if path.suffix == ".json" else name
+    hub = source_kind(source) == "hub"
+    try:
+        checkpoint = open_checkpoint(source, local_files_only=hub)
+    except FileNotFoundError:
+        if not hub:
+            raise
+        return read_json(download_config(name)), None
+    return checkpoint.config, checkpoint
+
+
+def size_of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes of a checkpoint's tensors as its files hold them, by part: those of `size_from_config`."""
+    parts = dict.fromkeys(("embedding", "linear", "norms", "head"), 0)
+    for module in checkpoint.modules:
+        matrix = "linear" if module.startswith("model.layers.") else "head"
+        other = {"model.embed_tokens": "embedding"}.get(module, matrix)
+        parts["norms" if module.endswith("norm") else other] += checkpoint.stored(module)[1]
+    return {"parts": parts, "total": sum(parts.values())}
+
+
+def kept_dtype(checkpoint: Checkpoint) -> str:
+    """What `quantize` keeps the embedding of a checkpoint in: floats as they are stored, decoded blocks in float32."""
+    return {"F16": "float16", "BF16": "bfloat16"}.get(checkpoint.stored("model.embed_tokens")[0], "float32")
+
+
 def size_from_config(
     config: LlamaConfig | Mapping[str, Any],
     bits: int,
     group_size: int = 128,
     head: str = "classifier",
     num_labels: int = 3,
+    kept: str | None = None,
 ) -> dict[str, Any]:
     """Bytes of a checkpoint of this architecture, by part, without loading anything.
 
     bits: 32 or 16 for floats; 2, 3, 4, 8 for GPTQ's layout: codes, float16 scales and zeros at `bits` bits for every
-    `group_size` inputs, int32 g_idx; embedding, norms and head in float16. head: "classifier" (`num_labels` rows, no
-    lm_head: the TweetEval study's model) or "causal" (an lm_head unless it is tied to the embedding).
+    `group_size` inputs, int32 g_idx. head: "classifier" (`num_labels` rows, no lm_head: the TweetEval study's model) or
+    "causal" (an lm_head unless it is tied to the embedding). kept: the dtype of embedding and head beside quantized
+    matrices, with norms in float32: what `quantize` writes of a source that has them so (`kept_dtype`). None: all of
+    these in float16, as in the files of the published study.
     """
     config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
     if bits not in (2, 3, 4, 8, 16, 32):
@@ -112,12 +157,12 @@ def size_from_config(
     c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = [(q, c), (kv, c), (kv, c), (c, q), (f, c), (f, c), (c, f)]
-    float_bytes = 4 if bits == 32 else 2
+    float_bytes = bits // 8 if bits in (16, 32) else FLOAT_BYTES[kept or "float16"]
     rows = num_labels if head == "classifier" else 0 if config.tie_word_embeddings else config.vocab_size
     parts = {
         "embedding": config.vocab_size * c * float_bytes,
         "linear": layers * sum(_linear_bytes(n, k, bits, group_size) for n, k in shapes),
-        "norms": (2 * layers + 1) * c * float_bytes,
+        "norms": (2 * layers + 1) * c * (float_bytes if kept is None else 4),
         "head": rows * c * float_bytes,
     }
     return {"parts": parts, "total": sum(parts.values()), "bits": bits, "group_size": group_size, "head": head}

@@ -255,16 +255,43 @@ def test_unwritable_cache(tmp_path):
     failed(done, "QUANTLAB_CACHE")
 
 
-SHELL: dict[str, tuple[list[str], str]] = {
-    "no such directory": (["generate", "{tmp}/none", "hi"], "none"),
-    "a file that is no model": (["generate", "{tmp}/text.txt", "hi"], "text.txt"),
-    "an empty directory": (["generate", "{tmp}/empty", "hi"], "config.json"),
-    "text that is not UTF-8": (["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
-    "an empty text": (["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "0 bytes"),
-    "too little calibration": (["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/text.txt"], "tokens"),
-    "a device that is not there": (["bench", "--device", "cuda"], "cuda"),
-    "an empty run": (["report", "{tmp}/empty"], "empty"),
-    "no run": (["report", "{tmp}/none"], "none"),
+# exit status, words, what the error says: 2 for what is not there or of another kind, 1 for what cannot be used
+SHELL: dict[str, tuple[int, list[str], str]] = {
+    "no such directory": (2, ["generate", "{tmp}/none", "hi"], "none"),
+    "no name": (2, ["generate", "", "hi"], "source: got nothing"),
+    "a file that is no model": (2, ["generate", "{tmp}/text.txt", "hi"], "text.txt"),
+    "an empty directory": (1, ["generate", "{tmp}/empty", "hi"], "config.json"),
+    "an empty prompt": (2, ["generate", "{good}", ""], "prompt: got ''"),
+    "no adapter": (2, ["generate", "{good}", "hi", "--adapter", "{tmp}/none"], "--adapter: dir"),
+    "an adapter that is a file": (2, ["merge", "{good}", "{tmp}/text.txt", "{tmp}/out"], "text.txt"),
+    "an empty adapter": (1, ["merge", "{good}", "{tmp}/empty", "{tmp}/out"], "adapter_config.json"),
+    "no text": (2, ["perplexity", "{good}", "--text", "{tmp}/none.txt"], "none.txt"),
+    "a text that is a directory": (2, ["perplexity", "{good}", "--text", "{tmp}/empty"], "is a directory"),
+    "text that is not UTF-8": (1, ["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
+    "an empty text": (1, ["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "0 bytes"),
+    "no calibration": (2, ["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/none.txt"], "none.txt"),
+    "too little calibration": (2, ["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/text.txt"], "tokens"),
+    "a resume_dir that is a file": (
+        2,
+        ["quantize", "{good}", "{tmp}/out", "--resume-dir", "{tmp}/text.txt"],
+        "is a file",
+    ),
+    "nothing to go on from": (
+        2,
+        ["finetune", "{good}", "{tmp}/out", "--data", "{tmp}/text.txt", "--resume"],
+        "--resume",
+    ),
+    "data that are no JSON": (1, ["finetune", "{good}", "{tmp}/out", "--data", "{tmp}/text.txt"], "line 1 is not JSON"),
+    "a size of nothing": (2, ["size", "{tmp}/none"], "configs known by name: llama-2-7b"),
+    "a config that is a list": (1, ["size", "{tmp}/list.json"], "list"),
+    "a device that is not there": (1, ["bench", "--device", "cuda"], "cuda"),
+    "a file that is a directory": (2, ["bench", "add", "--json", "{tmp}/empty"], "is a directory"),
+    "an empty run": (1, ["report", "{tmp}/empty"], "empty"),
+    "no run": (2, ["report", "{tmp}/none"], "none"),
+    "a run that is a file": (2, ["lima", "--out", "{tmp}/text.txt"], "is a file"),
+    "a study of no model": (2, ["tweeteval", "--out", "{tmp}/out", "--model", "{tmp}/none", "--dry-run"], "--model"),
+    "a study of no data": (2, ["lima", "--out", "{tmp}/out", "--data", "{tmp}/none", "--dry-run"], "--data"),
+    "a country in words": (2, ["tweeteval", "--out", "{tmp}/out", "--country", "Spain", "--dry-run"], "three letters"),
 }
 
 
@@ -273,10 +300,11 @@ def test_shell(capfd, good, tmp_path, name):
     (tmp_path / "text.txt").write_text("a few words")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "list.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path)
-    words, says = SHELL[name]
-    shell_fails(capfd, says, *(word.format(tmp=tmp_path, good=good) for word in words))
+    status, words, says = SHELL[name]
+    shell_fails(capfd, says, *(word.format(tmp=tmp_path, good=good) for word in words), status=status)
     assert snapshot(tmp_path) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 from checkpoints import save_tiny
 
 from quantlab import cli
+from quantlab.experiments.lima import LimaConfig
+from quantlab.experiments.tweeteval import TweetEvalConfig, demo_config
 
 TEXT = "Quantization maps many values to few, and what is lost depends on who looks. " * 30
 
@@ -55,6 +58,22 @@ def test_help_has_an_example(capsys, command):
     assert f"Example: quantlab {command}" in " ".join(out.split())
 
 
+def test_help_tells_the_defaults_of_a_study(capsys):
+    def defaults(command: str) -> list[str]:
+        text = " ".join(call(capsys, command, "--help")[1].replace("│", " ").split())
+        return re.findall(r"\[default: \(?(.+?)\)?\]", text)
+
+    tweets, talks = TweetEvalConfig(), LimaConfig()
+    assert {" ".join(tweets.variants), tweets.task, f"{tweets.perplexity_text}; seed: none"} <= {*defaults("tweeteval")}
+    assert {" ".join(talks.baselines), "none"} <= {*defaults("lima")}
+    for config, command in ((tweets, "tweeteval"), (talks, "lima")):
+        shared = {config.preset, config.model, config.country, config.device, config.wandb}
+        assert shared <= {*defaults(command)}
+    small = demo_config()
+    counts = f"{small.train_limit} train, {small.val_limit} val, {small.test_limit} test"
+    assert {" ".join(small.variants), counts} <= {*defaults("demo")}
+
+
 def test_help_lists_every_command_and_imports_nothing_heavy():
     code = "import sys\nfrom quantlab import cli\ncli.main(['--help'])\nprint(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -79,10 +98,38 @@ def test_size_of_llama_2_7b_is_what_the_study_published(capsys):
     assert status == 0 and all(total in out for total in ("6.895 GB", "3.632 GB", "2.816 GB"))
 
 
-def test_size_reads_directories_and_files(capsys, tiny):
-    by_folder = result(capsys, "size", tiny, "--bits", 4, "--head", "causal")
-    by_file = result(capsys, "size", tiny / "config.json", "--bits", 4, "--head", "causal")
-    assert by_folder["sizes"] == by_file["sizes"]
+def test_size_reads_directories_and_files(capsys, tiny, tmp_path):
+    by_folder = result(capsys, "size", tiny, "--bits", 4)
+    by_file = result(capsys, "size", tiny / "config.json", "--bits", 4)
+    assert by_folder["sizes"] == by_file["sizes"] and by_folder["kept"] == "float32"
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())  # without weights: the config alone
+    by_config = result(capsys, "size", tmp_path, "--bits", 4)
+    assert by_config["stored"] is None and by_config["sizes"][0]["head"] == "classifier"
+    assert "embedding, head and norms in 16 bits" in call(capsys, "size", tmp_path)[1]
+
+
+def test_size_tells_what_quantize_writes_and_what_is_stored(capsys, tiny, tmp_path):
+    written = result(capsys, "quantize", tiny, tmp_path / "rtn", "--method", "rtn", "--bits", 3)["size"]["total"]
+    assert result(capsys, "size", tiny, "--bits", 3)["sizes"][0]["total"] == written
+    found = result(capsys, "size", tmp_path / "rtn")
+    assert found["stored"]["total"] == written and found["sizes"] == []
+    told = call(capsys, "size", tmp_path / "rtn")[1]
+    assert "quantized already (gptq)" in told and "stored" in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_what_is_quantized_already_is_not_quantized_again(capsys, tiny, tmp_path, text_file, method):
+    written = result(capsys, "quantize", tiny, tmp_path / "once", "--method", method)["size"]["total"]
+    assert result(capsys, "size", tmp_path / "once")["stored"]["total"] == written
+    status, _, err = call(capsys, "quantize", tmp_path / "once", tmp_path / "twice", "--calibration", text_file)
+    assert status == 2 and f"is {method} already" in err and not (tmp_path / "twice").exists()
+
+
+def test_size_of_a_hub_model_asks_for_its_config_alone(capsys, tiny, monkeypatch):
+    monkeypatch.setattr("quantlab.size.download_config", lambda name: tiny / "config.json")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = result(capsys, "size", "nobody/nothing", "--bits", 4)
+    assert found["stored"] is None and found["sizes"][0]["bits"] == 4
 
 
 def test_perplexity(capsys, tiny, text_file):
@@ -171,7 +218,7 @@ def test_lima(capsys, tmp_path, tiny):
     shown = result(capsys, "report", tmp_path / "run")
     assert [row["baseline"] for row in shown["baselines"]] == ["fp16", "bnb-bnb"]
     status, _, err = call(capsys, "lima", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "other")
-    assert status == 1 and "none.jsonl" in err and not (tmp_path / "other").exists()
+    assert status == 2 and "none.jsonl" in err and not (tmp_path / "other").exists()
 
 
 def test_demo_takes_the_demo_configuration(capsys):
@@ -206,8 +253,9 @@ def one_line(err: str) -> None:
         (["size", "llama-2-7b", "--group-size", "0"], "group_size"),
         (["perplexity", "demo", "--text", __file__, "--context", "1"], "--context"),
         (["perplexity", "demo", "--text", __file__, "--max-tokens", "-5"], "--max-tokens"),
-        (["perplexity", "demo", "--text", __file__, "--dtype", "half"], "half"),
-        (["generate", "demo", "a", "--dtype", "half"], "half"),
+        (["perplexity", "demo", "--text", __file__, "--dtype", "half"], ": --dtype: got 'half', expected"),
+        (["generate", "demo", "a", "--dtype", "half"], ": --dtype: got 'half', expected"),
+        (["generate", "demo", "a", "--device", "tpu"], ": --device: got 'tpu', accepted"),
         (["bench", "add", "--json", "/no/such/folder/x.jsonl"], "/no/such/folder"),
         (["tweeteval", "--task", "poetry", "--out", "run"], "poetry"),
         (["lima", "--baselines", "bnb-poetry", "--out", "run"], "poetry"),
@@ -229,9 +277,10 @@ def test_quantize_writes_only_where_nothing_is(capsys, tiny):
 
 
 def test_a_failed_job_is_status_1_and_debug_shows_the_traceback(capsys, tmp_path):
-    words = ["generate", tmp_path / "nowhere", "hi"]
+    (tmp_path / "empty").mkdir()
+    words = ["generate", tmp_path / "empty", "hi"]
     status, _, err = call(capsys, *words)
-    assert status == 1 and "nowhere" in err
+    assert status == 1 and "holds no config.json" in err
     one_line(err)
     for debugged in (["--debug", *words], [*words, "--debug"]):
         status, _, err = call(capsys, *debugged)

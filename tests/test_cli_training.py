@@ -40,7 +40,8 @@ def test_an_adapter_is_trained_used_and_merged(capsys, tiny, talk, tmp_path):
     beside = result(capsys, "generate", tiny, "hello", "--adapter", out, "--max-new-tokens", 8)
     inside = result(capsys, "generate", tmp_path / "merged", "hello", "--max-new-tokens", 8)
     assert beside["tokens"] == inside["tokens"]
-    status, told, _ = call(capsys, "merge", tiny, out, tmp_path / "merged-nf4", "--requantize", "nf4")
+    status, told, err = call(capsys, "merge", tiny, out, tmp_path / "merged-nf4", "--requantize", "nf4")
+    assert err == f"quantlab: adapter: {out} was trained beside nf4 weights, this model's are float\n"
     assert status == 0 and "rounding adds an error of up to" in told
 
 
@@ -58,11 +59,12 @@ def test_a_run_is_taken_up(capsys, tiny, talk, tmp_path):
     [
         (("--r", 0), 2, "r: got 0"),
         (("--packing",), 2, "packing: got True without max_length"),
-        (("--target-modules", "c_proj"), 1, "'c_proj' is no linear module"),
+        (("--target-modules", "c_proj"), 2, "'c_proj' is no linear module"),
         (("--base", "gptq"), 2, "gptq needs calibration text"),
+        (("--base", "nf3"), 2, "--base: got 'nf3'"),
         (("--bits", 4), 2, "--bits"),
-        (("--eval-data", "none.jsonl"), 2, "none.jsonl: there is no such file"),
-        (("--chat-template", "vicuna"), 1, "chat_template: got 'vicuna'"),
+        (("--eval-data", "none.jsonl"), 2, "--eval-data: file 'none.jsonl' does not exist"),
+        (("--chat-template", "vicuna"), 2, "chat_template: got 'vicuna'"),
     ],
 )
 def test_a_wrong_call_leaves_nothing(capsys, tiny, talk, tmp_path, words, status, says):

@@ -8,6 +8,7 @@ import pytest
 from checkpoints import save_tiny
 
 import quantlab as ql
+from quantlab.size import kept_dtype, open_config, size_from_config, size_of_checkpoint
 
 CONFIGS = {
     "plain": None,
@@ -43,3 +44,27 @@ def test_report_is_the_size_of_the_files(tmp_path, name, dtype, cls):
     again = cls.from_pretrained(tmp_path / "saved", dtype="auto")
     assert again.config.torch_dtype == dtype  # what the float matrices are held in, not what they once were
     assert again.size_report()["total"] == model.size_report()["total"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", [ql.RTNConfig(8, 128), ql.RTNConfig(3, 40), ql.GPTQConfig(2, -1)], ids=repr)
+def test_estimate_is_what_quantize_writes(tmp_path, dtype, tied, config):
+    source = ql.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path / "f32", tie_word_embeddings=tied), dtype=dtype)
+    source.save_pretrained(tmp_path / "source")
+    values, checkpoint = open_config(str(tmp_path / "source"))
+    assert checkpoint is not None and kept_dtype(checkpoint) == dtype
+    assert size_of_checkpoint(checkpoint)["total"] == bytes_of_tensors(tmp_path / "source")
+    estimate = size_from_config(values, config.bits, config.group_size, "causal", kept=kept_dtype(checkpoint))
+    model = ql.quantize(tmp_path / "source", config, calibration=[list(range(3, 60))] * 3)
+    model.save_pretrained(tmp_path / "saved")
+    assert estimate["total"] == model.size_report()["total"] == bytes_of_tensors(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpoint_is_as_large_as_its_files(tmp_path, name):
+    model = ql.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path / "source"))
+    if CONFIGS[name] is not None:
+        model = ql.quantize(model, CONFIGS[name], calibration=[list(range(3, 60))] * 3)
+    model.save_pretrained(tmp_path / "saved")
+    assert size_of_checkpoint(ql.open_checkpoint(tmp_path / "saved"))["total"] == bytes_of_tensors(tmp_path / "saved")

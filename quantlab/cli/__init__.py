@@ -1,7 +1,8 @@
 """The shell: `quantlab <command>`. Each command turns words into one call of the library and shows its result.
 
-Exit status: 0 done, 1 the job failed, 2 the call was wrong, 130 interrupted. An error is one line; `--debug` adds the
-traceback. Heavy modules are imported inside the commands, so that `quantlab --help` is quick.
+Exit status: 0 done, 1 the job failed, 2 the call was wrong (an option's value, two that do not go together, a file or
+directory that is not there), 130 interrupted; what is there and cannot be used has failed. An error is one line;
+`--debug` adds the traceback. Heavy modules are imported inside the commands, so that `quantlab --help` is quick.
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,30 +33,60 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Source = Annotated[str, typer.Argument(help='A directory, a .gguf file, a hub id, or "demo".', show_default=False)]
+
+# ---- what a call names, checked before any work: what is wrong is a BadParameter, exit status 2 ---------------------
+
+
+@contextmanager
+def wrong_call(argument: str = "") -> Iterator[None]:
+    """A ValueError in this block is the caller's. argument: its name in the message, which the parser says already."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error).removeprefix(f"{argument}: ")) from error
+
+
+def known_source(name: str | None) -> str | None:
+    """A model that is there, or that the hub may have; None where the call names none."""
+    from quantlab.io.checkpoint import source_kind
+
+    if name is not None:
+        with wrong_call("source"):
+            source_kind(name)
+    return name
 
 
 def known_dtype(name: str) -> str:
     from quantlab.llama import DTYPES
 
     if name not in DTYPES:
-        raise typer.BadParameter(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
+        raise typer.BadParameter(f"got {name!r}, expected one of {', '.join(DTYPES)}")
     return name
 
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", callback=known_dtype)]
-
-
-def known_device(name: str) -> str:
+def known_device(name: str | None) -> str | None:
     from quantlab.cuda import device_number
 
-    try:
-        device_number(name)
-    except ValueError as error:
-        raise typer.BadParameter(f"--{error}") from error
+    if name is not None:
+        with wrong_call("device"):
+            device_number(name)
     return name
 
 
+def file_or(word: str) -> Callable[[str | None], str | None]:
+    """The check of an option that is `word` or names a file."""
+
+    def check(name: str | None) -> str | None:
+        if name is not None and name != word and not Path(name).is_file():
+            raise typer.BadParameter(f"file {name!r} does not exist")  # as the parser says of options that are paths
+        return name
+
+    return check
+
+
+MODEL = 'A directory, a .gguf file, a hub id, or "demo".'
+Source = Annotated[str, typer.Argument(help=MODEL, show_default=False, callback=known_source)]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", callback=known_dtype)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", callback=known_device)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the hub.")]
@@ -86,29 +117,11 @@ def gigabytes(count: float) -> str:
 
 
 @contextmanager
-def wrong_call() -> Iterator[None]:
-    """A ValueError in this block is the caller's: exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-@contextmanager
 def told_warnings() -> Iterator[None]:
     """A warning in this block is one line, as an error is."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"quantlab: {message}", file=sys.stderr)
         yield
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file that the call names."""
-    from quantlab.io.datasets import load_text
-
-    if not path.is_file():
-        raise typer.BadParameter(f"{path}: there is no such file")
-    return load_text(path)
 
 
 def require_new(out: Path) -> None:
@@ -154,7 +167,8 @@ def describe(error: BaseException) -> str:
 def wrong(error: Any) -> str:
     """The line for a call that was wrong, with where to read how it is made."""
     command = error.ctx.command_path if error.ctx is not None else "quantlab"
-    text = " ".join(error.format_message().split()).removeprefix("Invalid value: ").rstrip(".")
+    text = " ".join(error.format_message().split()).rstrip(".")
+    text = re.sub(r"^Invalid value(?: for '?(.+?)'?)?: ", lambda found: f"{found[1]}: " if found[1] else "", text)
     return f"{text}{'' if text.endswith(('.', '?')) else '.'} See {command} --help"
 
 

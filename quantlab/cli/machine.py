@@ -33,7 +33,9 @@ def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to time; all without names.", show_default=False)] = None,
     device: Device = "cpu",
     rounds: Annotated[int, typer.Option(help="Times that each case is measured on the CPU.")] = 7,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a case to this file.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write one JSON line a case to this file.", dir_okay=False)
+    ] = None,
 ) -> None:
     """Time the kernels, each beside the roof that this machine has for it."""
     from quantlab import bench as engine

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +14,13 @@ from quantlab.cli.common import (
     Json,
     Local,
     Source,
+    file_or,
     gigabytes,
+    known_source,
     print_json,
     print_table,
-    read_text,
     require_new,
+    told_warnings,
     wrong_call,
 )
 
@@ -47,6 +48,7 @@ def fetch(
     elif source in TASKS:
         paths = {path: sha256(path) for path in (hub_file(source, split) for split in SPLITS)}
     else:
+        known_source(source)
         folder = Path(open_checkpoint(source).path)
         files = [folder] if folder.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
         paths = {path: sha256(path) for path in files}
@@ -58,59 +60,84 @@ def fetch(
         print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
 
 
+def known_config(name: str) -> str:
+    from quantlab.size import KNOWN_CONFIGS
+
+    if name.lower() not in KNOWN_CONFIGS and not (name.endswith(".json") and Path(name).is_file()):
+        try:
+            known_source(name)
+        except typer.BadParameter as error:
+            raise typer.BadParameter(f"{error}; configs known by name: {', '.join(KNOWN_CONFIGS)}") from None
+    return name
+
+
 def size(
     config: Annotated[
-        str, typer.Argument(help="A known name (llama-2-7b), a model directory, a config.json or a hub id.")
+        str,
+        typer.Argument(
+            help="A known name (llama-2-7b), a model directory, a config.json, a .gguf file, a hub id.",
+            callback=known_config,
+        ),
     ],
-    bits: Annotated[list[int] | None, typer.Option(help="32, 16, or GPTQ's 8 4 3 2; all without this.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="32, 16, or GPTQ's 8 4 3 2 (all, of float weights).")] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: a whole row.")] = 128,
-    head: Annotated[str, typer.Option(help="classifier (three labels, no lm_head) or causal.")] = "classifier",
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="causal (for a model's files), or classifier: three labels, no lm_head (for a config alone)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The size of a checkpoint, from its config alone."""
-    from quantlab.size import size_from_config
+    """The size of a checkpoint: as its files hold it, and by its config at other widths."""
+    from quantlab.size import kept_dtype, open_config, size_from_config, size_of_checkpoint
 
-    values = load_config(config)
+    values, checkpoint = open_config(config)
+    quantization = values.get("quantization_config") if checkpoint is None else checkpoint.quantization
+    head = head or ("classifier" if checkpoint is None else "causal")
+    stored, kept = (None, None) if checkpoint is None else (size_of_checkpoint(checkpoint), kept_dtype(checkpoint))
+    if not bits:  # what is quantized already is not quantized again
+        bits = [] if stored and quantization else [32, 16, 8, 4, 3, 2]
     with wrong_call():
-        sizes = [size_from_config(values, count, group_size, head=head) for count in bits or (32, 16, 8, 4, 3, 2)]
+        sizes = [size_from_config(values, count, group_size, head, kept=kept) for count in bits]
     if as_json:
-        print_json({"config": config, "sizes": sizes})
+        print_json({"config": config, "stored": stored, "quantization": quantization, "kept": kept, "sizes": sizes})
         return
-    print(
-        "with a classifier of 3 labels, no lm_head" if head == "classifier" else "with the lm_head, if it is not tied"
-    )
-    parts = list(sizes[0]["parts"])
-    rows = [
-        [str(one["bits"]), *(gigabytes(one["parts"][part]) for part in parts), gigabytes(one["total"])] for one in sizes
-    ]
+    for line in size_notes(stored is not None, quantization, kept, HEADS[head] if sizes else None):
+        print(line)
+    named = [("stored", stored)] if stored else []
+    named += [(str(one["bits"]), one) for one in sizes]
+    parts = list(named[0][1]["parts"])
+    rows = [[name, *(gigabytes(one["parts"][part]) for part in parts), gigabytes(one["total"])] for name, one in named]
     print_table(["bits", *parts, "total"], rows)
 
 
-def load_config(name: str) -> Mapping[str, Any]:
-    """The config of a known model, a config.json, or whatever a model can be loaded from."""
-    from quantlab.size import KNOWN_CONFIGS
-
-    if name.lower() in KNOWN_CONFIGS:
-        return KNOWN_CONFIGS[name.lower()]
-    if name.endswith(".json"):
-        try:
-            return json.loads(read_text(Path(name)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: not JSON: {error}") from error
-    from quantlab.io import open_checkpoint
-
-    try:
-        return open_checkpoint(name).config
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; configs known by name: {', '.join(KNOWN_CONFIGS)}") from None
+HEADS = {"classifier": "with a classifier of 3 labels, no lm_head", "causal": "with the lm_head, if it is not tied"}
 
 
-def quantization_config(method: str, bits: int | None, options: Mapping[str, Any]) -> QuantizationConfig:
-    """The configuration of `method`; an option that it does not have is the caller's error."""
+def size_notes(
+    stored: bool, quantization: Mapping[str, Any] | None, kept: str | None, head: str | None
+) -> Iterator[str]:
+    """What the rows of `size` count. head: of the rows by bits; None: there are none."""
+    already = f"quantized already ({quantization.get('quant_method', 'gptq')})" if quantization else ""
+    if stored:
+        yield f"stored: the tensors of its files{', ' if already else ''}{already}; a tokenizer comes on top"
+    elif already:
+        yield f"{already}: its size as it is stored is told where its files are"
+    if head and kept:
+        yield f"8 bits and less: embedding and head in {kept}, norms in float32, as quantize writes them; {head}"
+    elif head:
+        yield f"8 bits and less: embedding, head and norms in 16 bits; {head}"
+
+
+def quantization_config(
+    method: str, bits: int | None, options: Mapping[str, Any], option: str = "--method"
+) -> QuantizationConfig:
+    """The configuration of `method`, which `option` names; an option that it does not have is the caller's error."""
     from quantlab.config import CONFIGS, GPTQConfig
 
     if method not in CONFIGS:
-        raise typer.BadParameter(f"--method: got {method!r}, expected one of {', '.join(CONFIGS)}")
+        raise typer.BadParameter(f"{option}: got {method!r}, expected one of {', '.join(CONFIGS)}")
     given = {name: value for name, value in options.items() if value is not None}
     with wrong_call():
         if given.pop("recommended", False):
@@ -131,6 +158,7 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
     import numpy as np
 
     from quantlab.calibration import spread_rows
+    from quantlab.io.datasets import load_demo_tweets, load_text
 
     if source is None:
         raise typer.BadParameter('--calibration: gptq needs a text file, or "demo" for the demo\'s tweets')
@@ -138,15 +166,12 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
         raise typer.BadParameter(f"--samples {samples} --context {context}: expected at least 1 of each")
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; calibrate it from Python with token ids")
-    if source == "demo":
-        from quantlab.io.datasets import load_demo_tweets
-
-        text = "\n".join(load_demo_tweets()[0])
-    else:
-        text = read_text(Path(source))
+    text = "\n".join(load_demo_tweets()[0]) if source == "demo" else load_text(source)
     ids = np.array(tokenizer.encode(text).ids, np.int32)
     if len(ids) < context:
-        raise ValueError(f"--calibration: {source} has {len(ids)} tokens, fewer than one row of --context {context}")
+        raise typer.BadParameter(
+            f"--calibration: {source} has {len(ids)} tokens, fewer than one row of --context {context}"
+        )
     return spread_rows(ids, samples, context)
 
 
@@ -164,11 +189,13 @@ def quantize(
     desc_act: Annotated[bool | None, typer.Option("--desc-act", help="gptq: columns by falling activation.")] = None,
     damp_percent: Annotated[float | None, typer.Option(help="gptq: damping (0.01).")] = None,
     recommended: Annotated[bool | None, typer.Option("--recommended", help="gptq: the best settings known.")] = None,
-    calibration: Annotated[str | None, typer.Option(help='gptq: a text file, or "demo" for the tweets.')] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help='gptq: a text file, or "demo" for the tweets.', callback=file_or("demo"))
+    ] = None,
     samples: Annotated[int, typer.Option(help="gptq: rows of calibration text.")] = 32,
     context: Annotated[int, typer.Option(help="gptq: tokens a row.")] = 512,
     resume_dir: Annotated[
-        Path | None, typer.Option(help="gptq: keep finished layers here, and continue from them.")
+        Path | None, typer.Option(help="gptq: keep finished layers here, and continue from them.", file_okay=False)
     ] = None,
     device: Device = "cpu",
     local_files_only: Local = False,
@@ -176,6 +203,7 @@ def quantize(
 ) -> None:
     """Quantize a model and write the checkpoint that other tools read."""
     import quantlab as ql
+    from quantlab.quantize import require_float
 
     options: dict[str, Any] = {"group_size": group_size, "block_size": block_size, "double_quant": double_quant}
     options |= {"sym": sym, "desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
@@ -188,6 +216,8 @@ def quantize(
         raise typer.BadParameter(f"--device: only gptq computes on a GPU, not {method}")
     require_new(out)
     checkpoint = ql.open_checkpoint(source, local_files_only=local_files_only)
+    with wrong_call():
+        require_float(checkpoint)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None
     where = device if method == "gptq" else None
     model = ql.quantize(checkpoint, config, calibration=rows, resume_dir=resume_dir, device=where)
@@ -201,7 +231,7 @@ def quantize(
 
 def perplexity(
     source: Source,
-    text: Annotated[Path, typer.Option(help="A text file.")],
+    text: Annotated[Path, typer.Option(help="A text file.", exists=True, dir_okay=False)],
     context: Annotated[int, typer.Option(help="Tokens a chunk.", min=2)] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than this.", min=2)] = None,
     dtype: Dtype = "float32",
@@ -211,8 +241,9 @@ def perplexity(
 ) -> None:
     """Perplexity of a model on a text."""
     import quantlab as ql
+    from quantlab.io.datasets import load_text
 
-    content = read_text(text)
+    content = load_text(text)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
     result = model.perplexity(content, context=context, max_tokens=max_tokens)
     if as_json:
@@ -228,7 +259,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Answer, in the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The directory of a LoRA adapter.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The directory of a LoRA adapter.", exists=True, file_okay=False)
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be given again.")] = None,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else take the likeliest.")] = False,
     temperature: Annotated[float | None, typer.Option(help="With --do-sample (1.0).")] = None,
@@ -250,10 +283,13 @@ def generate(
     if system is not None and not chat:
         raise typer.BadParameter("--system: it needs --chat beside it")
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
-    model = model if adapter is None else ql.load_adapter(model, adapter)
+    with told_warnings():
+        model = model if adapter is None else ql.load_adapter(model, adapter)
     ids, stops = model.encode(prompt), None
     if chat:
         ids, stops = chat_prompt(model, prompt, system)
+    if len(ids) == 0:
+        raise typer.BadParameter(f"prompt: got {prompt!r}, which holds no token to continue")
     tokens: list[int] = []
     shown = ""
 

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from quantlab.cli.common import Device, Json, Local, print_json, print_table, wrong_call
+from quantlab.cli.common import (
+    MODEL,
+    Device,
+    Json,
+    Local,
+    file_or,
+    known_device,
+    known_source,
+    print_json,
+    print_table,
+    wrong_call,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,17 +29,34 @@ if TYPE_CHECKING:
 
     C = TypeVar("C", bound=StudyConfig)
 
-Limit = Annotated[int | None, typer.Option(help="At most this many tweets of each split.")]
-StudyDevice = Annotated[str | None, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
-Variants = Annotated[list[str] | None, typer.Option(help="fp32 bf16 gptq-8 gptq-4 gptq-4-r nf4 fp4 int8 rtn-4 …")]
+# None leaves a setting to the file, then to the preset: the defaults shown are those of "corrected"
+Out = Annotated[Path, typer.Option(help="The run's directory; what is finished there is kept.", file_okay=False)]
+Config = Annotated[Path | None, typer.Option(help="A JSON file of settings.", exists=True, dir_okay=False)]
+Preset = Annotated[
+    str | None, typer.Option(help="seed (the published settings) or corrected.", show_default="corrected")
+]
+Model = Annotated[str | None, typer.Option(help=MODEL, callback=known_source, show_default="demo")]
+Country = Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.", show_default="ESP")]
+StudyDevice = Annotated[
+    str | None,
+    typer.Option(help="Where the model runs: cpu, cuda or cuda:N.", callback=known_device, show_default="cpu"),
+]
+Wandb = Annotated[str | None, typer.Option(help="off, offline or online.", show_default="off")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what the run would do, and do none of it.")]
+VARIANTS = "fp32 fp16 bf16 gptq-B gptq-B-r rtn-B nf4 nf4-dq fp4 fp4-dq int8, with B of 2 3 4 8."
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="The run's directory; what is finished there is kept.")] = Path(
-        "quantlab-demo"
-    ),
-    variants: Variants = None,
-    limit: Limit = None,
+    out: Out = Path("quantlab-demo"),
+    variants: Annotated[
+        list[str] | None, typer.Option(help=VARIANTS, show_default="fp32 gptq-8 gptq-4 gptq-3 nf4")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="At most this many tweets of each split.", min=1, show_default="800 train, 200 val, 300 test"
+        ),
+    ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -42,19 +70,36 @@ def demo(
 
 
 def tweeteval(
-    out: Annotated[Path, typer.Option("--out", help="The run's directory; what is finished there is kept.")],
-    config: Annotated[Path | None, typer.Option(help="A JSON file of settings.")] = None,
-    preset: Annotated[str | None, typer.Option(help="seed (the published settings) or corrected.")] = None,
-    variants: Variants = None,
-    limit: Limit = None,
-    model: Annotated[str | None, typer.Option(help='A directory, a .gguf file, a hub id, or "demo".')] = None,
-    task: Annotated[str | None, typer.Option(help='A TweetEval task, or "demo".')] = None,
-    data_root: Annotated[Path | None, typer.Option(help="The folder that holds the task's data.")] = None,
-    perplexity_text: Annotated[str | None, typer.Option(help='A text file, or "task": the test tweets.')] = None,
-    country: Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.")] = None,
+    out: Out,
+    config: Config = None,
+    preset: Preset = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=VARIANTS, show_default="fp32 bf16 gptq-8 gptq-4 gptq-4-r gptq-3 gptq-3-r nf4 int8 rtn-4 rtn-3"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many tweets of each split.", min=1, show_default="all")
+    ] = None,
+    model: Model = None,
+    task: Annotated[str | None, typer.Option(help='A TweetEval task, or "demo".', show_default="demo")] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of the task's data.", exists=True, file_okay=False, show_default="QUANTLAB_DATA, the hub"
+        ),
+    ] = None,
+    perplexity_text: Annotated[
+        str | None,
+        typer.Option(
+            help='A text file, or "task": the test tweets.', callback=file_or("task"), show_default="task; seed: none"
+        ),
+    ] = None,
+    country: Country = None,
     device: StudyDevice = None,
-    wandb: Annotated[str | None, typer.Option(help="off, offline or online.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and do nothing.")] = False,
+    wandb: Wandb = None,
+    dry_run: DryRun = False,
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -73,20 +118,33 @@ def tweeteval(
 
 
 def lima(
-    out: Annotated[Path, typer.Option("--out", help="The run's directory; what is finished there is kept.")],
-    config: Annotated[Path | None, typer.Option(help="A JSON file of settings.")] = None,
-    preset: Annotated[str | None, typer.Option(help="seed (the published settings) or corrected.")] = None,
+    out: Out,
+    config: Config = None,
+    preset: Preset = None,
     baselines: Annotated[
-        list[str] | None, typer.Option(help="Tuned over - inferred in: bnb-bnb gptq-gptq bnb-gptq gptq-bnb fp16 …")
+        list[str] | None,
+        typer.Option(
+            help="Tuned over - inferred in; of one part: untuned.",
+            show_default="fp16 bnb-bnb gptq-gptq bnb-gptq gptq-bnb",
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many conversations, held-out ones included.")] = None,
-    model: Annotated[str | None, typer.Option(help='A directory, a .gguf file, a hub id, or "demo".')] = None,
-    data: Annotated[Path | None, typer.Option(help="LIMA's train.jsonl, or its folder.")] = None,
-    perplexity_text: Annotated[Path | None, typer.Option(help="A text file: its perplexity too.")] = None,
-    country: Annotated[str | None, typer.Option(help="Three letters: whose carbon factor.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="At most this many conversations, held-out ones included.", min=2, show_default="all"),
+    ] = None,
+    model: Model = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="LIMA's train.jsonl, or its folder.", exists=True, show_default="QUANTLAB_DATA, the hub"),
+    ] = None,
+    perplexity_text: Annotated[
+        Path | None,
+        typer.Option(help="A text file: its perplexity too.", exists=True, dir_okay=False, show_default="none"),
+    ] = None,
+    country: Country = None,
     device: StudyDevice = None,
-    wandb: Annotated[str | None, typer.Option(help="off, offline or online.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and do nothing.")] = False,
+    wandb: Wandb = None,
+    dry_run: DryRun = False,
     local_files_only: Local = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +194,9 @@ def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) 
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a run.", show_default=False, exists=True, file_okay=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Tables, plots and one HTML page, from the records of a run alone."""

@@ -32,8 +32,10 @@ def finetune(
     out: Annotated[
         Path, typer.Argument(help="The run's directory: adapter, metrics, checkpoints.", show_default=False)
     ],
-    data: Annotated[Path, typer.Option(help='JSON lines with "conversations", "messages" or "text".')],
-    eval_data: Annotated[Path | None, typer.Option(help="The same, held out.")] = None,
+    data: Annotated[
+        Path, typer.Option(help='JSON lines with "conversations", "messages" or "text".', exists=True, dir_okay=False)
+    ],
+    eval_data: Annotated[Path | None, typer.Option(help="The same, held out.", exists=True, dir_okay=False)] = None,
     base: Annotated[str | None, typer.Option(help="Quantize the source first: nf4, fp4, int8 or rtn.")] = None,
     bits: Bits = None,
     r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 8,
@@ -84,18 +86,26 @@ def _train(
     settings: dict[str, Any], limit: int | None, loading: tuple[str, str, bool], as_json: bool,
 ) -> None:  # fmt: skip
     import quantlab as ql
-    from quantlab.conversations import read_json_lines
+    from quantlab.conversations import chat_template, read_json_lines
+    from quantlab.lora import target_modules
+    from quantlab.quantize import require_float
 
     with wrong_call():
         lora, training = ql.LoraConfig(**adapter), ql.TrainingConfig(**settings)
+    out = Path(settings["output_dir"])
     if not settings["resume_from_checkpoint"]:
-        require_new(Path(settings["output_dir"]))
-    quantization = base_config(*base)
-    for path in (data, eval_data):
-        if path is not None and not path.is_file():
-            raise typer.BadParameter(f"{path}: there is no such file")
+        require_new(out)
+    elif not out.is_dir():
+        raise typer.BadParameter(f"--resume: {out}: there is no such directory to go on from")
+    quantization = base_config("--base", *base)
     dtype, device, local = loading
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local)
+    with wrong_call():  # what fits this model or does not, before hours of work
+        target_modules(lora, model.config)
+        if training.chat_template != "joined":
+            chat_template(model, training.chat_template)
+        if quantization is not None:
+            require_float(model)
     if quantization is not None:
         model = ql.quantize(model, quantization)
     rows = data if limit is None else read_json_lines(data)[:limit]
@@ -114,20 +124,23 @@ def _train(
         print(f"held out: loss {' -> '.join(f'{loss:.4f}' for loss in evaluations)}")
 
 
-def base_config(method: str | None, bits: int | None) -> QuantizationConfig | None:
-    """The configuration of a base that is quantized on the way; None: it is left as it is."""
+def base_config(option: str, method: str | None, bits: int | None) -> QuantizationConfig | None:
+    """The configuration of weights that are quantized on the way, by the method that `option` names; None: they are
+    not."""
     if method is None:
         if bits is not None:
-            raise typer.BadParameter("--bits: it says how wide a quantized base is; name its method too")
+            raise typer.BadParameter(f"--bits: it belongs to a method that has a choice: give {option} rtn")
         return None
     if method == "gptq":
-        raise typer.BadParameter("gptq needs calibration text: use quantlab quantize first, and name its result")
-    return quantization_config(method, bits, {})
+        raise typer.BadParameter(f"{option}: gptq needs calibration text: use quantlab quantize for it")
+    return quantization_config(method, bits, {}, option)
 
 
 def merge(
     source: Source,
-    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="The adapter's directory.", show_default=False, exists=True, file_okay=False)
+    ],
     out: Annotated[Path, typer.Argument(help="The new checkpoint's directory.", show_default=False)],
     requantize: Annotated[
         str | None, typer.Option(help="same (the format each matrix had), nf4, fp4, int8 or rtn; else floats.")
@@ -141,10 +154,12 @@ def merge(
     import quantlab as ql
 
     same = requantize == "same"
-    config = None if same else base_config(requantize, bits)
+    config = base_config("--requantize", None if same else requantize, bits)
     require_new(out)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local_files_only)
-    merged = ql.load_adapter(model, adapter).merge("same" if same else config)
+    with told_warnings():
+        tuned = ql.load_adapter(model, adapter)
+    merged = tuned.merge("same" if same else config)
     files = merged.save_pretrained(out)
     report = merged.merge_report
     if as_json:

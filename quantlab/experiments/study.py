@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -59,6 +60,8 @@ class StudyConfig:
         check_counts(self, "calibration_rows", "calibration_length")
         check_counts(self, "perplexity_context", least=2)
         check_counts(self, "perplexity_tokens", optional=True)
+        if not (isinstance(self.country, str) and re.fullmatch("[A-Za-z]{3}", self.country)):
+            raise ValueError(f"country: got {self.country!r}, expected three letters (ISO 3166), such as ESP")
         if self.wandb not in ("off", "offline", "online"):
             raise ValueError(f"wandb: got {self.wandb!r}, accepted are off, offline, online")
         device_number(self.device)

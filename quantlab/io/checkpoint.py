@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,11 @@ class Checkpoint(ABC):
     def vector(self, module: str) -> np.ndarray:
         """The float32 vector of a module: a norm's gain."""
 
+    @abstractmethod
+    def stored(self, module: str) -> tuple[str, int]:
+        """The type of a module's weight in the file ("F32", "BF16", "U8", "Q4_1", …), and the bytes of all tensors that
+        hold the module."""
+
     def has(self, module: str) -> bool:
         return module in self.modules
 
@@ -67,6 +72,28 @@ class Checkpoint(ABC):
         return f"{type(self).__name__}({str(self.path)!r}, {len(self.modules)} modules, {kind})"
 
 
+def source_kind(source: str | os.PathLike[str]) -> Literal["demo", "directory", "gguf", "hub"]:
+    """What `open_checkpoint` takes a source for: FileNotFoundError where it names nothing that is there and cannot be a
+    hub id, ValueError where it is another file."""
+    accepted = "accepted: a directory, a .gguf file, a hub id, or 'demo'"
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"source: got {type(source).__name__}, {accepted}")
+    path, name = Path(source), str(source)
+    if not name:
+        raise ValueError(f"source: got nothing, {accepted}")
+    if name == "demo":  # a directory of that name is "./demo"
+        return "demo"
+    if path.is_dir():
+        return "directory"
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "gguf"
+        raise ValueError(f"source: got the file {path}; {accepted}")
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
+    return "hub"
+
+
 def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = False) -> Checkpoint:
     """Opens a directory (Hugging Face safetensors: plain, GPTQ or bitsandbytes), a .gguf file, a hub id, or "demo".
 
@@ -76,28 +103,15 @@ def open_checkpoint(source: str | os.PathLike[str], *, local_files_only: bool = 
     from quantlab.io.directory import DirectoryCheckpoint
     from quantlab.io.gguf import GGUFCheckpoint
 
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(
-            f"source: got {type(source).__name__}, accepted: a directory, a .gguf file, a hub id, or 'demo'"
-        )
-    if source == "demo":  # a directory of that name is "./demo"
+    kind = source_kind(source)
+    if kind == "demo":
         from quantlab.io.cache import fetch
 
         return GGUFCheckpoint(fetch("demo-model", local_files_only=local_files_only))
-    path = Path(source)
-    if path.is_dir():
-        return DirectoryCheckpoint(path)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return GGUFCheckpoint(path)
-        raise ValueError(f"source: got the file {path}; accepted: a directory, a .gguf file, a hub id, or 'demo'")
-    if (
-        path.suffix == ".gguf"
-        or path.is_absolute()
-        or str(source).startswith((".", "~"))
-        or str(source).count("/") != 1
-    ):
-        raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
+    if kind == "directory":
+        return DirectoryCheckpoint(source)
+    if kind == "gguf":
+        return GGUFCheckpoint(source)
     from quantlab.io.hub import download_model
 
     return DirectoryCheckpoint(download_model(str(source), local_files_only=local_files_only))

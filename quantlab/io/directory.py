@@ -160,12 +160,18 @@ class DirectoryCheckpoint(Checkpoint):
         self._tensors = Tensors(self.path)
         self._prefix = "" if "model.embed_tokens.weight" in self._tensors else self._bare_prefix()
         self._shapes = self._expected_shapes()
+        self._names: dict[str, set[str]] = {}  # of a module's tensors
         self._layouts = self._choose_layouts(layouts_of(self.quantization, where))
         self.modules = list(self._shapes)
 
     def weight(self, module: str) -> QuantWeight:
         self._require(module, rank=2)
         return self._layouts[module].read(self._tensors, self._stored(module), self._shapes[module])
+
+    def stored(self, module: str) -> tuple[str, int]:
+        tensors = [self._tensors[name] for name in sorted(self._names[module])]
+        weight = self._tensors.get(f"{self._stored(module)}.weight", tensors[0])
+        return weight.dtype, sum(tensor.end - tensor.begin for tensor in tensors)
 
     def vector(self, module: str) -> np.ndarray:
         self._require(module, rank=1)
@@ -213,16 +219,15 @@ class DirectoryCheckpoint(Checkpoint):
 
     def _choose_layouts(self, layouts: list[Layout]) -> dict[str, Layout]:
         chosen: dict[str, Layout] = {}
-        used: set[str] = set()
         for module, shape in self._shapes.items():
             stored = self._stored(module)
             candidates = layouts if len(shape) == 2 else [PlainLayout()]
             layout = next((item for item in candidates if item.holds(self._tensors, stored)), None)
             if layout is None:
                 raise ValueError(f"{self.path}: lacks tensor {stored + '.weight'!r}")
-            used |= layout.check(self._tensors, stored, shape)
+            self._names[module] = layout.check(self._tensors, stored, shape)
             chosen[module] = layout
-        self._check_rest(used)
+        self._check_rest(set().union(*self._names.values()))
         return chosen
 
     def _check_rest(self, used: set[str]) -> None:

@@ -215,6 +215,10 @@ class GGUFCheckpoint(Checkpoint):
             matrix = half_split_rows(matrix, self.config[heads])
         return QuantWeight.from_array(np.ascontiguousarray(matrix))
 
+    def stored(self, module: str) -> tuple[str, int]:
+        tensor = self.file.tensors[self._names[module]]
+        return tensor.kind, tensor.end - tensor.begin
+
     def vector(self, module: str) -> np.ndarray:
         self._require(module, rank=1)
         return self.file.decode(self._names[module]).astype(np.float32)

@@ -25,6 +25,16 @@ def download_model(hub_id: str, *, local_files_only: bool = False) -> Path:
     return _get(get, f"source: {hub_id}: no such directory, and ", local_files_only)
 
 
+def download_config(hub_id: str, *, local_files_only: bool = False) -> Path:
+    """The config.json of a hub model, without its weights; FileNotFoundError, in one line, where it cannot be had."""
+    from huggingface_hub import hf_hub_download
+
+    def get(local: bool) -> str:
+        return hf_hub_download(hub_id, "config.json", local_files_only=local)
+
+    return _get(get, f"source: {hub_id}: no such directory, and ", local_files_only)
+
+
 def download_data(hub_id: str, name: str, *, local_files_only: bool = False) -> Path:
     """One file of a hub data set; FileNotFoundError, in one line, where it cannot be had."""
     from huggingface_hub import hf_hub_download
