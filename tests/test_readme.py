@@ -43,8 +43,11 @@ def shell_calls() -> list[str]:
 
 
 @pytest.mark.parametrize("call", shell_calls())
-def test_shell_line_parses(call):
+def test_shell_line_parses(call, tmp_path, monkeypatch):
     words = spread(shlex.split(call)[1:])
+    monkeypatch.chdir(tmp_path)
+    for name in {word for word in words if not word.startswith("-")}:  # what a call names must be there
+        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
     command = typer.main.get_command(cli.app)
     context = command.make_context("quantlab", list(words))
     name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
