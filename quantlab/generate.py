@@ -35,7 +35,7 @@ def pick(
     return int(order[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(order) - 1)])
 
 
-def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
     if not temperature > 0:
@@ -44,6 +44,8 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) ->
         raise ValueError(f"top_k: got {top_k}, expected 0 (all) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, expected 0 or more")
 
 
 def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCache) -> np.ndarray:
@@ -151,7 +153,7 @@ def generate(
     `on_token(row, token)` is called as tokens come. On a device the draws are others than on the CPU, and a row's
     greedy choice between two tokens that bfloat16 cannot tell apart may be too.
     """
-    _check(max_new_tokens, temperature, top_k, top_p)
+    _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
     stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
     if model.device != "cpu" or not do_sample:  # without a step of Python's, and without allocating, for each token

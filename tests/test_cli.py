@@ -186,8 +186,12 @@ def study_words(tmp_path_factory, tiny) -> list[str]:
 
 
 def test_tweeteval_then_report(capsys, study_words):
-    cells = result(capsys, *study_words, "--dry-run")["cells"]
-    assert {cell["cell"]: cell["status"] for cell in cells} == dict.fromkeys(["head", "fp32", "nf4"], "to do")
+    found = result(capsys, *study_words, "--dry-run")
+    cells = {cell["cell"]: cell["status"] for cell in found["cells"]}
+    assert cells == dict.fromkeys(["head", "fp32", "nf4"], "to do") and found["model"]["here"]
+    told = call(capsys, *study_words, "--dry-run")[1]
+    assert "model: " in told and "irony, tweets: 10 train, 10 val, 10 test" in told
+    assert not Path(study_words[-1]).exists()
     status, out, err = call(capsys, *study_words)
     assert status == 0 and err == "", err
     assert "nf4: done" in out and "Accuracy, %" in out and "report.html" in out
@@ -248,6 +252,7 @@ def one_line(err: str) -> None:
         (["quantize", "demo", "out", "--method", "gptq", "--bits", "7"], "7"),
         (["quantize", "demo", "out", "--damp-percent", "2"], "damp_percent"),
         (["quantize", "demo", "out", "--method", "rtn", "--recommended"], "recommended"),
+        (["quantize", "demo", "out", "--recommended", "--desc-act"], "--desc-act: --recommended decides it"),
         (["quantize", "demo", "out", "--method", "nf4", "--resume-dir", "r"], "--resume-dir"),
         (["quantize", "demo", f"{__file__}/out"], "not a directory"),
         (["size", "llama-2-7b", "--group-size", "0"], "group_size"),

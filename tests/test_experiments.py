@@ -123,7 +123,20 @@ def test_finished_cells_are_skipped(tiny, finished):
     outcome = tweeteval.run(settings(tiny, energy=True), finished, on_cell=lambda *event: told.append(event))
     assert outcome.worked == 0 and set(told) == {(name, "skipped") for name in ("head", *VARIANTS)}
     assert before == {path.name: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()}
-    assert {row["status"] for row in tweeteval.listing(settings(tiny, energy=True), finished)} == {"done"}
+
+
+def test_a_dry_run_foresees_the_cells_and_their_sizes(tiny, finished, tmp_path, monkeypatch):
+    found = tweeteval.foresee(settings(tiny, energy=True), finished)
+    assert {row["status"] for row in found["cells"]} == {"done"} and found["model"]["here"]
+    sizes = {row["cell"]: row["weights"] for row in found["cells"]}
+    assert sizes.pop("head") is None
+    for cell in read_cells(finished):
+        if cell["name"] in sizes:  # a tiny model: what stands beside every matrix counts
+            assert sizes[cell["name"]] == pytest.approx(cell["metrics"]["size_checkpoint"]["value"], rel=0.06)
+    monkeypatch.setenv("QUANTLAB_CACHE", str(tmp_path))  # without the demo's model
+    missing = tweeteval.foresee(settings({**tiny, "model": "demo"}), tmp_path / "run")
+    assert missing["model"] == {"source": "demo", "bytes": 98362432, "here": False}
+    assert {row["weights"] for row in missing["cells"]} == {None} and not (tmp_path / "run").exists()
 
 
 def test_a_finished_study_loads_nothing_heavy(tiny, finished):

@@ -143,6 +143,9 @@ def quantization_config(
         if given.pop("recommended", False):
             if method != "gptq":
                 raise ValueError("--recommended: only gptq has recommended settings")
+            decided = sorted(set(given) - {"group_size", "sym"})
+            if decided:
+                raise ValueError(f"--{decided[0].replace('_', '-')}: --recommended decides it")
             return GPTQConfig.recommended(bits or 4, **given)
         fixed = {"nf4": 4, "fp4": 4, "int8": 8}.get(method)
         if fixed is None:

@@ -14,6 +14,7 @@ from quantlab.cli.common import (
     Json,
     Local,
     file_or,
+    gigabytes,
     known_device,
     known_source,
     print_json,
@@ -168,15 +169,22 @@ def configured(kind: type[C], file: Path | None, given: Mapping[str, Any]) -> C:
 
 
 def start(study: ModuleType, config: StudyConfig, out: Path, dry_run: bool, as_json: bool) -> None:
-    """Runs a study, or lists its cells."""
+    """Runs a study, or tells what it would do."""
     if not dry_run:
         run_study(study, config, out, as_json)
         return
-    cells = study.listing(config, out)
+    found = study.foresee(config, out)
     if as_json:
-        print_json({"cells": cells})
-    else:
-        print_table(["cell", "status", "id"], [[cell["cell"], cell["status"], cell["cell_id"]] for cell in cells])
+        print_json(found)
+        return
+    model = found["model"]
+    size = f", {gigabytes(model['bytes'])}" if model["bytes"] is not None else ""
+    print(f"model: {model['source']}{size}{'' if model['here'] else ', to be downloaded'}\ndata: {found['data']}")
+    rows = [
+        [cell["cell"], cell["status"], gigabytes(cell["weights"]) if cell["weights"] else "", cell["cell_id"]]
+        for cell in found["cells"]
+    ]
+    print_table(["cell", "status", "weights, about", "id"], rows)
 
 
 def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) -> None:

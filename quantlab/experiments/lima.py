@@ -204,9 +204,12 @@ def tuning(config: LimaConfig, data: Conversations) -> dict[str, Any]:
     return {"train": data.describe("train"), "lora": settings(config, *lora), "training": settings(config, *training)}
 
 
-def listing(config: LimaConfig, out: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The dry run: every cell of the study with its id and whether it is done, failed or still to do."""
-    return study.listing(EXPERIMENT, resolve(config).cells, Path(out))
+def foresee(config: LimaConfig, out: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dry run: see `study.foresee`."""
+    plan = resolve(config)
+    data = plan.conversations
+    told = f"{data.source}, conversations: {len(data.train):,} to train on, {len(data.held_out):,} held out"
+    return study.foresee(config, EXPERIMENT, plan.cells, Path(out), told, "causal")
 
 
 def run(config: LimaConfig, out: str | os.PathLike[str], progress: bool = True, on_cell: Tell | None = None) -> Outcome:

@@ -180,15 +180,51 @@ def forget_what_lacks_its_artifact(run: Run, jobs: Sequence[Job]) -> None:
             wanted |= set(job.needs)
 
 
-def listing(experiment: str, cells: Mapping[str, Mapping[str, Any]], out: Path) -> list[dict[str, str]]:
-    """The dry run: every cell with its id and whether it is done, failed or still to do."""
+def foresee(
+    config: StudyConfig, experiment: str, cells: Mapping[str, Mapping[str, Any]], out: Path, data: str, head: str
+) -> dict[str, Any]:
+    """The dry run: the model, the data, and every cell with its id, whether it is done, failed or still to do, and
+    about how many bytes the weights take that it makes (None: none, or the model is not here to tell). head: as in
+    `size_from_config`."""
+    model, architecture = foresee_model(config)
     rows = []
-    for name, config in cells.items():
-        identity = cell_id(experiment, name, config)
+    for name, settings in cells.items():
+        identity = cell_id(experiment, name, settings)
         path = out / "cells" / f"{identity}.json"
-        status = read_json(path)["status"] if path.exists() else "to do"
-        rows.append({"cell": name, "cell_id": identity, "status": status})
-    return rows
+        status, size = read_json(path)["status"] if path.exists() else "to do", None
+        if architecture is not None and "variant" in settings:
+            size = expected_bytes(config.variant(settings["variant"]["name"]), architecture, head)
+        rows.append({"cell": name, "cell_id": identity, "status": status, "weights": size})
+    return {"model": model, "data": data, "cells": rows}
+
+
+def foresee_model(config: StudyConfig) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """The source, the bytes of its tensors (or of the file to download; None: not known), whether it is here; and its
+    config, if it is."""
+    from quantlab.io import open_checkpoint
+    from quantlab.io.cache import ITEMS
+    from quantlab.size import size_of_checkpoint
+
+    try:
+        found = open_checkpoint(config.model, local_files_only=True)
+    except FileNotFoundError:
+        size = ITEMS["demo-model"].size if config.model == "demo" else None
+        return {"source": config.model, "bytes": size, "here": False}, None
+    return {"source": config.model, "bytes": size_of_checkpoint(found)["total"], "here": True}, found.config
+
+
+def expected_bytes(variant: Variant, architecture: Mapping[str, Any], head: str) -> int:
+    """About what the weights of a variant take, with the rest of a quantized one in float16."""
+    from quantlab.size import size_from_config
+
+    config = variant.config
+    if config is None or variant.method in ("gptq", "rtn"):
+        group = 128 if config is None else config.group_size
+        return int(size_from_config(architecture, variant.bits, group, head, kept="float16")["total"])
+    scale = 0 if variant.method == "int8" else (8 if config.double_quant else 32) / config.block_size
+    floats = size_from_config(architecture, 16, head=head, kept="float16")
+    linear = floats["parts"]["linear"]
+    return int(floats["total"] - linear + linear * (variant.bits + scale) / 16)
 
 
 @dataclass(frozen=True)

@@ -172,10 +172,12 @@ def resolve(config: TweetEvalConfig) -> Plan:
     return Plan(config, examples, head, cells, calibration_texts, perplexity_texts)
 
 
-def listing(config: TweetEvalConfig, out: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The dry run: every cell of the study with its id and whether it is done, failed or still to do."""
+def foresee(config: TweetEvalConfig, out: str | os.PathLike[str]) -> dict[str, Any]:
+    """The dry run: see `study.foresee`."""
     plan = resolve(config)
-    return study.listing(EXPERIMENT, {"head": plan.head, **plan.variants}, Path(out))
+    splits = ", ".join(f"{len(getattr(plan.examples, name).texts):,} {name}" for name in ("train", "val", "test"))
+    cells = {"head": plan.head, **plan.variants}
+    return study.foresee(config, EXPERIMENT, cells, Path(out), f"{config.task}, tweets: {splits}", "classifier")
 
 
 def run(

@@ -136,12 +136,13 @@ class Records:
 def experiment_of(run: str | os.PathLike[str]) -> str:
     """The experiment that a run directory holds; RecordError where it is none."""
     path = Path(run) / "config.json"
-    if not path.exists():
+    experiment = read_json(path).get("experiment") if path.exists() else None
+    if experiment is None:
         raise RecordError(
-            f"{run}: not a run directory (it has no config.json); `quantlab demo`, `quantlab tweeteval` or "
+            f"{run}: not a run directory (it has no config.json of one); `quantlab demo`, `quantlab tweeteval` or "
             "`quantlab lima` makes one"
         )
-    return str(read_json(path).get("experiment"))
+    return str(experiment)
 
 
 def read_run(run: str | os.PathLike[str], experiment: str) -> dict[str, Any]:
