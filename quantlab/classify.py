@@ -199,7 +199,9 @@ class LlamaForSequenceClassification(Llama):
             raise ValueError(
                 f"{name}: got shape {array.shape} for {count} texts, expected one label a text and at least one"
             )
-        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= self.num_labels:
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"{name}: got {array.dtype}, expected integers from 0 to {self.num_labels - 1}")
+        if array.dtype.kind == "f" or array.min() < 0 or array.max() >= self.num_labels:
             raise ValueError(
                 f"{name}: got {array.min()} to {array.max()}, expected integers from 0 to {self.num_labels - 1}"
             )

@@ -190,6 +190,8 @@ def token_ids(model: Llama, field: str) -> list[int]:
 
 def chat_ids(model: Llama, messages: Sequence[Message], add_generation_prompt: bool = True) -> np.ndarray:
     """Token ids of a conversation in the model's template, int32 (t,)."""
+    if isinstance(messages, str):
+        raise ValueError('messages: got text, expected a list of {"role": "user", "content": text}')
     text = chat_template(model).render(messages, add_generation_prompt)
     return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
 

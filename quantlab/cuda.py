@@ -50,8 +50,8 @@ def device_number(device: str) -> int:
     """
     if device == "cpu":
         return -1
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or (number and not number.isdecimal()) or device.endswith(":"):
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or str(device).endswith(":"):
         raise ValueError(f"device: got {device!r}, accepted are cpu, cuda, cuda:N")
     if not usable():
         raise _core.CudaError(f"device: {device!r} cannot be used here: {why_not()}")

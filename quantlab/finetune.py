@@ -68,6 +68,8 @@ def finetune(
     checkpoint of its last finished step in output_dir, if there is one.
     """
     config = training or TrainingConfig()
+    if not isinstance(lora, (LoraConfig, Adapter)):
+        raise TypeError(f"lora: got {type(lora).__name__}, expected a LoraConfig or an Adapter")
     if model.adapter is not None:
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
     is_classifier = isinstance(model, LlamaForSequenceClassification)

@@ -36,8 +36,8 @@ def pick(
 
 
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected more than 0 (do_sample=False is greedy)")
     if top_k < 0:

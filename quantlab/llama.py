@@ -48,6 +48,10 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
     `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
     (B,): how much of each row counts.
     """
+    first = input_ids[0] if isinstance(input_ids, (list, tuple)) and input_ids else input_ids
+    if isinstance(first, str) or not (hasattr(input_ids, "__len__") or hasattr(input_ids, "__dlpack__")):
+        got = "text" if isinstance(first, str) else type(input_ids).__name__
+        raise ValueError(f"input_ids: got {got}, expected token ids, as encode gives them for a text")
     if hasattr(input_ids, "__dlpack__"):
         input_ids = as_array(input_ids, "input_ids")
     if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
@@ -344,6 +348,10 @@ class Llama:
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of token ids (t,)."""
+        if isinstance(ids, str) or (len(ids) and np.ndim(ids[0])):
+            raise ValueError(
+                f"ids: got {'text' if isinstance(ids, str) else 'rows'}, expected the token ids of one text"
+            )
         return self.require_tokenizer().decode(np.asarray(ids).tolist(), skip_special_tokens)
 
     def require_tokenizer(self) -> Tokenizer:

@@ -149,8 +149,8 @@ def _matrix_by_matrix(
 def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None) -> list[np.ndarray]:
     """Rows of int32 token ids, checked against the vocabulary and cut to the model's context."""
     wanted = "expected a list of texts, or rows of token ids"
-    if calibration is None or isinstance(calibration, (str, bytes)):
-        got = "nothing" if calibration is None else "one text"
+    if calibration is None or isinstance(calibration, (str, bytes)) or not hasattr(calibration, "__len__"):
+        got = {"NoneType": "nothing", "str": "one text"}.get(type(calibration).__name__, type(calibration).__name__)
         raise ValueError(f"calibration: got {got}, {wanted}")
     if len(calibration) == 0:
         raise ValueError(f"calibration: it is empty, {wanted}")
