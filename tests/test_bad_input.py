@@ -274,7 +274,7 @@ SHELL: dict[str, tuple[int, list[str], str]] = {
     "a file that is no model": (2, ["generate", "{tmp}/text.txt", "hi"], "text.txt"),
     "an empty directory": (1, ["generate", "{tmp}/empty", "hi"], "config.json"),
     "an empty prompt": (2, ["generate", "{good}", ""], "prompt: got ''"),
-    "no adapter": (2, ["generate", "{good}", "hi", "--adapter", "{tmp}/none"], "--adapter: dir"),
+    "no adapter": (2, ["generate", "{good}", "hi", "--adapter", "{tmp}/none"], "--adapter: "),
     "an adapter that is a file": (2, ["merge", "{good}", "{tmp}/text.txt", "{tmp}/out"], "text.txt"),
     "an empty adapter": (1, ["merge", "{good}", "{tmp}/empty", "{tmp}/out"], "adapter_config.json"),
     "no text": (2, ["perplexity", "{good}", "--text", "{tmp}/none.txt"], "none.txt"),

@@ -63,7 +63,7 @@ def test_a_run_is_taken_up(capsys, tiny, talk, tmp_path):
         (("--base", "gptq"), 2, "gptq needs calibration text"),
         (("--base", "nf3"), 2, "--base: got 'nf3'"),
         (("--bits", 4), 2, "--bits"),
-        (("--eval-data", "none.jsonl"), 2, "--eval-data: file 'none.jsonl' does not exist"),
+        (("--eval-data", "none.jsonl"), 2, "'none.jsonl' does not exist"),
         (("--chat-template", "vicuna"), 2, "chat_template: got 'vicuna'"),
     ],
 )
