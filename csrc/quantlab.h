@@ -219,7 +219,9 @@ typedef struct {
 } ql_norm;
 
 /* Parts of the model in one op each. NULL where a backend has none (the CPU): the model then composes it from the ops
- * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32. */
+ * above. `void *` is an activation in the backend's own type (CUDA: bfloat16); x, the residual stream, is float32.
+ * ordered: the columns of the activation between two of them stand in the order in which the product reads them fastest;
+ * only where takes_ordered says so of the product's weight. */
 #define QL_FUSED_OPS(X)                                                                                                 \
     /* h = norm of x; q (t, hq, d) = rope(h Wq^T); rows[i] (rows NULL: i) of k and of v (rows, hkv, d) =         \
      * rope(h Wk^T), h Wv^T of token i. Here and in the products below: each with the part of its adapter, l (3,) in    \
@@ -232,13 +234,13 @@ typedef struct {
     X(attention_fused_forward, (void *out, float *lse, const void *q, const void *k, const void *v,                     \
                                 const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t t,      \
                                 int64_t b, int64_t hq, int64_t hkv, int64_t d, int64_t max_queries, int64_t max_keys,   \
-                                float scale))                                                                           \
+                                float scale, int ordered))                                                              \
     /* a (t, f) = swiglu(h Wgate^T, h Wup^T), h = norm of x */                                                          \
     X(gate_up_forward, (void *a, const float *x, const ql_norm *norm, const ql_weight *gate, const ql_weight *up,       \
-                        const ql_low_rank *l, int64_t t))                                                               \
+                        const ql_low_rank *l, int64_t t, int ordered))                                                  \
     /* x (t, n) += a (t, k) W^T; next: the norm that x goes through after it, or NULL. Sets next->prepared */           \
     X(linear_residual_forward, (float *x, const void *a, const ql_weight *w, const ql_low_rank *l, ql_norm *next,       \
-                                int64_t t))                                                                             \
+                                int64_t t, int ordered))                                                                \
     /* out (t, c) = rmsnorm(x, gain) */                                                                                 \
     X(norm_fused_forward, (void *out, const float *x, const float *gain, int64_t t, int64_t c, float eps))              \
     /* out = a - b, count elements: float32 where floats is set, else of the backend's type */                          \
@@ -293,6 +295,7 @@ typedef struct ql_step ql_step; /* a recorded sequence of ops */
     X(int, step_valid, (const ql_step *step))                                                                           \
     X(ql_status, replay, (ql_step *step))                                                                               \
     X(void, step_release, (ql_step *step))                                                                              \
+    X(int, takes_ordered, (const ql_weight *w, const ql_low_rank *l, int64_t t)) /* see QL_FUSED_OPS */                 \
     /* marks 0 .. QL_MARKS - 1: mark notes how far the issue is, wait waits until what came before it has run */        \
     X(ql_status, mark, (int i))                                                                                         \
     X(ql_status, wait, (int i))

@@ -104,6 +104,23 @@ static __global__ void prepare_normed(const activations_args a) {
     if (there) { *(uint4 *)(a.out + blockIdx.x * a.line + j) = make_uint4(v[0], v[1], v[2], v[3]); }
 }
 
+/* a thread turns 32 columns, 4 x 4 pairs of them, round */
+static __global__ void order_columns(uint32_t *rows, int64_t count) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    ql_cuda_wait_previous();
+    if (i >= count) { return; }
+    uint32_t pair[16];
+#pragma unroll
+    for (int p = 0; p < 16; p++) { pair[p] = rows[16 * i + p]; }
+#pragma unroll
+    for (int p = 0; p < 16; p++) { rows[16 * i + ordered_column(2 * p) / 2] = pair[p]; }
+}
+
+void ql_cuda_order_columns(bf16 *rows, int64_t m, int64_t k) {
+    int64_t count = m * k / 32;
+    ql_cuda_launch(order_columns, dim3((unsigned)((count + 127) / 128)), dim3(128), 0, true, (uint32_t *)rows, count);
+}
+
 void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line) {
     uintptr_t addresses = (uintptr_t)x->floats | (uintptr_t)x->halves | (uintptr_t)x->gain;
     activations_args a = {*x, perm, out, m, k, line, k % 4 == 0 && addresses % 16 == 0};

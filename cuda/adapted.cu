@@ -212,7 +212,7 @@ static void launch_down(const down_args *a) {
 }
 
 static void down(float *u, const bf16 *z, factor_matrix m, int64_t t, int64_t width, int64_t r, float factor, mask dropout) {
-    down_args a = {u, {NULL, z, NULL, 0.0f, {}}, {{m, r, factor}}, t, width, r, dropout};
+    down_args a = {u, {NULL, z, NULL, 0.0f, {}, 0}, {{m, r, factor}}, t, width, r, dropout};
     launch_down(&a);
 }
 
@@ -384,7 +384,7 @@ static mask mask_of(const ql_low_rank *l) { return {l->dropout, ql_stream_key(l-
 static const bf16 *stored_columns(const bf16 *x, const ql_weight *w, int64_t t) {
     if (w->perm == NULL) { return x; }
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(t * w->k) * sizeof(bf16));
-    ql_activations source = {NULL, x, NULL, 0.0f, {}};
+    ql_activations source = {NULL, x, NULL, 0.0f, {}, 0};
     if (rows != NULL) { ql_cuda_activations_rows(rows, &source, w->perm, t, w->k, w->k); }
     return rows;
 }

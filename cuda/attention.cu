@@ -7,7 +7,7 @@
  *
  *   shared, float: Q (4 warps, d, 4) | K (32, d + 1) | V (32, 128) | weights (4 warps, 32, 4) */
 #include "attention.cuh"
-#include "cuda.h"
+#include "linear.cuh"
 
 enum { WARPS = 4, THREADS = WARPS * WARP, PER_WARP = 4, ROWS = WARPS * PER_WARP, KEYS = WARP, COLUMNS = 128 };
 
@@ -156,19 +156,21 @@ extern "C" void ql_attention_forward_cuda(float *out, float *lse, const float *q
                                           const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b,
                                           int64_t hq, int64_t hkv, int64_t d, float scale) {
     if (b == 0) { return; }
-    attention_args<float> args = {out, lse, q, k, v, q_start, kv_start, kv_len, (int)b, (int)hq, (int)hkv, (int)d, scale};
+    attention_args<float> args = {out, lse, q, k, v, q_start, kv_start, kv_len, (int)b, (int)hq, (int)hkv, (int)d, scale, 0};
     launch_plain(args);
 }
 
 extern "C" void ql_attention_fused_forward_cuda(void *out, float *lse, const void *q, const void *k, const void *v,
                                                 const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len,
                                                 int64_t t, int64_t b, int64_t hq, int64_t hkv, int64_t d, int64_t max_queries,
-                                                int64_t max_keys, float scale) {
+                                                int64_t max_keys, float scale, int ordered) {
     if (t == 0) { return; }
     attention_args<bf16> args = {(bf16 *)out, lse,      (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
-                                 kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale};
+                                 kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale, ordered};
     if (lse == NULL && max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
-    if (max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
-    if (ql_attention_prefill(args, max_queries)) { return; }
-    launch_plain(args);
+    if (!ordered && max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
+    if (!(ordered && d % 32 != 0) && ql_attention_prefill(args, max_queries, max_keys)) { return; }
+    args.ordered = 0;
+    if (!ql_attention_prefill(args, max_queries, max_keys)) { launch_plain(args); }
+    if (ordered) { ql_cuda_order_columns(args.out, t, hq * d); }
 }

@@ -16,6 +16,7 @@ template <typename T> struct attention_args {
     const int64_t *q_start, *kv_start, *kv_len; /* (b + 1,) (b,) (b,) on the device */
     int b, hq, hkv, d;
     float scale;
+    int ordered; /* whether each column of a row of out goes to its ordered_column */
 };
 
 /* log-sum-exp of scaled scores from their maximum, not scaled, and the sum of 2^(scale_log2 (score - maximum)) */
@@ -24,8 +25,8 @@ __device__ __forceinline__ float log_sum(float maximum, float sum, float scale_l
 }
 
 /* bf16: false, and nothing is done, where the shape or the device is not theirs */
-bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries); /* d in {64, 80, 96, 128} */
-bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a */
+bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries, int64_t max_keys); /* d in {64, 80, 96, 128}; ordered: not 80 */
+bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a; not ordered */
 bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys);     /* as prefill; at most one query a sequence */
 
 #endif

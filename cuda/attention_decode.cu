@@ -20,6 +20,7 @@
  *   parts: (chunks, group, columns) float; statistics: maximum and sum, (chunks, group, 2); in scratch for each (b, hkv) */
 #include "attention.cuh"
 #include "cuda.h"
+#include "norm_ahead.cuh" /* ordered_column */
 #include "pipeline.cuh"
 
 enum { WARPS = 4, THREADS = WARPS * WARP, ROWS = 16, FEW_KEYS = 32 };
@@ -207,6 +208,12 @@ static __device__ __forceinline__ uint32_t finished(const pair_sum &s) {
     return pack_bf16(s.value.x / s.total, s.value.y / s.total);
 }
 
+/* columns `column` and the next of row `row` of the block's heads */
+template <int D> __device__ __forceinline__ uint32_t *output_place(const attention_args<bf16> &args, const chunk_work &w, int row, int column) {
+    int at = ((int)blockIdx.y * w.group + row) * D + column;
+    return (uint32_t *)(args.out + w.query * args.hq * D + (args.ordered ? ordered_column(at) : at));
+}
+
 /* Calls send(row, column, values) for each two columns of this lane, and state(row, maximum, sum) once a row of the block. */
 template <int D, typename Send, typename State>
 __device__ __forceinline__ void each_pair(const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
@@ -229,7 +236,7 @@ __device__ __forceinline__ void each_pair(const float (&out)[(D / 8 + WARPS - 1)
 template <int D>
 __device__ __forceinline__ void combine_last(const decode_args &c, const chunk_work &w,
                                              const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
-                                             const float (&sum)[2], bf16 *result) {
+                                             const float (&sum)[2]) {
     __shared__ bool last;
     int group = w.group;
     int64_t slot = (int64_t)blockIdx.z * c.a.hkv + blockIdx.y, part = (slot * c.splits + blockIdx.x) * group;
@@ -252,7 +259,7 @@ __device__ __forceinline__ void combine_last(const decode_args &c, const chunk_w
             int64_t line = chunk * group + row;
             add_part(s, __ldcg((const float2 *)(statistics + line * 2)), __ldcg((const float2 *)(parts + line * D + column)));
         }
-        *(uint32_t *)(result + row * D + column) = finished(s);
+        *output_place<D>(c.a, w, row, column) = finished(s);
     }
 }
 
@@ -265,7 +272,7 @@ __device__ __forceinline__ void cluster_store_2(uint32_t address, float2 v) {
  * of the cluster have begun: so they are there to be written to. */
 template <int D>
 __device__ __forceinline__ void combine_cluster(const chunk_work &w, const float (&out)[(D / 8 + WARPS - 1) / WARPS][4],
-                                                const float (&maximum)[2], const float (&sum)[2], bf16 *result, float *parts) {
+                                                const float (&maximum)[2], const float (&sum)[2], const attention_args<bf16> &args, float *parts) {
     int rank = blockIdx.x, slots = (D / 8 + w.chunks - 1) / w.chunks, width = slots * 8;
     float *statistics = parts + w.chunks * w.group * width;
     if (rank < w.chunks) {
@@ -295,7 +302,7 @@ __device__ __forceinline__ void combine_cluster(const chunk_work &w, const float
                 add_part(s, *(const float2 *)(statistics + line * 2), *(const float2 *)(parts + line * width + at));
             }
         }
-        *(uint32_t *)(result + row * D + column) = finished(s);
+        *output_place<D>(args, w, row, column) = finished(s);
     }
 }
 #endif
@@ -335,21 +342,20 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
         load_row_and_queries<D, Keys>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
         attend_chunk<D, Keys>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
     }
-    bf16 *result = args.out + head * D;
     wait_cluster<clustered>();
     if (w.chunks == 1) {
         each_pair<D>(
             out, maximum, sum, w.group,
             [&](int row, int column, float2 values, float total) {
-                *(uint32_t *)(result + row * D + column) = pack_bf16(values.x / total, values.y / total);
+                *output_place<D>(args, w, row, column) = pack_bf16(values.x / total, values.y / total);
             },
             [](int, float2) {});
         return;
     }
 #ifdef QL_HAS_BULK_COPY
-    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, result, scores + ROWS * score_stride<Keys>()); }
+    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, args, scores + ROWS * score_stride<Keys>()); }
 #endif
-    combine_last<D>(c, w, out, maximum, sum, result);
+    combine_last<D>(c, w, out, maximum, sum);
 }
 
 template <int D, int Keys> static void launch_decode(decode_args args, dim3 grid, bool clustered) {

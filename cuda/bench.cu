@@ -182,12 +182,12 @@ static void launch(const arrays *a, int copy, const ql_backend *be) {
     case QL_BENCH_LINEAR_BACKWARD: be->linear_backward_input[f]((float *)x[0], (const float *)x[1], w, c->m, 0); break;
     case QL_BENCH_RESIDUAL: {
         ql_norm next = norm_of((float *)x[2], c->m * w->n);
-        be->linear_residual_forward((float *)x[0], x[1], w, NULL, &next, c->m);
+        be->linear_residual_forward((float *)x[0], x[1], w, NULL, &next, c->m, be->takes_ordered(w, NULL, c->m));
         break;
     }
     case QL_BENCH_GATE_UP: {
         ql_norm norm = norm_of((float *)x[2], c->m * w->k);
-        be->gate_up_forward(x[0], (const float *)x[1], &norm, w, w + 1, NULL, c->m);
+        be->gate_up_forward(x[0], (const float *)x[1], &norm, w, w + 1, NULL, c->m, be->takes_ordered(w, NULL, c->m));
         break;
     }
     case QL_BENCH_QKV: {
@@ -199,7 +199,7 @@ static void launch(const arrays *a, int copy, const ql_backend *be) {
     }
     case QL_BENCH_ATTENTION:
         be->attention_fused_forward(x[0], NULL, x[1], x[2], x[3], a->ranges, a->ranges + c->b + 1, a->ranges + 2 * c->b + 1, c->m * c->b, c->b,
-                                    c->hq, c->hkv, c->d, c->m, c->keys, 0.088f);
+                                    c->hq, c->hkv, c->d, c->m, c->keys, 0.088f, 0);
         break;
     case QL_BENCH_ATTENTION_BACKWARD: {
         int64_t t = c->m * c->b, queries = t * c->hq * c->d, keys = c->b * c->keys * c->hkv * c->d;

@@ -8,18 +8,18 @@ enum { THREADS = 256, PER_THREAD = 4 };
 
 /* ---- embedding ------------------------------------------------------------------------------------------------- */
 
+/* grid (tokens, pieces of THREADS columns): a thread a value, since each waits for memory */
 static __global__ void __launch_bounds__(THREADS) embedding_kernel(float *out, const int32_t *ids, ql_weight table) {
+    int64_t j = (int64_t)blockIdx.y * THREADS + threadIdx.x;
     ql_cuda_wait_previous();
     ql_cuda_start_next();
-    int64_t row = ids[blockIdx.x];
-    for (int64_t j = threadIdx.x; j < table.k; j += THREADS) {
-        out[(int64_t)blockIdx.x * table.k + j] = weight_value(table, row, j);
-    }
+    if (j < table.k) { out[(int64_t)blockIdx.x * table.k + j] = weight_value(table, ids[blockIdx.x], j); }
 }
 
 extern "C" void ql_embedding_forward_cuda(float *out, const int32_t *ids, const ql_weight *table, int64_t t) {
     if (t == 0) { return; }
-    ql_cuda_launch(embedding_kernel, dim3((unsigned)t), dim3(THREADS), 0, true, out, ids, *table);
+    dim3 grid((unsigned)t, (unsigned)((table->k + THREADS - 1) / THREADS));
+    ql_cuda_launch(embedding_kernel, grid, dim3(THREADS), 0, true, out, ids, *table);
 }
 
 /* ---- SwiGLU and residual add ----------------------------------------------------------------------------------- */

@@ -22,7 +22,7 @@ static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
 }
 
 static ql_activations normed(const float *x, const ql_norm *norm, int64_t t, int64_t k) {
-    ql_activations source = {x, NULL, norm->gain, norm->eps, {}};
+    ql_activations source = {x, NULL, norm->gain, norm->eps, {}, 0};
     if (norm->prepared) { source.made = norm_ahead(norm, t, k); }
     return source;
 }
@@ -103,7 +103,7 @@ extern "C" void ql_qkv_forward_cuda(void *q, void *k, void *v, const float *x, c
     ql_low_rank_term term[3];
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 3, t, wq->k)) { return; }
     ql_product products[] = {
-        {wq, q, NULL, QL_OUT_ROPE, term[0], {}}, {wk, k, rows, QL_OUT_ROPE, term[1], {}}, {wv, v, rows, QL_OUT_BF16, term[2], {}}};
+        {wq, q, NULL, QL_OUT_ROPE, 0, term[0], {}}, {wk, k, rows, QL_OUT_ROPE, 0, term[1], {}}, {wv, v, rows, QL_OUT_BF16, 0, term[2], {}}};
     if (normed_products(products, 3, &source, &rotation, t)) { return; }
     for (int i = 0; i < 3; i++) { product_rows(&products[i], &source, i > 0 ? products[i - 1].w : NULL, &rotation, t); }
 }
@@ -138,28 +138,31 @@ static void swiglu_in_place(bf16 *gate, const bf16 *up, int64_t count) {
 }
 
 extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const ql_norm *norm, const ql_weight *gate, const ql_weight *up,
-                                        const ql_low_rank *l, int64_t t) {
+                                        const ql_low_rank *l, int64_t t, int ordered) {
     ql_activations source = normed(x, norm, t, gate->k);
     ql_low_rank_term term[2];
     if (t == 0 || !ql_cuda_low_rank_terms(term, &source, l, 2, t, gate->k)) { return; }
-    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, term[0], {}}, {up, NULL, NULL, QL_OUT_SWIGLU, term[1], {}}};
+    ql_product products[] = {{gate, a, NULL, QL_OUT_SWIGLU, ordered, term[0], {}}, {up, NULL, NULL, QL_OUT_SWIGLU, 0, term[1], {}}};
     if (normed_products(products, 2, &source, NULL, t)) { return; }
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
     if (ups == NULL) { return; }
-    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, term[0], {}}, {up, ups, NULL, QL_OUT_BF16, term[1], {}}}; /* weights that are not alike */
-    if (ql_cuda_linear_small(apart, 2, &source, NULL, t)) { return swiglu_in_place((bf16 *)a, ups, t * gate->n); }
-    for (int i = 0; i < 2; i++) { product_rows(&apart[i], &source, i > 0 ? gate : NULL, NULL, t); }
+    ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, 0, term[0], {}}, {up, ups, NULL, QL_OUT_BF16, 0, term[1], {}}}; /* weights that are not alike */
+    if (!ql_cuda_linear_small(apart, 2, &source, NULL, t)) {
+        for (int i = 0; i < 2; i++) { product_rows(&apart[i], &source, i > 0 ? gate : NULL, NULL, t); }
+    }
     swiglu_in_place((bf16 *)a, ups, t * gate->n);
+    if (ordered) { ql_cuda_order_columns((bf16 *)a, t, gate->n); }
 }
 
 /* ---- residual --------------------------------------------------------------------------------------------------------- */
 
-extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, const ql_low_rank *l, ql_norm *next, int64_t t) {
-    ql_activations source = {NULL, (const bf16 *)a, NULL, 0.0f, {}};
+extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const ql_weight *w, const ql_low_rank *l, ql_norm *next, int64_t t,
+                                                int ordered) {
+    ql_activations source = {NULL, (const bf16 *)a, NULL, 0.0f, {}, ordered};
     ql_low_rank_term term;
     if (next != NULL) { next->prepared = 0; }
     if (t == 0 || !ql_cuda_low_rank_terms(&term, &source, l, 1, t, w->k)) { return; }
-    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, term, norm_ahead(next, t, w->n)};
+    ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, 0, term, norm_ahead(next, t, w->n)};
     if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) {
         if (product.next.halves != NULL) { next->prepared = 1; }
         return;

@@ -39,7 +39,7 @@ static void float_forward(float *y, const float *x, const ql_weight *w, int64_t 
 
 static bf16 *activation_rows(const float *x, const int32_t *perm, int64_t m, int64_t k) {
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(m * k) * sizeof(bf16));
-    ql_activations source = {x, NULL, NULL, 0.0f, {}};
+    ql_activations source = {x, NULL, NULL, 0.0f, {}, 0};
     if (rows != NULL) { ql_cuda_activations_rows(rows, &source, perm, m, k, k); }
     return rows;
 }
@@ -47,8 +47,8 @@ static bf16 *activation_rows(const float *x, const int32_t *perm, int64_t m, int
 extern "C" void ql_linear_forward_cuda(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (m == 0 || w->n == 0) { return; }
     if (w->format == QL_F32) { return float_forward(y, x, w, m, accumulate); }
-    ql_activations source = {x, NULL, NULL, 0.0f, {}};
-    ql_product product = {w, y, NULL, accumulate ? QL_OUT_FLOAT_ADD : QL_OUT_FLOAT, {}, {}};
+    ql_activations source = {x, NULL, NULL, 0.0f, {}, 0};
+    ql_product product = {w, y, NULL, accumulate ? QL_OUT_FLOAT_ADD : QL_OUT_FLOAT, 0, {}, {}};
     if (ql_cuda_linear_small(&product, 1, &source, NULL, m)) { return; }
     const bf16 *rows = activation_rows(x, w->perm, m, w->k);
     if (rows != NULL) { ql_cuda_linear_large(y, CUDA_R_32F, rows, w, m, accumulate); }

@@ -19,8 +19,11 @@ typedef struct {
     const float *gain; /* (k,) */
     float eps;
     ql_norm_ahead made; /* of that norm, by the product ahead; halves NULL: nothing */
+    int ordered;        /* halves have each column at its ordered_column; only where ql_cuda_takes_ordered says so */
 } ql_activations;
 
+/* each column of rows (m, k) to its ordered_column, or from there back; k a multiple of 32 */
+void ql_cuda_order_columns(bf16 *rows, int64_t m, int64_t k);
 /* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on */
 void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line);
 
@@ -43,6 +46,7 @@ typedef struct {
     void *out;           /* (m, n), or where `rows` is not NULL, row rows[i] of it for token i */
     const int32_t *rows;
     ql_output output;
+    int ordered;         /* QL_OUT_SWIGLU: each column to its ordered_column */
     ql_low_rank_term term; /* added to the product, ahead of what becomes of it */
     ql_norm_ahead next;    /* QL_OUT_FLOAT_ADD: to be made; halves NULL: nothing */
 } ql_product;

@@ -79,7 +79,7 @@ __device__ __forceinline__ float small_store(const small_args &a, const small_pa
     }
     bf16 *out = (bf16 *)lines.at[i];
     if (p.output == SMALL_SWIGLU) {
-        if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(silu_fast(v0) * v1); }
+        if (to.row < p.n) { out[p.ordered ? ordered_column(to.row) : to.row] = __float2bfloat16_rn(silu_fast(v0) * v1); }
         return 0.0f;
     }
     if (p.output == SMALL_ROPE && p.rotate) {

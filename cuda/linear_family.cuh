@@ -21,7 +21,7 @@ typedef struct {
     int tokens, groups;                                                /* most tokens; warpgroups that multiply */
 } group_kernel;
 
-enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 3 };
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4 };
 
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
@@ -52,7 +52,7 @@ template <typename Codes, int Parts, int Tokens8, int Groups> constexpr group_ke
     return {small_group<Codes, Tokens8, Parts, Groups>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8, Groups};
 }
 #define SMALL_GROUPS_OF(Codes, Parts) \
-    { make_group<Codes, Parts, 2, 4>(), make_group<Codes, Parts, 4, 3>(), make_group<Codes, Parts, 8, 2>() }
+    { make_group<Codes, Parts, 2, 4>(), make_group<Codes, Parts, 4, 3>(), make_group<Codes, Parts, 6, 2>(), make_group<Codes, Parts, 8, 2>() }
 
 /* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */

@@ -4,7 +4,7 @@
  *
  * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
  * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
- * cluster. A warp brings its own weights, `stages` units of both halves of its tile, by bulk copies (the finishing warps bring the
+ * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies (the finishing warps bring the
  * first ones, while it brings activations). Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
  * first those of the block's warpgroups, in order, then, dealt out to the blocks of the cluster, those of its blocks, and store them.
  *
@@ -28,7 +28,12 @@ struct group_layout {
 };
 
 /* in how many passes a tile's fragments go through the sums of the block: more tokens leave no room for all at once */
-template <int Tokens8> __host__ __device__ constexpr int group_passes() { return Tokens8 > 4 ? 4 : 1; }
+template <int Tokens8> __host__ __device__ constexpr int group_passes() { return Tokens8 > 6 ? 4 : 1; }
+
+/* units that a bulk copy brings: two short ones in one copy, but where there is little room. As measured; with a table it costs time. */
+template <typename Codes, int Tokens8> __host__ __device__ constexpr int group_together() {
+    return (int)Codes::bytes == (int)CHUNK && !Codes::table && Tokens8 < 8 ? 2 : 1;
+}
 
 /* units: of K, of a block; the bytes count what aligning the start may take */
 template <typename Codes, int Tokens8, int Groups>
@@ -37,11 +42,11 @@ __host__ __device__ inline group_layout group_layout_of(int stages, int record, 
     group_layout l;
     l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * GROUP_WARPS;
     l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.norms = l.received_free + 8 * GROUP_WARPS;
-    l.table = (l.norms + norms_bytes(GROUP_WARPS, 8 * Tokens8) + 127) / 128 * 128;
+    l.table = (l.norms + norms_bytes(GROUP_WARPS, Tokens8 > 4 ? 64 : 8 * Tokens8) + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
     l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
     l.received = l.sums + (uint32_t)(warps * Tokens8 / group_passes<Tokens8>() * CHUNK), l.stages = l.received + GROUP_WARPS * Tokens8 * CHUNK;
-    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * record) + 1024;
+    l.bytes = l.stages + (uint32_t)(stages * warps * 2 * group_together<Codes, Tokens8>() * record) + 1024;
     return l;
 }
 
@@ -67,8 +72,8 @@ __device__ __forceinline__ small_range group_units(const group_place &p, int gro
 __device__ __forceinline__ uint32_t group_stage_full(const group_place &p, int warp, int stage) {
     return p.base + p.l.full + 8 * (warp * GROUP_MAX_STAGES + stage);
 }
-__device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
-    return p.base + p.l.stages + (warp * a.stages + stage) * 2 * a.record;
+template <int Together> __device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
+    return p.base + p.l.stages + (warp * a.stages + stage) * 2 * Together * a.record;
 }
 
 struct group_fetch {
@@ -81,29 +86,31 @@ __device__ __forceinline__ void group_seek(group_fetch &f, const small_args &a, 
     f.upper = tile.upper + (int64_t)f.unit * a.record, f.lower = tile.lower + (int64_t)f.unit * a.record;
 }
 
-/* the next unit, of `mine`, of tile `member` of the item to stage `stage` of the warp; by one lane */
+/* the next units, of `mine`, of tile `member` of the item to stage `stage` of the warp; by one lane */
+template <int Together>
 __device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p, small_range mine, int member, int warp, int stage) {
     if (f.item >= p.items) { return; }
-    uint32_t full = group_stage_full(p, warp, stage), to = group_stage(a, p, warp, stage);
-    barrier_arrive_expect(full, 2 * a.record);
-    copy_bulk(to, f.upper, a.record, full);
-    copy_bulk(to + a.record, f.lower, a.record, full);
-    f.upper += a.record, f.lower += a.record;
-    if (++f.unit < mine.end) { return; }
+    uint32_t full = group_stage_full(p, warp, stage), to = group_stage<Together>(a, p, warp, stage);
+    uint32_t bytes = (Together > 1 ? min(Together, mine.end - f.unit) : 1) * a.record;
+    barrier_arrive_expect(full, 2 * bytes);
+    copy_bulk(to, f.upper, bytes, full);
+    copy_bulk(to + Together * a.record, f.lower, bytes, full);
+    f.upper += bytes, f.lower += bytes, f.unit += Together;
+    if (f.unit < mine.end) { return; }
     f.unit = mine.first, f.item += p.step;
     if (f.item < p.items) { group_seek(f, a, p, member); }
 }
 
-/* where a warp's fetching stands after its first `stages` units; with Fetch they are fetched, by one lane */
-template <bool Fetch> __device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine, int member, int warp) {
+/* where a warp's fetching stands after its first `stages` copies; with Fetch they are made, by one lane */
+template <int Together, bool Fetch> __device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine, int member, int warp) {
     group_fetch f = {mine.first < mine.end ? p.first : p.items, mine.first, NULL, NULL};
     if (Fetch) {
         if (f.item < p.items) { group_seek(f, a, p, member); }
-        for (int i = 0; i < a.stages; i++) { group_fetch_stage(f, a, p, mine, member, warp, i); }
+        for (int i = 0; i < a.stages; i++) { group_fetch_stage<Together>(f, a, p, mine, member, warp, i); }
         return f;
     }
-    int units = mine.end - mine.first;
-    if (units > 0) { f.item += a.stages / units * p.step, f.unit += a.stages % units; }
+    int copies = (mine.end - mine.first + Together - 1) / Together; /* of an item */
+    if (copies > 0) { f.item += a.stages / copies * p.step, f.unit += a.stages % copies * Together; }
     if (f.item < p.items) { group_seek(f, a, p, member); }
     return f;
 }
@@ -138,11 +145,10 @@ template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_
     block_barrier(1 + p.group, GROUP_THREADS);
 }
 
-/* whether the columns of x stand in the order of the fragments; units of a piece then */
-__device__ __forceinline__ bool group_streams(const small_args &a) { return a.made.halves != NULL && a.made.line > 16; }
+/* units of a piece of activations that stand in the order of the fragments */
 __device__ __forceinline__ int group_step(small_range mine) { return (mine.end - mine.first + GROUP_PIECES - 1) / GROUP_PIECES; }
 
-/* The same of columns that stand in the order of the fragments (normed_column), by asynchronous copies, so that the products start with the
+/* The same of columns that stand in the order of the fragments (ordered_column), by asynchronous copies, so that the products start with the
  * first of GROUP_PIECES pieces of `step` units. */
 template <typename Codes, int Tokens8>
 __device__ __forceinline__ void group_begin_x(const small_args &a, const group_place &p, uint32_t to, small_range mine, int step) {
@@ -236,8 +242,7 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
 /* Number nt of the fragments of tile `member` of an item is number member * Tokens8 + nt of all; block number % cluster of the cluster
  * adds those of all blocks. First of the tile's that is this block's (Tokens8 and more: none). */
 template <int Tokens8> __device__ __forceinline__ int group_first(const group_place &p) {
-    int first = p.rank - (p.member * Tokens8 & ((1 << p.shift) - 1));
-    return first < 0 ? Tokens8 : first;
+    return (p.rank - p.member * Tokens8) & ((1 << p.shift) - 1);
 }
 /* bytes that the other blocks send of a tile; the barrier waits for as many */
 template <int Tokens8> __device__ __forceinline__ uint32_t group_inbound(const group_place &p) {
@@ -324,7 +329,7 @@ template <int Tokens8> __device__ __forceinline__ float4 group_add(const group_p
 /* A finishing warp adds up tile `member` of every item, and stores those of its fragments that are this block's, GROUP_AIMED at a time.
  * A warp has little time for all of this: it must keep up with four that multiply. */
 template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(const small_args &a, const group_place &p, small_norms norms) {
-    constexpr int most = Tokens8 / 2, aimed = most < 2 ? most : 2; /* fragments of this block: clusters have two blocks at least */
+    constexpr int most = Tokens8 / 2, aimed = most % 2 == 0 ? 2 : most; /* fragments of this block: clusters have two blocks at least */
     int count = 0, cluster = 1 << p.shift, first = group_first<Tokens8>(p), part = -1;
     small_lines lines[most];
     for (int item = p.first; item < p.items; item += p.step, count++) {
@@ -386,19 +391,24 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
 template <typename Codes, int Tokens8, int Parts, int Groups>
 __device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, small_range mine, uint32_t x, uint32_t table) {
     int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member, step = group_step(mine), piece = 0;
-    int awaited = group_streams(a) ? mine.first : mine.end; /* the unit that the next piece of activations begins with */
-    group_fetch fetch = group_fetch_first<false>(a, p, mine, p.member, warp);
+    int awaited = a.ordered ? mine.first : mine.end; /* the unit that the next piece of activations begins with */
+    constexpr int together = group_together<Codes, Tokens8>();
+    group_fetch fetch = group_fetch_first<together, false>(a, p, mine, p.member, warp);
     for (int item = p.first; item < p.items; item += p.step, count++) {
         group_state<Tokens8, group_batch<Codes, Parts>()> s = {};
         uint32_t x_here = (uint32_t)descriptor(x, 16);
-        for (int u = mine.first; u < mine.end; u++) {
-            uint32_t upper = group_stage(a, p, warp, stage);
-            if (u == awaited && count == 0) { group_await_x(p, piece++), awaited += step; }
-            barrier_wait(group_stage_full(p, warp, stage), phase);
-            group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + a.record, x_here, table, p.lane);
+        for (int first = mine.first; first < mine.end; first += together) {
+            uint32_t upper = group_stage<together>(a, p, warp, stage);
+            int end = together > 1 ? min(first + together, mine.end) : first + 1;
+#pragma unroll 1
+            for (int u = first; u < end; u++) {
+                if (u == awaited && count == 0) { group_await_x(p, piece++), awaited += step; }
+                if (u == first) { barrier_wait(group_stage_full(p, warp, stage), phase); }
+                group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + together * a.record, x_here, table, p.lane);
+                upper += a.record, x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
+            }
             __syncwarp();
-            if (p.lane == 0) { group_fetch_stage(fetch, a, p, mine, p.member, warp, stage); }
-            x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
+            if (p.lane == 0) { group_fetch_stage<together>(fetch, a, p, mine, p.member, warp, stage); }
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         group_scale(s);
@@ -417,7 +427,7 @@ template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __force
     __syncthreads();
     ql_cuda_start_next();
     if (p.group == Groups) { /* the first weights: a lane a warpgroup's tile of the warp's number */
-        if (p.lane < Groups) { group_fetch_first<true>(a, p, group_units(p, p.lane, Groups), p.member, p.lane * GROUP_WARPS + p.member); }
+        if (p.lane < Groups) { group_fetch_first<group_together<Codes, Tokens8>(), true>(a, p, group_units(p, p.lane, Groups), p.member, p.lane * GROUP_WARPS + p.member); }
         __syncwarp();
         ql_cuda_wait_previous();
         small_norms norms = {1.0f, a.made.halves != NULL ? p.base + p.l.norms : 0};
@@ -427,7 +437,7 @@ template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __force
         return;
     }
     ql_cuda_wait_previous();
-    if (group_streams(a)) {
+    if (a.ordered) {
         group_begin_x<Codes, Tokens8>(a, p, x, mine, group_step(mine));
     } else {
         group_load_x<Tokens8>(a, p, x, mine.first * Codes::columns, (mine.end - mine.first) * Codes::columns);

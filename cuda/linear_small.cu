@@ -32,6 +32,7 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
     part->factor = part->factor_lower = p->factor;
     part->rows = product->rows, part->out = product->out, part->n = (int)product->w->n, part->output = (int)product->output;
     part->term[0] = part->term[1] = product->term;
+    part->ordered = product->ordered;
     part->tiles = p->rows8 / 2, part->divisor = 1, part->multiplier = 2, part->lower_rows = UNIT_ROWS;
     if (product->output == QL_OUT_SWIGLU) {
         const ql_packed *up = ql_packed_of(product[1].w);
@@ -138,8 +139,8 @@ static group_plan plan_group(const group_kernel *k, const small_args *a, int clu
     return plan;
 }
 
-/* of the kernels for the fewest tokens that are enough, the cheapest way */
-static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
+/* of the kernels for the fewest tokens that are enough, the cheapest way; cost 0: there is none */
+static group_plan best_plan(const small_args *a, const group_kernel *kernels, int columns) {
     group_plan best = {NULL, 0, 0, 0, 0, 0};
     for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
         if (a->m > kernels[i].tokens || (best.cost > 0 && kernels[i].tokens > best.kernel->tokens)) { continue; }
@@ -148,6 +149,11 @@ static bool launch_groups(small_args *a, const group_kernel *kernels, int column
             if (plan.cost > 0 && (best.cost == 0 || plan.cost < best.cost)) { best = plan; }
         }
     }
+    return best;
+}
+
+static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
+    group_plan best = best_plan(a, kernels, columns);
     if (best.cost == 0) { return false; }
     a->stages = best.stages;
     void *arguments[] = {a};
@@ -190,9 +196,10 @@ static bool set_activations(small_args *a, const ql_activations *x, const ql_wei
     int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
     a->k = (int)w->k, a->x_line = (int)line;
     if (x->made.halves != NULL && w->perm == NULL && line == w->k && ql_packed_of(w)->kind < QL_ROWS_F32) {
-        a->made = x->made, a->eps = x->eps;
+        a->made = x->made, a->eps = x->eps, a->ordered = x->made.line > RING_TOKENS;
         return a->x = x->made.halves, true;
     }
+    a->ordered = x->ordered;
     if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0) { return a->x = x->halves, true; }
     if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90 && ql_packed_of(w)->kind < QL_ROWS_F32) {
         a->floats = x->floats, a->gain = x->gain, a->eps = x->eps, a->perm = w->perm;
@@ -248,7 +255,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
         small_args a;
         move_to_token(&a, &all, first, m - first < step ? m - first : step);
         if (launch(&a, p)) { continue; }
-        if (step <= 8 || first > 0 || all.made.halves != NULL || all.next.halves != NULL) { return false; }
+        if (step <= 8 || first > 0 || all.made.halves != NULL || all.next.halves != NULL || all.ordered) { return false; }
         step = (step / 2 + 7) / 8 * 8, first = -step; /* fewer tokens at a time may fit */
     }
     return true;
@@ -264,6 +271,19 @@ static bool is_packed(const ql_weight *w) {
 
 /* not more tokens of rows of floats than cuBLAS is slower for: bfloat16 it takes as it is, the others are decoded for it */
 static bool takes_floats(const ql_packed *p, int64_t m) { return p->kind < QL_ROWS_F32 || m <= (p->kind == QL_ROWS_BF16 ? 16 : 32); }
+
+int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
+    if (t <= RING_TOKENS || t > GROUP_TOKENS || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) { return 0; }
+    const ql_packed *p = ql_packed_of(w);
+    if (p->kind >= QL_ROWS_F32 || (int64_t)p->units * p->columns != w->k) { return 0; }
+    const small_family *family = family_of(p);
+    ql_product product = {w, NULL, NULL, QL_OUT_FLOAT_ADD, 0, {}, {}};
+    small_args a;
+    memset(&a, 0, sizeof a);
+    (void)make_part(&a.part[0], &product, NULL);
+    a.tiles = a.part[0].tiles, a.units = p->units, a.record = p->record, a.m = (int)t;
+    return best_plan(&a, p->parts == family->parts ? family->group : family->group_any, p->columns).cost > 0;
+}
 
 bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;

@@ -15,11 +15,12 @@ typedef struct {
     int line;          /* a power of two from 8 on, at least m */
 } ql_norm_ahead;
 
-/* The place of column j in its row of halves. More than 16 tokens are multiplied by linear_group.cuh, which takes columns in the order of
- * its fragments: of NORM_BLOCK, pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
-__device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) {
-    return ahead.line <= 16 ? j : (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1);
-}
+/* The place of column j among those in the order of the fragments of linear_group.cuh, which multiplies more than 16 tokens: of NORM_BLOCK,
+ * pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
+__device__ __forceinline__ int ordered_column(int j) { return (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1); }
+
+/* the place of column j in its row of halves */
+__device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) { return ahead.line <= 16 ? j : ordered_column(j); }
 
 /* squares of columns 16 tile .. of tokens `token` and token + 1, of which a lane has s0 and s1 of some; lane l: token l % 4 * 2 of 8 */
 __device__ __forceinline__ void put_squares(const ql_norm_ahead &ahead, int tile, int token, float s0, float s1, int lane) {

@@ -4,7 +4,7 @@
 
 #include "cuda.h"
 
-enum { QL_CUDA_DEVICES = 16, QL_STAGES = 2 };
+enum { QL_CUDA_DEVICES = 16, QL_STAGES = 2, QL_KERNELS = 256 };
 static const size_t QL_STAGE_BYTES = (size_t)16 << 20; /* of pinned memory, twice: uploads go through it */
 
 typedef struct {
@@ -18,6 +18,10 @@ typedef struct {
         void *memory;
         size_t bytes;
     } scratch[QL_SCRATCH_COUNT];
+    struct {
+        const void *kernel;
+        size_t bytes;
+    } allowed[QL_KERNELS]; /* shared memory that kernels may have, where they asked for more than is theirs */
     int64_t scratch_moves; /* a recorded step holds the addresses of the scratch memory: it is stale once they move */
     void *stage[QL_STAGES];
     int next_stage;

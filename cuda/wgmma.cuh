@@ -42,13 +42,16 @@ template <int Tokens8> __device__ __forceinline__ void multiply_units(float (&ou
 #define QL_LIST_8 QL_LIST_4 ",%4,%5,%6,%7"
 #define QL_LIST_16 QL_LIST_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define QL_LIST_32 QL_LIST_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QL_LIST_24 QL_LIST_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define QL_OUTPUTS_4 QL_OUT_4(out, 0)
 #define QL_OUTPUTS_8 QL_OUT_8(out, 0)
 #define QL_OUTPUTS_16 QL_OUT_8(out, 0), QL_OUT_8(out, 8)
+#define QL_OUTPUTS_24 QL_OUT_8(out, 0), QL_OUT_8(out, 8), QL_OUT_8(out, 16)
 #define QL_OUTPUTS_32 QL_OUT_32(out)
 QL_MULTIPLY_UNITS(1, QL_OUTPUTS_4, 8, QL_LIST_4, 4, 5, 6, 7, 8, 9)
 QL_MULTIPLY_UNITS(2, QL_OUTPUTS_8, 16, QL_LIST_8, 8, 9, 10, 11, 12, 13)
 QL_MULTIPLY_UNITS(4, QL_OUTPUTS_16, 32, QL_LIST_16, 16, 17, 18, 19, 20, 21)
+QL_MULTIPLY_UNITS(6, QL_OUTPUTS_24, 48, QL_LIST_24, 24, 25, 26, 27, 28, 29)
 QL_MULTIPLY_UNITS(8, QL_OUTPUTS_32, 64, QL_LIST_32, 32, 33, 34, 35, 36, 37)
 
 #endif

@@ -29,9 +29,10 @@ MODEL = "llama-2-7b"
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM = 4096, 11008, 32, 128
 SHAPES = {"o": (HIDDEN, HIDDEN), "gate": (INTERMEDIATE, HIDDEN), "down": (HIDDEN, INTERMEDIATE)}
 FORMATS = ("affine4", "nf4", "affine8", "affine3", "affine2", "bf16")
-FEW, MANY = (1, 8, 16, 32, 64), (128, 512, 2048, 4096, 8192)
+FEW, MANY = (1, 8, 16, 32, 48, 64), (128, 512, 2048, 4096, 8192)
 BLOCKS = (1, 2, 3, 4)  # a multiprocessor, of the roofs' kernels: the best counts
 SAMPLES = 5
+WARM_UP = 0.3  # seconds
 
 Record = dict[str, Any]
 Job = Callable[[], list[Record]]
@@ -165,7 +166,11 @@ def build_model(format: str) -> LlamaForCausalLM:
 
 
 def seconds_of(run: Callable[[], Any], samples: int = SAMPLES) -> list[float]:
-    run(), run()
+    """Of each of some runs, after so many that weights are packed and the clocks are up."""
+    warm = time.perf_counter() + WARM_UP
+    run()
+    while time.perf_counter() < warm:
+        run()
     found = []
     for _ in range(samples):
         started = time.perf_counter()

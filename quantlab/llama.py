@@ -119,6 +119,7 @@ class Llama:
         self.training_log: list[dict[str, Any]] = []
         self._core = self._build_core()
         self._rope: tuple[np.ndarray, np.ndarray] | None = None
+        self._dynamic = rope_parameters(config)["rope_type"] == "dynamic"
 
     def _build_core(self) -> _core.Llama:
         config = self.config
@@ -272,11 +273,10 @@ class Llama:
     # ---- forward ---------------------------------------------------------------------------------------------
 
     def rope(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin of at least `length` positions (exactly the dynamic type's for this length)."""
-        dynamic = rope_parameters(self.config)["rope_type"] == "dynamic"
-        if dynamic or self._rope is None or len(self._rope[0]) < length:
-            self._rope = rope_tables(self.config, length if dynamic else max(256, 1 << (length - 1).bit_length()))
-        return self._rope
+        """cos and sin of `length` positions."""
+        if self._dynamic or self._rope is None or len(self._rope[0]) < length:
+            self._rope = rope_tables(self.config, length if self._dynamic else max(256, 1 << (length - 1).bit_length()))
+        return self._rope[0][:length], self._rope[1][:length]
 
     def packed(
         self, sequences: Sequence[np.ndarray], before: np.ndarray | None = None, capacity: int | None = None

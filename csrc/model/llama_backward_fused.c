@@ -39,7 +39,7 @@ void ql_fused_layer_forward(const ql_training_pass *p, int64_t i, const ql_activ
     be->rope_fused_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
     be->rope_fused_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     be->attention_fused_forward(s->a, s->lse, s->q, s->k, s->v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq,
-                                m->hkv, m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
+                                m->hkv, m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d), 0);
     (void)be->copy(s->x2, s->x, stream_bytes); /* a failure is told by end */
     product(p, i, QL_SLOT_O, NULL, s->x2, s->a, s);
     be->norm_fused_forward(s->h2, s->x2, m->layer[i].post_norm, t, m->c, m->eps);

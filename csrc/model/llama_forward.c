@@ -105,16 +105,17 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
     const ql_weight *const *w = layer->matrix;
     ql_low_rank low[QL_SLOTS];
     for (int slot = 0; slot < QL_SLOTS; slot++) { low[slot] = ql_low_rank_of(layer->lora != NULL ? &layer->lora[slot] : NULL); }
+    int o_ordered = be->takes_ordered(w[QL_SLOT_O], &low[QL_SLOT_O], t), down_ordered = be->takes_ordered(w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], t);
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
     be->qkv_forward(s->q, k, v, s->x, norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], &low[QL_SLOT_Q],
                     batch->cos, batch->sin, batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d);
     be->attention_fused_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, t, batch->b, m->hq, m->hkv,
-                                m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d));
+                                m->d, batch->max_queries, batch->max_keys, 1.0f / sqrtf((float)m->d), o_ordered);
     norm->gain = layer->post_norm;
-    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], &low[QL_SLOT_O], norm, t);
-    be->gate_up_forward(s->gate, s->x, norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], &low[QL_SLOT_GATE], t);
+    be->linear_residual_forward(s->x, s->a, w[QL_SLOT_O], &low[QL_SLOT_O], norm, t, o_ordered);
+    be->gate_up_forward(s->gate, s->x, norm, w[QL_SLOT_GATE], w[QL_SLOT_UP], &low[QL_SLOT_GATE], t, down_ordered);
     norm->gain = next;
-    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], next != NULL ? norm : NULL, t);
+    be->linear_residual_forward(s->x, s->gate, w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], next != NULL ? norm : NULL, t, down_ordered);
 }
 
 ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batch *batch, const ql_kv_cache *cache,

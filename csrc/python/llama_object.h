@@ -50,8 +50,8 @@ int ql_bundle_add(ql_bundle *bundle, const void *from, size_t bytes); /* its num
 ql_status ql_bundle_upload(ql_bundle *bundle, const ql_backend *be);
 void *ql_bundle_at(const ql_bundle *bundle, int part);
 
-/* batch of the host -> `on` of the backend, whose arrays lie in *bundle, which the caller releases; positions: rows of cos
- * and sin */
+/* batch of the host -> `on` of the backend, whose arrays lie in *bundle behind what the caller has added, all uploaded at once; the
+ * caller releases it. positions: rows of cos and sin */
 ql_status ql_batch_upload(ql_llama_batch *on, ql_bundle *bundle, const ql_llama_batch *batch, int64_t positions, int64_t d,
                           const ql_backend *be);
 

@@ -115,7 +115,7 @@ static PyObject *device_attention(PyObject *self, PyObject *arguments) {
     be->qkv_forward(q->memory, k->memory, v->memory, a.x->memory, &norm, &a.q->weight, &a.k->weight, &a.v->weight,
                     NULL, a.cos->memory, a.sin->memory, a.positions->memory, NULL, t, a.hq, a.hkv, a.d);
     be->attention_fused_forward(out->memory, NULL, q->memory, k->memory, v->memory, a.q_start->memory, a.kv_start->memory,
-                                a.kv_len->memory, t, b, a.hq, a.hkv, a.d, a.longest, a.longest, 1.0f / sqrtf((float)a.d));
+                                a.kv_len->memory, t, b, a.hq, a.hkv, a.d, a.longest, a.longest, 1.0f / sqrtf((float)a.d), 0);
     END
     Py_DECREF(q), Py_DECREF(k), Py_DECREF(v);
     return ql_device_finish(out, stopped, status);
@@ -141,7 +141,7 @@ static PyObject *device_gate_up(PyObject *self, PyObject *arguments) {
     if (out == NULL) { return NULL; }
     ql_norm norm = {gain->memory, eps, NULL, 0};
     BEGIN(be, gate_up_forward)
-    be->gate_up_forward(out->memory, x->memory, &norm, &gate->weight, &up->weight, NULL, x->dim[0]);
+    be->gate_up_forward(out->memory, x->memory, &norm, &gate->weight, &up->weight, NULL, x->dim[0], 0);
     END
     return ql_device_finish(out, stopped, status);
 }
@@ -157,7 +157,7 @@ static PyObject *device_add(PyObject *self, PyObject *arguments) {
     DeviceWeightObject *w = a == NULL ? NULL : ql_device_weight(w_object, "w", &be);
     if (w == NULL || !ql_device_check_dim(a, "a", 0, x->dim[0]) || !check_weight(w, "w", x->dim[1], a->dim[1])) { return NULL; }
     BEGIN(be, linear_residual_forward)
-    be->linear_residual_forward(x->memory, a->memory, &w->weight, NULL, NULL, x->dim[0]);
+    be->linear_residual_forward(x->memory, a->memory, &w->weight, NULL, NULL, x->dim[0], 0);
     END
     return ql_device_finish(NULL, stopped, status);
 }

@@ -177,25 +177,24 @@ static ql_status run_prompt(GenerationObject *self, const prompt_call *call) {
     const ql_backend *be = self->be;
     const ql_llama *m = &self->llama->model;
     ql_llama_batch batch;
-    ql_bundle arrays = {.count = 0}, extra = {.count = 0};
+    ql_bundle arrays = {.count = 0};
     float *hidden = NULL, *workspace = NULL, *ends = NULL;
     int64_t t = call->batch.t;
     ql_status status = be->begin(be->device);
     if (status != QL_OK) { return status; }
-    int from = ql_bundle_add(&extra, call->from, (size_t)call->ends * sizeof(int32_t));
-    int to = ql_bundle_add(&extra, call->to, (size_t)call->ends * sizeof(int32_t));
+    int from = ql_bundle_add(&arrays, call->from, (size_t)call->ends * sizeof(int32_t));
+    int to = ql_bundle_add(&arrays, call->to, (size_t)call->ends * sizeof(int32_t));
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, m->d, be);
-    if (status == QL_OK) { status = ql_bundle_upload(&extra, be); }
     if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * m->c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&ends, (size_t)(call->ends * m->c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(m, t) * sizeof(float)); }
     if (status == QL_OK) { status = ql_llama_forward(hidden, m, &batch, &self->g.cache, workspace, be); }
     if (status == QL_OK && call->ends > 0) {
-        be->gather_rows_forward(ends, hidden, ql_bundle_at(&extra, from), call->ends, m->c);
-        be->scatter_rows_forward(self->g.hidden, ends, ql_bundle_at(&extra, to), call->ends, m->c);
+        be->gather_rows_forward(ends, hidden, ql_bundle_at(&arrays, from), call->ends, m->c);
+        be->scatter_rows_forward(self->g.hidden, ends, ql_bundle_at(&arrays, to), call->ends, m->c);
     }
     be->release(workspace), be->release(ends), be->release(hidden);
-    be->release(arrays.memory), be->release(extra.memory);
+    be->release(arrays.memory);
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }

@@ -240,8 +240,8 @@ static ql_status losses(float *out, const float *hidden, const ql_weight *head, 
     return status;
 }
 
-/* the part of a call after its batch is on the backend */
-static ql_status finish_call(LlamaObject *self, const llama_call *call, const float *hidden, const ql_bundle *extra, const ql_backend *be) {
+/* the part of a call after its batch is on the backend; the first of its arrays: rows to keep, or targets */
+static ql_status finish_call(LlamaObject *self, const llama_call *call, const float *hidden, const ql_bundle *arrays, const ql_backend *be) {
     int64_t t = call->batch.t, c = self->model.c;
     float *result = NULL;
     ql_status status = QL_OK;
@@ -249,14 +249,14 @@ static ql_status finish_call(LlamaObject *self, const llama_call *call, const fl
     if (call->head == NULL) {
         status = be->alloc((void **)&result, (size_t)(call->kept * c) * sizeof(float));
         if (status == QL_OK) {
-            be->gather_rows_forward(result, hidden, ql_bundle_at(extra, 0), call->kept, c);
+            be->gather_rows_forward(result, hidden, ql_bundle_at(arrays, 0), call->kept, c);
             status = be->download(call->out, result, (size_t)(call->kept * c) * sizeof(float));
         }
     } else {
         ql_placed *placed = self->be != NULL ? ql_place(call->head, be) : NULL;
         const ql_weight *head = placed != NULL ? &placed->weight : &call->head->weight;
         status = self->be != NULL && placed == NULL ? QL_ECUDA : be->alloc((void **)&result, (size_t)t * sizeof(float));
-        if (status == QL_OK) { status = losses(result, hidden, head, ql_bundle_at(extra, 0), t, be); }
+        if (status == QL_OK) { status = losses(result, hidden, head, ql_bundle_at(arrays, 0), t, be); }
         if (status == QL_OK) { status = be->download(call->out, result, (size_t)t * sizeof(float)); }
         if (placed != NULL) { ql_unplace(call->head, placed); }
     }
@@ -269,12 +269,11 @@ static ql_status run_call(LlamaObject *self, const llama_call *call) {
     ql_status status = be->begin(be->device);
     if (status != QL_OK) { return status; }
     ql_llama_batch batch;
-    ql_bundle arrays = {.count = 0}, extra = {.count = 0};
+    ql_bundle arrays = {.count = 0};
     float *hidden = NULL, *workspace = NULL;
     int64_t t = call->batch.t;
-    ql_bundle_add(&extra, call->head != NULL ? call->targets : call->keep, (size_t)(call->head != NULL ? t : call->kept) * sizeof(int32_t));
+    ql_bundle_add(&arrays, call->head != NULL ? call->targets : call->keep, (size_t)(call->head != NULL ? t : call->kept) * sizeof(int32_t));
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, self->model.d, be);
-    if (status == QL_OK) { status = ql_bundle_upload(&extra, be); }
     if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * self->model.c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t) * sizeof(float)); }
     if (status == QL_OK && t <= QL_GEMV_ROWS) { /* rows that fill a small pass up are zero */
@@ -283,10 +282,9 @@ static ql_status run_call(LlamaObject *self, const llama_call *call) {
     }
     if (status == QL_OK) { status = ql_llama_forward(hidden, &self->model, &batch, call->cache, workspace, be); }
     be->release(workspace);
-    if (status == QL_OK) { status = finish_call(self, call, hidden, &extra, be); }
+    if (status == QL_OK) { status = finish_call(self, call, hidden, &arrays, be); }
     be->release(hidden);
     be->release(arrays.memory);
-    be->release(extra.memory);
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }

@@ -177,23 +177,21 @@ static ql_status grow_workspace(TrainerObject *self, int64_t floats, const ql_ba
 static ql_status run(TrainerObject *self, training_pass *pass) {
     const ql_backend *be = ql_llama_backend(self->llama);
     ql_llama_training call = pass->call;
-    ql_bundle arrays = {.count = 0}, extra = {.count = 0};
+    ql_bundle arrays = {.count = 0};
     size_t items = (size_t)call.count;
     ql_status status = be->begin(be->device);
     if (status != QL_OK) { return status; }
-    int kept = ql_bundle_add(&extra, pass->kept, items * sizeof *pass->kept);
-    int targets = ql_bundle_add(&extra, pass->targets, items * sizeof *pass->targets);
-    int losses = ql_bundle_add(&extra, NULL, items * sizeof *pass->losses);
+    int kept = ql_bundle_add(&arrays, pass->kept, items * sizeof *pass->kept);
+    int targets = ql_bundle_add(&arrays, pass->targets, items * sizeof *pass->targets);
+    int losses = ql_bundle_add(&arrays, NULL, items * sizeof *pass->losses);
     status = ql_batch_upload(&call.batch, &arrays, &pass->call.batch, call.positions, call.model->d, be);
-    if (status == QL_OK) { status = ql_bundle_upload(&extra, be); }
     if (status == QL_OK) { status = grow_workspace(self, ql_llama_training_workspace(&call, be), be); }
     if (status == QL_OK) {
-        call.kept = ql_bundle_at(&extra, kept), call.targets = ql_bundle_at(&extra, targets);
-        status = ql_llama_accumulate(ql_bundle_at(&extra, losses), &call, self->workspace, be);
+        call.kept = ql_bundle_at(&arrays, kept), call.targets = ql_bundle_at(&arrays, targets);
+        status = ql_llama_accumulate(ql_bundle_at(&arrays, losses), &call, self->workspace, be);
     }
-    if (status == QL_OK) { status = be->download(pass->losses, ql_bundle_at(&extra, losses), items * sizeof *pass->losses); }
+    if (status == QL_OK) { status = be->download(pass->losses, ql_bundle_at(&arrays, losses), items * sizeof *pass->losses); }
     be->release(arrays.memory);
-    be->release(extra.memory);
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }

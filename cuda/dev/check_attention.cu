@@ -72,11 +72,11 @@ template <typename T> struct on_device {
         if (only_mma) {
             ql_attention_prefill(attention_args<bf16>{out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(),
                                                       kv_len.get(), (int)p.b, (int)p.hq, (int)p.hkv, (int)p.d, p.scale},
-                                 p.max_queries);
+                                 p.max_queries, p.max_keys);
             return;
         }
         ql_attention_fused_forward_cuda(out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(), kv_len.get(), p.t,
-                                        p.b, p.hq, p.hkv, p.d, p.max_queries, p.max_keys, p.scale);
+                                        p.b, p.hq, p.hkv, p.d, p.max_queries, p.max_keys, p.scale, 0);
     }
     void run(const problem<float> &p) {
         ql_attention_forward_cuda(out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(), kv_len.get(), p.b,
@@ -217,7 +217,7 @@ static void time_decode(int64_t b, int64_t context, int64_t hq, int64_t hkv, int
     double us = time_us(layers, [&](int i) {
         ql_attention_fused_forward_cuda(device.out.get(), NULL, device.q.get(), k.memory + i * layer * 2, v.memory + i * layer * 2,
                                         device.q_start.get(), device.kv_start.get(), device.kv_len.get(), p.t, p.b, hq, hkv, d, 1,
-                                        p.max_keys, p.scale);
+                                        p.max_keys, p.scale, 0);
     });
     double bytes = 4.0 * (double)(b * context * hkv * d);
     printf("decode b %3d context %6d d %3d hq %2d hkv %2d %9.2f us %8.1f GB/s\n", (int)b, (int)context, (int)d, (int)hq, (int)hkv, us,

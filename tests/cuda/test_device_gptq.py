@@ -188,7 +188,7 @@ def test_a_model_beside_the_cpu(config: GPTQConfig) -> None:
     assert found.device == "cpu"
     for ours, theirs in zip(found.quantization_report, expected.quantization_report, strict=True):
         assert ours["module"] == theirs["module"] and ours["tokens"] == theirs["tokens"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.2)
     losses = [sum(module["loss"] for module in each.quantization_report) for each in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
     assert error(found, model) == pytest.approx(error(expected, model), rel=0.1)

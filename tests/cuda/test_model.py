@@ -77,23 +77,47 @@ def test_quantized(config) -> None:
         assert relative(gpu.hidden_states(rows), cpu.hidden_states(rows)) <= NOISE
 
 
-@pytest.mark.parametrize("config", [ql.RTNConfig(4, 128), ql.RTNConfig(3, 64, sym=False), ql.NF4Config(64)], ids=str)
-def test_norms_between_products(config) -> None:
-    """Few tokens, matrices of whole units: what adds to the residual stream prepares the norm behind it, for each
-    number of tokens in the order that the next product takes. A model this wide passes on more of an error: rounding
-    its activations alone, as AMX does, moves its states by up to 0.032, half of what is allowed here."""
-    changes = {"hidden_size": 2304, "intermediate_size": 704, "num_attention_heads": 18, "head_dim": 128}
-    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, **changes), config, progress=False)
+FEW_TOKENS = {  # method -> intermediate_size: of whole units, but for 3 bits
+    ql.RTNConfig(4, 128): 768,
+    ql.RTNConfig(3, 64, sym=False): 704,
+    ql.NF4Config(64): 768,
+}
+
+
+@pytest.mark.parametrize("config", FEW_TOKENS, ids=str)
+def test_few_tokens(config) -> None:
+    """Matrices of whole units: what adds to the residual stream prepares the norm behind it, and more than 16 tokens
+    pass from attention and SwiGLU to the next product in the order that it takes. A model this wide passes on more of
+    an error: rounding its activations alone, as AMX does, moves its states by up to 0.032, half of what is allowed."""
+    changes = {"hidden_size": 2304, "num_attention_heads": 18, "head_dim": 128}
+    float_model = tiny_model(num_hidden_layers=LAYERS, intermediate_size=FEW_TOKENS[config], **changes)
+    cpu = ql.quantize(float_model, config, progress=False)
+    check_few_tokens(cpu, (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 64, 65), (3, 8, 20, 40))
+
+
+@pytest.mark.parametrize("head_dim", [40, 80, 96])
+@pytest.mark.parametrize("floats", [(), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",)], ids=str)
+def test_columns_in_the_order_of_the_product(head_dim: int, floats: tuple[str, ...]) -> None:
+    """Attention of heads that no fast kernel knows or that are not of 32 columns, and matrices of two kinds."""
+    changes = {"hidden_size": 16 * head_dim, "num_attention_heads": 16, "head_dim": head_dim, "intermediate_size": 768}
+    model = tiny_model(num_hidden_layers=LAYERS, **changes)
+    weights = dict(ql.quantize(model, ql.RTNConfig(4, 32), progress=False).weights)
+    weights |= {name: w for name, w in model.weights.items() if name.endswith(floats)}
+    check_few_tokens(LlamaForCausalLM(model.config, weights, model.vectors), (16, 17, 48, 64), (20,))
+
+
+def check_few_tokens(cpu: LlamaForCausalLM, tokens: tuple[int, ...], sequences: tuple[int, ...]) -> None:
+    """On the GPU against the CPU: hidden states of so many tokens, and generation for so many sequences."""
     gpu = cpu.to("cuda")
-    for tokens in (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 64, 65):
-        rows = rows_of(cpu, (tokens,), seed=tokens)
+    for count in tokens:
+        rows = rows_of(cpu, (count,), seed=count)
         found = gpu.hidden_states(rows)
         with ql.backend.use(precise=True):  # AMX rounds activations too
             expected = cpu.hidden_states(rows)
-        assert relative(found, expected) <= 3 * NOISE, tokens
+        assert relative(found, expected) <= 3 * NOISE, count
         assert found.tobytes() == gpu.hidden_states(rows).tobytes()
-    for sequences in (3, 8, 20, 40):  # a step is recorded, and so are what its products prepare
-        prompts = rows_of(cpu, (2,) * sequences, seed=sequences)
+    for count in sequences:  # a step is recorded, and so is what passes between its products
+        prompts = rows_of(cpu, (2,) * count, seed=count)
         for prompt, row in zip(prompts, gpu.generate(prompts, max_new_tokens=12, eos_token_id=[]), strict=True):
             check_greedy(cpu, prompt, row[len(prompt) :].tolist())
 
