@@ -5,27 +5,28 @@
 
 #include "decode_amx.h"
 
+/* elements [s, s + VL) of a row, those from `end` on 0; columns: where each of them is, or NULL */
+static inline vf load_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
+    vm lanes = vm_first(end < s ? 0 : at_most(end - s, VL));
+    if (columns == NULL) { return _mm512_maskz_loadu_ps(lanes, row + s); }
+    return _mm512_mask_i32gather_ps(v_zero(), lanes, _mm512_maskz_loadu_epi32(lanes, columns + s), row, 4);
+}
+
 /* rows of x or dy; columns: where step s of a row is, or NULL */
 static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1,
                       int64_t plane) {
     for (int64_t r = 0; r < SIDE; r++) {
         const float *row = (const float *)g->a + (i + r) * g->lda;
         uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
-        for (int64_t s = k0; s < k1; s += SIDE, out += 2 * TILE) {
-            vf part[2] = {v_zero(), v_zero()};
-            for (int h = 0; h < 2 && i + r < g->m; h++) {
-                int64_t left = k1 - s - h * VL;
-                vm lanes = vm_first(left < 0 ? 0 : at_most(left, VL));
-                if (columns == NULL) {
-                    part[h] = _mm512_maskz_loadu_ps(lanes, row + s + h * VL);
-                } else {
-                    vi at = _mm512_maskz_loadu_epi32(lanes, columns + s + h * VL);
-                    part[h] = _mm512_mask_i32gather_ps(v_zero(), lanes, at, row, 4);
-                }
-            }
-            __m512i rounded = to_bf16(part[0], part[1]);
+        int64_t s = k0, end = i + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
+        for (; columns == NULL && g->a_planes == 1 && s + SIDE <= end; s += SIDE, out += 2 * TILE) {
+            _mm512_store_si512(out, to_bf16(v_load(row + s), v_load(row + s + VL)));
+        }
+        for (; s < k1; s += SIDE, out += 2 * TILE) {
+            vf first = load_steps(row, columns, s, end), second = load_steps(row, columns, s + VL, end);
+            __m512i rounded = to_bf16(first, second);
             _mm512_store_si512(out, rounded);
-            if (g->a_planes > 1) { _mm512_store_si512(out + plane, left_over_bf16(part[0], part[1], rounded)); }
+            if (g->a_planes > 1) { _mm512_store_si512(out + plane, left_over_bf16(first, second, rounded)); }
         }
     }
 }
