@@ -326,8 +326,8 @@ template <int Tokens8> __device__ __forceinline__ float4 group_add(const group_p
     return sum;
 }
 
-/* A finishing warp adds up tile `member` of every item, and stores those of its fragments that are this block's, GROUP_AIMED at a time.
- * A warp has little time for all of this: it must keep up with four that multiply. */
+/* A finishing warp adds up tile `member` of every item, and stores those of its fragments that are this block's, `aimed` at a time: all
+ * three of 48 tokens, else two. A warp has little time for all of this: it must keep up with those that multiply. */
 template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(const small_args &a, const group_place &p, small_norms norms) {
     constexpr int most = Tokens8 / 2, aimed = most % 2 == 0 ? 2 : most; /* fragments of this block: clusters have two blocks at least */
     int count = 0, cluster = 1 << p.shift, first = group_first<Tokens8>(p), part = -1;

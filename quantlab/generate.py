@@ -44,8 +44,8 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, se
         raise ValueError(f"top_k: got {top_k}, expected 0 (all) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed}, expected 0 or more")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ValueError(f"seed: got {seed!r}, expected an integer of at least 0")
 
 
 def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCache) -> np.ndarray:

@@ -103,7 +103,7 @@ def open_config(name: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
     if name.lower() in KNOWN_CONFIGS:
         return KNOWN_CONFIGS[name.lower()], None
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if (path / "config.json").is_file() else path
     if path.suffix == ".json" and not (path.name == "config.json" and any(path.parent.glob("*.safetensors"))):
         return read_json(path), None
     source = path.parent if path.suffix == ".json" else name

@@ -115,6 +115,8 @@ def test_size_tells_what_quantize_writes_and_what_is_stored(capsys, tiny, tmp_pa
     assert found["stored"]["total"] == written and found["sizes"] == []
     told = call(capsys, "size", tmp_path / "rtn")[1]
     assert "quantized already (gptq)" in told and "stored" in told.splitlines()[-1]
+    for option in (["--head", "tail"], ["--group-size", 0]):  # wrong where no row needs it too
+        assert call(capsys, "size", tmp_path / "rtn", *option)[0] == 2
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -130,6 +132,7 @@ def test_size_of_a_hub_model_asks_for_its_config_alone(capsys, tiny, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     found = result(capsys, "size", "nobody/nothing", "--bits", 4)
     assert found["stored"] is None and found["sizes"][0]["bits"] == 4
+    assert found["sizes"][0]["head"] == "causal"  # as once it is downloaded
 
 
 def test_perplexity(capsys, tiny, text_file):
@@ -253,6 +256,7 @@ def one_line(err: str) -> None:
         (["quantize", "demo", "out", "--damp-percent", "2"], "damp_percent"),
         (["quantize", "demo", "out", "--method", "rtn", "--recommended"], "recommended"),
         (["quantize", "demo", "out", "--recommended", "--desc-act"], "--desc-act: --recommended decides it"),
+        (["quantize", "demo", "out", "--recommended", "--block-size", "32"], "block_size"),
         (["quantize", "demo", "out", "--method", "nf4", "--resume-dir", "r"], "--resume-dir"),
         (["quantize", "demo", f"{__file__}/out"], "not a directory"),
         (["size", "llama-2-7b", "--group-size", "0"], "group_size"),
@@ -272,6 +276,18 @@ def test_a_wrong_call_is_status_2(capsys, words, said):
     assert status == 2 and out == "", (status, out, err)
     one_line(err)
     assert said in err and "--help" in err
+
+
+def test_a_dry_run_foresees_only_models_that_are_there_or_on_the_hub(capsys, tmp_path, study_words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "settings.json").write_text(json.dumps({"model": "/no/such/model", "energy": False}))
+    options = study_words[study_words.index("--task") :]
+    status, out, err = call(capsys, "tweeteval", "--model", tmp_path / "empty", *options, "--dry-run")
+    assert status == 1 and "holds no config.json" in err and out == ""
+    assert "holds no config.json" in call(capsys, "size", tmp_path / "empty")[2]
+    options[options.index("--config") + 1] = str(tmp_path / "settings.json")
+    status, out, err = call(capsys, "tweeteval", *options, "--dry-run")
+    assert status != 0 and "/no/such/model" in err and out == ""
 
 
 def test_quantize_writes_only_where_nothing_is(capsys, tiny):

@@ -235,7 +235,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
             q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
         } else {
             q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
-            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = SIDE; /* the next sums */
+            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = j + SIDE < j1 ? SIDE : 0; /* the next sums */
         }
         multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
         if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }

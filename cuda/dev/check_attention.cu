@@ -1,6 +1,6 @@
 /* check_attention.cu: the attention kernels against a float64 loop on the host, and their times.
  *
- *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -o check_attention cuda/dev/check_attention.cu cuda/attention*.cu
+ *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -o check_attention cuda/dev/check_attention.cu cuda/attention*.cu cuda/activations.cu
  *   ./check_attention
  *
  * Options: `check` or `time` alone; default both, some 15 s. */
@@ -71,7 +71,7 @@ template <typename T> struct on_device {
     void run(const problem<bf16> &p) {
         if (only_mma) {
             ql_attention_prefill(attention_args<bf16>{out.get(), NULL, q.get(), k.get(), v.get(), q_start.get(), kv_start.get(),
-                                                      kv_len.get(), (int)p.b, (int)p.hq, (int)p.hkv, (int)p.d, p.scale},
+                                                      kv_len.get(), (int)p.b, (int)p.hq, (int)p.hkv, (int)p.d, p.scale, 0},
                                  p.max_queries, p.max_keys);
             return;
         }

@@ -90,15 +90,17 @@ def size(
     as_json: Json = False,
 ) -> None:
     """The size of a checkpoint: as its files hold it, and by its config at other widths."""
-    from quantlab.size import kept_dtype, open_config, size_from_config, size_of_checkpoint
+    from quantlab.size import KNOWN_CONFIGS, kept_dtype, open_config, size_from_config, size_of_checkpoint
 
     values, checkpoint = open_config(config)
     quantization = values.get("quantization_config") if checkpoint is None else checkpoint.quantization
-    head = head or ("classifier" if checkpoint is None else "causal")
+    alone = checkpoint is None and (config.lower() in KNOWN_CONFIGS or Path(config).exists())
+    head = head or ("classifier" if alone else "causal")
     stored, kept = (None, None) if checkpoint is None else (size_of_checkpoint(checkpoint), kept_dtype(checkpoint))
     if not bits:  # what is quantized already is not quantized again
         bits = [] if stored and quantization else [32, 16, 8, 4, 3, 2]
     with wrong_call():
+        size_from_config(values, 4, group_size, head)  # whatever the rows, the options are checked
         sizes = [size_from_config(values, count, group_size, head, kept=kept) for count in bits]
     if as_json:
         print_json({"config": config, "stored": stored, "quantization": quantization, "kept": kept, "sizes": sizes})
@@ -143,6 +145,7 @@ def quantization_config(
         if given.pop("recommended", False):
             if method != "gptq":
                 raise ValueError("--recommended: only gptq has recommended settings")
+            GPTQConfig.from_dict({**given, "bits": bits or 4})  # an option that gptq does not have is told as such
             decided = sorted(set(given) - {"group_size", "sym"})
             if decided:
                 raise ValueError(f"--{decided[0].replace('_', '-')}: --recommended decides it")
@@ -206,7 +209,7 @@ def quantize(
 ) -> None:
     """Quantize a model and write the checkpoint that other tools read."""
     import quantlab as ql
-    from quantlab.quantize import require_float
+    from quantlab.quantize import FIRST_MATRIX, require_float
 
     options: dict[str, Any] = {"group_size": group_size, "block_size": block_size, "double_quant": double_quant}
     options |= {"sym": sym, "desc_act": desc_act, "damp_percent": damp_percent, "recommended": recommended}
@@ -219,6 +222,7 @@ def quantize(
         raise typer.BadParameter(f"--device: only gptq computes on a GPU, not {method}")
     require_new(out)
     checkpoint = ql.open_checkpoint(source, local_files_only=local_files_only)
+    checkpoint.weight(FIRST_MATRIX)  # what is damaged fails here: then it is not the call that is wrong
     with wrong_call():
         require_float(checkpoint)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None

@@ -102,7 +102,7 @@ def _train(
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local)
     with wrong_call():  # what fits this model or does not, before hours of work
         target_modules(lora, model.config)
-        if training.chat_template != "joined":
+        if training.chat_template not in ("auto", "joined"):
             chat_template(model, training.chat_template)
         if quantization is not None:
             require_float(model)

@@ -203,11 +203,14 @@ def foresee_model(config: StudyConfig) -> tuple[dict[str, Any], Mapping[str, Any
     config, if it is."""
     from quantlab.io import open_checkpoint
     from quantlab.io.cache import ITEMS
+    from quantlab.io.checkpoint import source_kind
     from quantlab.size import size_of_checkpoint
 
     try:
         found = open_checkpoint(config.model, local_files_only=True)
     except FileNotFoundError:
+        if source_kind(config.model) not in ("demo", "hub"):
+            raise
         size = ITEMS["demo-model"].size if config.model == "demo" else None
         return {"source": config.model, "bytes": size, "here": False}, None
     return {"source": config.model, "bytes": size_of_checkpoint(found)["total"], "here": True}, found.config
