@@ -192,7 +192,8 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     beside, here = adapter.base_format, base_format(model)
     tuned = model.with_adapter(adapter)
     if beside is not None and beside != here:
-        warnings.warn(f"adapter: {path} was trained beside {beside} weights, this model's are {here}", stacklevel=2)
+        told = f"was trained beside {beside} weights, whose rounding it made up for; this model's are {here}"
+        warnings.warn(f"adapter: {path} {told}", stacklevel=2)
     return tuned
 
 

@@ -114,7 +114,10 @@ def size(
     print_table(["bits", *parts, "total"], rows)
 
 
-HEADS = {"classifier": "with a classifier of 3 labels, no lm_head", "causal": "with the lm_head, if it is not tied"}
+HEADS = {
+    "classifier": "with a classifier of 3 labels, no lm_head (else --head causal)",
+    "causal": "with the lm_head, if it is not tied",
+}
 
 
 def size_notes(
@@ -127,9 +130,9 @@ def size_notes(
     elif already:
         yield f"{already}: its size as it is stored is told where its files are"
     if head and kept:
-        yield f"8 bits and less: embedding and head in {kept}, norms in float32, as quantize writes them; {head}"
+        yield f"{head}; 8 bits and less: embedding and head in {kept}, norms in float32, as quantize writes them"
     elif head:
-        yield f"8 bits and less: embedding, head and norms in 16 bits; {head}"
+        yield f"{head}; 8 bits and less: embedding, head and norms in 16 bits"
 
 
 def quantization_config(

@@ -131,7 +131,11 @@ def lima(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="At most this many conversations, held-out ones included.", min=2, show_default="all"),
+        typer.Option(
+            help="At most this many conversations, held-out ones included; generation is timed in full.",
+            min=2,
+            show_default="all",
+        ),
     ] = None,
     model: Model = None,
     data: Annotated[

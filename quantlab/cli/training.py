@@ -127,10 +127,15 @@ def _train(
 def base_config(option: str, method: str | None, bits: int | None) -> QuantizationConfig | None:
     """The configuration of weights that are quantized on the way, by the method that `option` names; None: they are
     not."""
+    from quantlab.config import CONFIGS
+
     if method is None:
         if bits is not None:
             raise typer.BadParameter(f"--bits: it belongs to a method that has a choice: give {option} rtn")
         return None
+    if method not in CONFIGS:
+        accepted = [*(["same"] if option == "--requantize" else []), *(name for name in CONFIGS if name != "gptq")]
+        raise typer.BadParameter(f"{option}: got {method!r}, expected one of {', '.join(accepted)}")
     if method == "gptq":
         raise typer.BadParameter(f"{option}: gptq needs calibration text: use quantlab quantize for it")
     return quantization_config(method, bits, {}, option)
@@ -167,6 +172,5 @@ def merge(
         return
     print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
     ratios = [entry["error_ratio"] for entry in report if entry["delta_norm"] > 0]
-    print(
-        f"rounding adds an error of up to {max(ratios):.3g} times what the adapter adds (norms, {len(ratios)} matrices)"
-    )
+    if max(ratios) > 0:
+        print(f"rounding: its error is up to {max(ratios):.3g} times what the adapter adds (of {len(ratios)} matrices)")

@@ -159,7 +159,8 @@ def read_run(run: str | os.PathLike[str], experiment: str) -> dict[str, Any]:
 def nothing_finished(found: Mapping[str, Any], what: str) -> RecordError:
     """The error of a run without what a report is about."""
     failures = "; ".join(f"{cell['name']}: {cell['error']['message']}" for cell in found["unfinished"])
-    return RecordError(f"{found['path']}: no finished {what} to report ({failures or 'no cell has been run'})")
+    done = f"done so far: {', '.join(found['cells'])}" if found["cells"] else "no cell has been run"
+    return RecordError(f"{found['path']}: no finished {what} to report ({failures or done})")
 
 
 def title(name: str) -> str:
