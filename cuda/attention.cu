@@ -169,8 +169,8 @@ extern "C" void ql_attention_fused_forward_cuda(void *out, float *lse, const voi
                                  kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale, ordered};
     if (lse == NULL && max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
     if (!ordered && max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
-    if (!(ordered && d % 32 != 0) && ql_attention_prefill(args, max_queries, max_keys)) { return; }
-    args.ordered = 0;
-    if (!ql_attention_prefill(args, max_queries, max_keys)) { launch_plain(args); }
-    if (ordered) { ql_cuda_order_columns(args.out, t, hq * d); }
+    args.ordered = ordered && d % 32 == 0;
+    bool prefilled = ql_attention_prefill(args, max_queries, max_keys);
+    if (!prefilled) { launch_plain(args); }
+    if (ordered && !(prefilled && args.ordered)) { ql_cuda_order_columns(args.out, t, hq * d); }
 }

@@ -38,11 +38,11 @@ template <typename Codes, int Tokens8> __host__ __device__ constexpr int group_t
 /* units: of K, of a block; the bytes count what aligning the start may take */
 template <typename Codes, int Tokens8, int Groups>
 __host__ __device__ inline group_layout group_layout_of(int stages, int record, int units) {
-    constexpr int warps = Groups * GROUP_WARPS;
+    constexpr int warps = Groups * GROUP_WARPS, line = Tokens8 > 4 ? 64 : 8 * Tokens8; /* of the norms: a power of two */
     group_layout l;
     l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * GROUP_WARPS;
     l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.norms = l.received_free + 8 * GROUP_WARPS;
-    l.table = (l.norms + norms_bytes(GROUP_WARPS, Tokens8 > 4 ? 64 : 8 * Tokens8) + 127) / 128 * 128;
+    l.table = (l.norms + norms_bytes(GROUP_WARPS, line) + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
     l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
     l.received = l.sums + (uint32_t)(warps * Tokens8 / group_passes<Tokens8>() * CHUNK), l.stages = l.received + GROUP_WARPS * Tokens8 * CHUNK;

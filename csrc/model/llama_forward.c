@@ -105,7 +105,8 @@ static void fused_layer(const ql_llama *m, const ql_llama_layer *layer, const ql
     const ql_weight *const *w = layer->matrix;
     ql_low_rank low[QL_SLOTS];
     for (int slot = 0; slot < QL_SLOTS; slot++) { low[slot] = ql_low_rank_of(layer->lora != NULL ? &layer->lora[slot] : NULL); }
-    int o_ordered = be->takes_ordered(w[QL_SLOT_O], &low[QL_SLOT_O], t), down_ordered = be->takes_ordered(w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], t);
+    int o_ordered = be->takes_ordered(w[QL_SLOT_O], &low[QL_SLOT_O], t);
+    int down_ordered = be->takes_ordered(w[QL_SLOT_DOWN], &low[QL_SLOT_DOWN], t);
     void *k = cache_k != NULL ? cache_k : s->k, *v = cache_v != NULL ? cache_v : s->v;
     be->qkv_forward(s->q, k, v, s->x, norm, w[QL_SLOT_Q], w[QL_SLOT_K], w[QL_SLOT_V], &low[QL_SLOT_Q],
                     batch->cos, batch->sin, batch->positions, cache_k != NULL ? batch->rows : NULL, t, m->hq, m->hkv, m->d);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,13 +136,18 @@ def size_notes(
 
 
 def quantization_config(
-    method: str, bits: int | None, options: Mapping[str, Any], option: str = "--method"
+    method: str,
+    bits: int | None,
+    options: Mapping[str, Any],
+    option: str = "--method",
+    accepted: Sequence[str] | None = None,
 ) -> QuantizationConfig:
-    """The configuration of `method`, which `option` names; an option that it does not have is the caller's error."""
+    """The configuration of `method`, which `option` names; an option that it does not have is the caller's error.
+    accepted: what `option` takes, for the message; None: every method."""
     from quantlab.config import CONFIGS, GPTQConfig
 
     if method not in CONFIGS:
-        raise typer.BadParameter(f"{option}: got {method!r}, expected one of {', '.join(CONFIGS)}")
+        raise typer.BadParameter(f"{option}: got {method!r}, expected one of {', '.join(accepted or CONFIGS)}")
     given = {name: value for name, value in options.items() if value is not None}
     with wrong_call():
         if given.pop("recommended", False):

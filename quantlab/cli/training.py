@@ -124,21 +124,21 @@ def _train(
         print(f"held out: loss {' -> '.join(f'{loss:.4f}' for loss in evaluations)}")
 
 
-def base_config(option: str, method: str | None, bits: int | None) -> QuantizationConfig | None:
+def base_config(
+    option: str, method: str | None, bits: int | None, also: tuple[str, ...] = ()
+) -> QuantizationConfig | None:
     """The configuration of weights that are quantized on the way, by the method that `option` names; None: they are
-    not."""
+    not. also: what else `option` takes, for the message."""
     from quantlab.config import CONFIGS
 
     if method is None:
         if bits is not None:
             raise typer.BadParameter(f"--bits: it belongs to a method that has a choice: give {option} rtn")
         return None
-    if method not in CONFIGS:
-        accepted = [*(["same"] if option == "--requantize" else []), *(name for name in CONFIGS if name != "gptq")]
-        raise typer.BadParameter(f"{option}: got {method!r}, expected one of {', '.join(accepted)}")
     if method == "gptq":
         raise typer.BadParameter(f"{option}: gptq needs calibration text: use quantlab quantize for it")
-    return quantization_config(method, bits, {}, option)
+    accepted = (*also, *(name for name in CONFIGS if name != "gptq"))
+    return quantization_config(method, bits, {}, option, accepted)
 
 
 def merge(
@@ -159,7 +159,7 @@ def merge(
     import quantlab as ql
 
     same = requantize == "same"
-    config = base_config("--requantize", None if same else requantize, bits)
+    config = base_config("--requantize", None if same else requantize, bits, ("same",))
     require_new(out)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, local_files_only=local_files_only)
     with told_warnings():
