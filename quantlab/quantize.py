@@ -15,7 +15,16 @@ from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs,
 from quantlab.config import GPTQConfig, QuantizationConfig
 from quantlab.cuda import device_number
 from quantlab.device_calibration import DeviceActivations
-from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, Texts, are_ids, layer_modules, to_sequences
+from quantlab.llama import (
+    Llama,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Texts,
+    are_ids,
+    cast_weight,
+    layer_modules,
+    to_sequences,
+)
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
@@ -55,11 +64,12 @@ def quantize(
     resume_dir: str | os.PathLike[str] | None = None,
     device: str | None = None,
 ) -> Any:
-    """Quantizes the seven matrices of every decoder layer; embedding, norms, lm_head and score stay as they are.
+    """Quantizes the seven matrices of every decoder layer; norms and score stay as they are.
 
-    model: a loaded model, a Checkpoint, or a source for `open_checkpoint`. A model gives one of its own class; anything
-    else gives a LlamaForCausalLM. config: GPTQConfig, NF4Config, FP4Config, RTNConfig or Int8Config. calibration, for
-    GPTQ: texts, or rows of token ids; rows longer than the model's context are cut to it.
+    model: a loaded model, a Checkpoint, or a source for `open_checkpoint`. A model gives one of its own class, whose
+    embedding and lm_head stay as they are; anything else gives a LlamaForCausalLM with these two in the source's
+    `kept_dtype` (16 bits). config: GPTQConfig, NF4Config, FP4Config, RTNConfig or Int8Config. calibration, for GPTQ:
+    texts, or rows of token ids; rows longer than the model's context are cut to it.
 
     GPTQ reads one decoder layer at a time (from a memory map, if that is where the weights are) and writes each
     finished one to `resume_dir`, if given: a run with the same arguments goes on where it stopped and ends with the
@@ -118,9 +128,8 @@ def require_float(source: Any) -> None:
 def _build(source: Any, llama: LlamaConfig, weights: Mapping[str, QuantWeight]) -> Any:
     if hasattr(source, "replace"):
         return source.replace(weights)
-    rest = {"model.embed_tokens": source.weight("model.embed_tokens")}
-    if source.has("lm_head"):
-        rest["lm_head"] = source.weight("lm_head")
+    outer = [module for module in ("model.embed_tokens", "lm_head") if source.has(module)]
+    rest = {module: cast_weight(source.weight(module), source.kept_dtype) for module in outer}
     norms = [f"model.layers.{i}.{name}" for i in range(llama.num_hidden_layers) for name in _NORMS]
     vectors = {module: source.vector(module) for module in (*norms, "model.norm")}
     return LlamaForCausalLM(llama, {**rest, **weights}, vectors, source.tokenizer, source)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from quantlab.io import Checkpoint
     from quantlab.weight import QuantWeight
 
-FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
         "hidden_size": 4096,
@@ -127,26 +125,21 @@ def size_of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"parts": parts, "total": sum(parts.values())}
 
 
-def kept_dtype(checkpoint: Checkpoint) -> str:
-    """What `quantize` keeps the embedding of a checkpoint in: floats as they are stored, decoded blocks in float32."""
-    return {"F16": "float16", "BF16": "bfloat16"}.get(checkpoint.stored("model.embed_tokens")[0], "float32")
-
-
 def size_from_config(
     config: LlamaConfig | Mapping[str, Any],
     bits: int,
     group_size: int = 128,
     head: str = "classifier",
     num_labels: int = 3,
-    kept: str | None = None,
+    published: bool = True,
 ) -> dict[str, Any]:
     """Bytes of a checkpoint of this architecture, by part, without loading anything.
 
     bits: 32 or 16 for floats; 2, 3, 4, 8 for GPTQ's layout: codes, float16 scales and zeros at `bits` bits for every
     `group_size` inputs, int32 g_idx. head: "classifier" (`num_labels` rows, no lm_head: the TweetEval study's model) or
-    "causal" (an lm_head unless it is tied to the embedding). kept: the dtype of embedding and head beside quantized
-    matrices, with norms in float32: what `quantize` writes of a source that has them so (`kept_dtype`). None: all of
-    these in float16, as in the files of the published study.
+    "causal" (an lm_head unless it is tied to the embedding). Embedding and lm_head have 16 bits beside quantized
+    matrices (`Checkpoint.kept_dtype`). published: norms and classifier are as wide, as in the published study's files;
+    False: they have float32, as in those that `quantize` and the studies here write.
     """
     config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
     if bits not in (2, 3, 4, 8, 16, 32):
@@ -157,13 +150,14 @@ def size_from_config(
     c, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = [(q, c), (kv, c), (kv, c), (c, q), (f, c), (f, c), (c, f)]
-    float_bytes = bits // 8 if bits in (16, 32) else FLOAT_BYTES[kept or "float16"]
+    float_bytes = 4 if bits == 32 else 2
+    small_bytes = float_bytes if published else 4
     rows = num_labels if head == "classifier" else 0 if config.tie_word_embeddings else config.vocab_size
     parts = {
         "embedding": config.vocab_size * c * float_bytes,
         "linear": layers * sum(_linear_bytes(n, k, bits, group_size) for n, k in shapes),
-        "norms": (2 * layers + 1) * c * (float_bytes if kept is None else 4),
-        "head": rows * c * float_bytes,
+        "norms": (2 * layers + 1) * c * small_bytes,
+        "head": rows * c * (small_bytes if head == "classifier" else float_bytes),
     }
     return {"parts": parts, "total": sum(parts.values()), "bits": bits, "group_size": group_size, "head": head}
 

@@ -101,11 +101,11 @@ def test_size_of_llama_2_7b_is_what_the_study_published(capsys):
 def test_size_reads_directories_and_files(capsys, tiny, tmp_path):
     by_folder = result(capsys, "size", tiny, "--bits", 4)
     by_file = result(capsys, "size", tiny / "config.json", "--bits", 4)
-    assert by_folder["sizes"] == by_file["sizes"] and by_folder["kept"] == "float32"
+    assert by_folder["sizes"] == by_file["sizes"] and by_folder["kept"] == "float16"
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())  # without weights: the config alone
     by_config = result(capsys, "size", tmp_path, "--bits", 4)
     assert by_config["stored"] is None and by_config["sizes"][0]["head"] == "classifier"
-    assert "embedding, head and norms in 16 bits" in call(capsys, "size", tmp_path)[1]
+    assert "groups of 128, all else in 16 bits" in call(capsys, "size", tmp_path)[1]
 
 
 def test_size_tells_what_quantize_writes_and_what_is_stored(capsys, tiny, tmp_path):

@@ -18,7 +18,6 @@ from quantlab.io.architecture import check_config, module_shapes
 from quantlab.io.gguf import DECODED, GGUFFile
 from quantlab.io.gguf_tokenizer import LLAMA3_PATTERN
 from quantlab.io.sentencepiece import tokenizer_from_model
-from quantlab.size import kept_dtype
 
 TEXTS = [
     "", " ", "Hello world", "  two  spaces 12 34567", "don't we'll I'M", "x=12.5e-3;\t\ty\r\n\r\n  z",
@@ -48,7 +47,7 @@ def test_reads_every_matrix(kind: str, tmp_path: Path, parts: Any) -> None:
         weight = checkpoint.weight(module)
         assert weight.format == {"F16": "f16", "BF16": "bf16"}.get(kind, "f32")
         np.testing.assert_array_equal(weight.dequantize(), expected)
-    assert kept_dtype(checkpoint) == {"F16": "float16", "BF16": "bfloat16"}.get(kind, "float32")
+    assert checkpoint.kept_dtype == ("bfloat16" if kind == "BF16" else "float16")
     sizes = {module: len(gguf.quantize(array, TYPES[kind]).tobytes()) for module, array in arrays.items()}
     sizes |= {module: array.nbytes for module, array in arrays.items() if array.ndim == 1}
     assert {module: checkpoint.stored(module)[1] for module in arrays} == sizes

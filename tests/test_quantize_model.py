@@ -21,7 +21,7 @@ import quantlab as ql
 from quantlab import _core, gptq
 from quantlab.calibration import STAGES, Activations, chunks_of
 from quantlab.config import GPTQConfig
-from quantlab.llama import LlamaForCausalLM, layer_modules
+from quantlab.llama import LlamaForCausalLM, cast_weight, layer_modules
 
 CONFIGS = [
     ql.NF4Config(),
@@ -274,6 +274,8 @@ def test_a_checkpoint_is_quantized_from_its_file(tmp_path: Path) -> None:
     model, config = tiny_model(), GPTQConfig(group_size=32)
     model.save_pretrained(tmp_path)
     expected = ql.quantize(model, config, rows(), progress=False)
+    outer = {name: cast_weight(weight, "float16") for name, weight in model.weights.items() if "layers" not in name}
+    expected = expected.replace(outer)  # what a file's embedding and output matrix are kept in
     for source in (tmp_path, str(tmp_path), ql.open_checkpoint(tmp_path)):
         quantized = ql.quantize(source, config, rows(), progress=False)
         assert isinstance(quantized, LlamaForCausalLM)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from checkpoints import save_tiny
 
 import quantlab as ql
-from quantlab.size import kept_dtype, open_config, size_from_config, size_of_checkpoint
+from quantlab.size import KNOWN_CONFIGS, open_config, size_from_config, size_of_checkpoint
 
 CONFIGS = {
     "plain": None,
@@ -46,6 +47,17 @@ def test_report_is_the_size_of_the_files(tmp_path, name, dtype, cls):
     assert again.size_report()["total"] == model.size_report()["total"]
 
 
+RECORD = Path(__file__).parent.parent / "benchmarks/results/demo/cells"
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_estimate_is_what_the_demo_reported(bits):
+    (path,) = RECORD.glob(f"gptq-{bits}-*.json")
+    reported = json.loads(path.read_text())["metrics"]["size_checkpoint"]["value"]
+    estimate = size_from_config(KNOWN_CONFIGS["smollm2-135m"], bits, 64, "classifier", published=False)
+    assert estimate["total"] == reported
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("config", [ql.RTNConfig(8, 128), ql.RTNConfig(3, 40), ql.GPTQConfig(2, -1)], ids=repr)
@@ -53,12 +65,14 @@ def test_estimate_is_what_quantize_writes(tmp_path, dtype, tied, config):
     source = ql.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path / "f32", tie_word_embeddings=tied), dtype=dtype)
     source.save_pretrained(tmp_path / "source")
     values, checkpoint = open_config(str(tmp_path / "source"))
-    assert checkpoint is not None and kept_dtype(checkpoint) == dtype
+    kept = "bfloat16" if dtype == "bfloat16" else "float16"
+    assert checkpoint is not None and checkpoint.kept_dtype == kept
     assert size_of_checkpoint(checkpoint)["total"] == bytes_of_tensors(tmp_path / "source")
-    estimate = size_from_config(values, config.bits, config.group_size, "causal", kept=kept_dtype(checkpoint))
+    estimate = size_from_config(values, config.bits, config.group_size, "causal", published=False)
     model = ql.quantize(tmp_path / "source", config, calibration=[list(range(3, 60))] * 3)
     model.save_pretrained(tmp_path / "saved")
     assert estimate["total"] == model.size_report()["total"] == bytes_of_tensors(tmp_path / "saved")
+    assert ql.open_checkpoint(tmp_path / "saved").config["torch_dtype"] == kept
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -90,22 +90,23 @@ def size(
     as_json: Json = False,
 ) -> None:
     """The size of a checkpoint: as its files hold it, and by its config at other widths."""
-    from quantlab.size import KNOWN_CONFIGS, kept_dtype, open_config, size_from_config, size_of_checkpoint
+    from quantlab.size import KNOWN_CONFIGS, open_config, size_from_config, size_of_checkpoint
 
     values, checkpoint = open_config(config)
     quantization = values.get("quantization_config") if checkpoint is None else checkpoint.quantization
     alone = checkpoint is None and (config.lower() in KNOWN_CONFIGS or Path(config).exists())
     head = head or ("classifier" if alone else "causal")
-    stored, kept = (None, None) if checkpoint is None else (size_of_checkpoint(checkpoint), kept_dtype(checkpoint))
+    stored, kept = (None, None) if checkpoint is None else (size_of_checkpoint(checkpoint), checkpoint.kept_dtype)
     if not bits:  # what is quantized already is not quantized again
         bits = [] if stored and quantization else [32, 16, 8, 4, 3, 2]
     with wrong_call():
         size_from_config(values, 4, group_size, head)  # whatever the rows, the options are checked
-        sizes = [size_from_config(values, count, group_size, head, kept=kept) for count in bits]
+        sizes = [size_from_config(values, count, group_size, head, published=stored is None) for count in bits]
     if as_json:
         print_json({"config": config, "stored": stored, "quantization": quantization, "kept": kept, "sizes": sizes})
         return
-    for line in size_notes(stored is not None, quantization, kept, HEADS[head] if sizes else None):
+    counted = f"{HEADS[head]}; 8 bits and less: groups of {group_size}" if sizes else None
+    for line in size_notes(stored is not None, quantization, kept, counted):
         print(line)
     named = [("stored", stored)] if stored else []
     named += [(str(one["bits"]), one) for one in sizes]
@@ -121,18 +122,18 @@ HEADS = {
 
 
 def size_notes(
-    stored: bool, quantization: Mapping[str, Any] | None, kept: str | None, head: str | None
+    stored: bool, quantization: Mapping[str, Any] | None, kept: str | None, counted: str | None
 ) -> Iterator[str]:
-    """What the rows of `size` count. head: of the rows by bits; None: there are none."""
+    """What the rows of `size` count. counted: of the rows by bits; None: there are none."""
     already = f"quantized already ({quantization.get('quant_method', 'gptq')})" if quantization else ""
     if stored:
         yield f"stored: the tensors of its files{', ' if already else ''}{already}; a tokenizer comes on top"
     elif already:
         yield f"{already}: its size as it is stored is told where its files are"
-    if head and kept:
-        yield f"{head}; 8 bits and less: embedding and head in {kept}, norms in float32, as quantize writes them"
-    elif head:
-        yield f"{head}; 8 bits and less: embedding, head and norms in 16 bits"
+    if counted and kept:
+        yield f"{counted}, embedding and lm_head in {kept}, the rest in float32, as quantize and the studies write them"
+    elif counted:
+        yield f"{counted}, all else in 16 bits"
 
 
 def quantization_config(

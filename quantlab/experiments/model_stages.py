@@ -16,8 +16,6 @@ from .record import Cell, Run
 from .study import StudyConfig
 from .variants import Variant
 
-REST_DTYPE = "float16"  # of a quantized variant's embedding and output matrix, as in the published layouts
-
 
 class ModelStages:
     """Stages over one run. calibration_texts: what GPTQ is calibrated on; show: progress bars."""
@@ -33,9 +31,7 @@ class ModelStages:
         return self.run.path / "work" / cell.id
 
     def quantize(self, cell: Cell, variant: Variant, model: Any) -> Any:
-        """The quantized model; its float matrices other than the head in float16, as the published layouts hold
-        them.
-        """
+        """The quantized model; its float matrices other than the head in `Checkpoint.kept_dtype`."""
         import quantlab
         from quantlab.llama import cast_weight
 
@@ -51,7 +47,8 @@ class ModelStages:
             model = quantlab.quantize(model, variant.config, calibration, progress=self.show, resume_dir=resume)
         cell.metric("quantization_time", reading.duration_s, "s", 1, higher_is_better=False)
         cell.record["quantization_report"] = model.quantization_report
-        rest = {name: cast_weight(weight, REST_DTYPE) for name, weight in model.weights.items() if name != "score"}
+        dtype = model.checkpoint.kept_dtype
+        rest = {name: cast_weight(weight, dtype) for name, weight in model.weights.items() if name != "score"}
         return model.replace({name: weight for name, weight in rest.items() if weight is not model.weights[name]})
 
     def calibrate(self, cell: Cell, model: Any) -> np.ndarray:

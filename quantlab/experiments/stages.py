@@ -15,7 +15,7 @@ import numpy as np
 from quantlab.progress import progress
 
 from . import statistics
-from .model_stages import REST_DTYPE, ModelStages
+from .model_stages import ModelStages
 from .record import Cell, Run, key_of, write_bytes
 from .variants import Variant
 
@@ -214,16 +214,15 @@ class Stages(ModelStages):
 
 
 def causal(model: Any) -> Any:
-    """The language model on a classifier's backbone. Its output matrix is the embedding, or the checkpoint's own, in
-    float16.
-    """
+    """The language model on a classifier's backbone. Its output matrix is the embedding, or the checkpoint's own in
+    `kept_dtype`."""
     from quantlab import LlamaForCausalLM
     from quantlab.llama import cast_weight
 
     weights = {name: weight for name, weight in model.weights.items() if name != "score"}
     checkpoint = model.checkpoint
     if not model.config.tie_word_embeddings and checkpoint is not None and checkpoint.has("lm_head"):
-        weights["lm_head"] = cast_weight(checkpoint.weight("lm_head"), REST_DTYPE)
+        weights["lm_head"] = cast_weight(checkpoint.weight("lm_head"), checkpoint.kept_dtype)
     return LlamaForCausalLM(model.config, weights, model.vectors, model.tokenizer, checkpoint, model.device)
 
 

@@ -217,15 +217,15 @@ def foresee_model(config: StudyConfig) -> tuple[dict[str, Any], Mapping[str, Any
 
 
 def expected_bytes(variant: Variant, architecture: Mapping[str, Any], head: str) -> int:
-    """About what the weights of a variant take, with the rest of a quantized one in float16."""
+    """About what the weights of a variant take."""
     from quantlab.size import size_from_config
 
     config = variant.config
     if config is None or variant.method in ("gptq", "rtn"):
         group = 128 if config is None else config.group_size
-        return int(size_from_config(architecture, variant.bits, group, head, kept="float16")["total"])
+        return int(size_from_config(architecture, variant.bits, group, head, published=False)["total"])
     scale = 0 if variant.method == "int8" else (8 if config.double_quant else 32) / config.block_size
-    floats = size_from_config(architecture, 16, head=head, kept="float16")
+    floats = size_from_config(architecture, 16, head=head, published=False)
     linear = floats["parts"]["linear"]
     return int(floats["total"] - linear + linear * (variant.bits + scale) / 16)
 

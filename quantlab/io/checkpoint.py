@@ -42,6 +42,12 @@ class Checkpoint(ABC):
         """The type of a module's weight in the file ("F32", "BF16", "U8", "Q4_1", …), and the bytes of all tensors that
         hold the module."""
 
+    @property
+    def kept_dtype(self) -> str:
+        """What embedding and output matrix are held in beside quantized matrices: 16 bits, as published files have
+        them; bfloat16 where they are stored so, else float16."""
+        return "bfloat16" if self.stored("model.embed_tokens")[0] == "BF16" else "float16"
+
     def has(self, module: str) -> bool:
         return module in self.modules
 
