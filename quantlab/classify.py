@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantlab import _core
-from quantlab.llama import BATCH_TOKENS, Ids, Llama, LlamaConfig, Texts, are_ids, linear_of_any_rows, to_sequences
+from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig, linear_of_any_rows
 from quantlab.progress import progress
+from quantlab.token_rows import Ids, Texts, are_ids, to_sequences
 from quantlab.weight import QuantWeight
 
 if TYPE_CHECKING:

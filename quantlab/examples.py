@@ -20,7 +20,8 @@ from quantlab.conversations import (
     token_ids,
     token_of,
 )
-from quantlab.llama import Llama, to_sequences
+from quantlab.llama import Llama
+from quantlab.token_rows import to_sequences
 from quantlab.training import IGNORED, TrainingConfig
 
 Data = Any  # texts, rows of ids, conversations, or the path of a JSON-lines file of objects that hold one of these

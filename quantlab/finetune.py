@@ -23,11 +23,12 @@ from quantlab.classify import Labels, LlamaForSequenceClassification
 from quantlab.config import LoraConfig
 from quantlab.cuda import device_number
 from quantlab.examples import Data, Examples, prepare_examples
-from quantlab.llama import BATCH_TOKENS, Llama, Packed, Texts
+from quantlab.llama import BATCH_TOKENS, Llama, Packed
 from quantlab.llama_config import layer_modules
 from quantlab.lora import Adapter, base_format
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import fingerprint, hash_rows
+from quantlab.token_rows import Texts
 from quantlab.tracking import event_sink
 from quantlab.training import IGNORED, POLICIES, Batches, Policy, TrainingConfig
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantlab import _core
-from quantlab.llama import BATCH_TOKENS, Ids, KVCache, to_sequences
+from quantlab.llama import BATCH_TOKENS, KVCache
+from quantlab.token_rows import Ids, to_sequences
 
 if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from quantlab import _core
-from quantlab.arrays import DLPackArray, as_array
 from quantlab.config import Int8Config
 from quantlab.cuda import device_number
 from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
+from quantlab.token_rows import Ids, to_sequences
 from quantlab.weight import QuantWeight
 
 if TYPE_CHECKING:
@@ -31,53 +31,8 @@ DTYPES = (*DTYPE_NAMES.values(), "auto")
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
 DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
-Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackArray
-Texts = Sequence[str] | Ids
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Self = TypeVar("Self", bound="Llama")
-
-
-def are_ids(texts: Texts) -> TypeGuard[Ids]:
-    """Whether these are token ids, not texts."""
-    return len(texts) == 0 or not isinstance(texts[0], str)
-
-
-def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
-    """The rows of `input_ids` as int32 arrays without padding.
-
-    `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
-    (B,): how much of each row counts.
-    """
-    first = input_ids[0] if isinstance(input_ids, (list, tuple)) and input_ids else input_ids
-    if isinstance(first, str) or not (hasattr(input_ids, "__len__") or hasattr(input_ids, "__dlpack__")):
-        got = "text" if isinstance(first, str) else type(input_ids).__name__
-        raise ValueError(f"input_ids: got {got}, expected token ids, as encode gives them for a text")
-    if hasattr(input_ids, "__dlpack__"):
-        input_ids = as_array(input_ids, "input_ids")
-    if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
-        rows = list(np.atleast_2d(input_ids))
-    elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
-        rows = [np.asarray(input_ids)]
-    else:
-        rows = [np.asarray(row) for row in input_ids]
-    for row in rows:
-        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-            raise ValueError(
-                f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows"
-            )
-        if row.size and (row.min() < 0 or row.max() > np.iinfo(np.int32).max):
-            raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
-    if lengths is not None:
-        lengths = np.asarray(lengths)
-        if lengths.shape != (len(rows),):
-            raise ValueError(f"lengths: got shape {lengths.shape}, expected ({len(rows)},)")
-        for row, length in zip(rows, lengths, strict=True):
-            if not 0 < length <= row.size:
-                raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")
-        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-    if not rows or any(row.size == 0 for row in rows):
-        raise ValueError("input_ids: an empty row; every row needs at least one token")
-    return [np.ascontiguousarray(row, dtype=np.int32) for row in rows]
 
 
 class KVCache:
@@ -240,33 +195,43 @@ class Llama:
         """The gain of a norm, float32 (hidden_size,)."""
         return self.vectors[module]
 
+    @property
+    def saved_dtype(self) -> str:
+        """The embedding's: what `save_pretrained` writes all floats in, since readers compute with one type."""
+        return DTYPE_NAMES[self.weight("model.embed_tokens").format]
+
     def saved_weights(self) -> dict[str, QuantWeight]:
         """The matrices that `save_pretrained` writes."""
-        return dict(self.weights)
+        return {module: cast_weight(weight, self.saved_dtype) for module, weight in self.weights.items()}
+
+    def saved_vectors(self) -> dict[str, np.ndarray]:
+        """The gains of norms that `save_pretrained` writes."""
+        return {module: vector.astype(numpy_dtype(self.saved_dtype)) for module, vector in self.vectors.items()}
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> dict[str, int]:
-        """Writes a checkpoint directory in the layout that the weights ask for; returns the bytes of each file."""
+        """Writes a checkpoint directory in the layout that the weights ask for, floats in `saved_dtype`; returns the
+        bytes of each file."""
         from quantlab.io import save_checkpoint
 
         if self.adapter is not None:
             raise ValueError("adapter: save_pretrained writes a model without one; use merge() first, or save_adapter")
         files = self.checkpoint.tokenizer_files if self.checkpoint is not None else {}
-        return save_checkpoint(path, self.saved_config(), self.saved_weights(), self.vectors, files)
+        return save_checkpoint(path, self.saved_config(), self.saved_weights(), self.saved_vectors(), files)
 
     def saved_config(self) -> dict[str, Any]:
         """The config.json that `save_pretrained` writes, but for the quantization_config, which follows from the
-        weights. Its dtype is the embedding's: readers load the float matrices in it."""
+        weights."""
         config = {**self.config.to_dict(), "architectures": [self.architecture], "model_type": "llama"}
         for name in ("quantization_config", "dtype"):  # the latter is a newer name of torch_dtype
             config.pop(name, None)
-        config["torch_dtype"] = DTYPE_NAMES[self.weight("model.embed_tokens").format]
+        config["torch_dtype"] = self.saved_dtype
         return config
 
     def size_report(self) -> dict[str, Any]:
         """Bytes by part as the checkpoint on disk holds them, their total, and the bytes of the weights in memory."""
         from quantlab.size import size_of_model
 
-        report = size_of_model(self.saved_weights(), self.vectors, self.saved_config()["torch_dtype"])
+        report = size_of_model(self)
         report["memory"] += self.adapter.nbytes if self.adapter is not None else 0
         return report
 
@@ -491,9 +456,13 @@ def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
 
 def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
     """A float matrix in `dtype`; a quantized one, or any with dtype "auto", as it is."""
-    import ml_dtypes
-
     if dtype == "auto" or DTYPE_NAMES.get(weight.format, dtype) == dtype:
         return weight
-    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    return QuantWeight.from_array(weight.dequantize().astype(target))
+    return QuantWeight.from_array(weight.dequantize().astype(numpy_dtype(dtype)))
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """NumPy's dtype of float32, bfloat16 or float16."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

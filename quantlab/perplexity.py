@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantlab.llama import Ids, to_sequences
 from quantlab.progress import progress
+from quantlab.token_rows import Ids, to_sequences
 
 if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM

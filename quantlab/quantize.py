@@ -15,19 +15,11 @@ from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs,
 from quantlab.config import GPTQConfig, QuantizationConfig
 from quantlab.cuda import device_number
 from quantlab.device_calibration import DeviceActivations
-from quantlab.llama import (
-    Llama,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Texts,
-    are_ids,
-    cast_weight,
-    layer_modules,
-    to_sequences,
-)
+from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, cast_weight, layer_modules
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
+from quantlab.token_rows import Texts, are_ids, to_sequences
 from quantlab.weight import FLOAT_BITS, QuantWeight
 
 if TYPE_CHECKING:

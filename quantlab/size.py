@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from quantlab.config import check_group_size
 from quantlab.io.checkpoint import open_checkpoint, source_kind
 from quantlab.io.files import read_json
@@ -17,7 +15,7 @@ from quantlab.llama import LlamaConfig
 
 if TYPE_CHECKING:
     from quantlab.io import Checkpoint
-    from quantlab.weight import QuantWeight
+    from quantlab.llama import Llama
 
 KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
@@ -71,14 +69,12 @@ KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def size_of_model(
-    weights: Mapping[str, QuantWeight], vectors: Mapping[str, np.ndarray], dtype: str = "float32"
-) -> dict[str, Any]:
+def size_of_model(model: Llama) -> dict[str, Any]:
     """`parts`: bytes of embeddings, attention, mlp, norms and head in the checkpoint's files (headers aside);
     `total`: their sum; `memory`: bytes of the arrays as they are held now, `packed` of them copies that products with
-    few rows made for themselves. dtype: that of the config, whose name stands beside every 4-bit weight."""
+    few rows made for themselves."""
     parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
-    for module, weight in weights.items():
+    for module, weight in model.saved_weights().items():
         kind = (
             "embedding"
             if module == "model.embed_tokens"
@@ -88,11 +84,11 @@ def size_of_model(
             if "mlp" in module
             else "head"
         )
-        parts[kind] += checkpoint_nbytes(weight, dtype)
-    parts["norms"] = sum(vector.nbytes for vector in vectors.values())
-    packed = sum(weight.handle.packed_nbytes for weight in weights.values())
-    memory = sum(weight.nbytes for weight in weights.values()) + packed + parts["norms"]
-    return {"parts": parts, "total": sum(parts.values()), "memory": memory, "packed": packed}
+        parts[kind] += checkpoint_nbytes(weight, model.saved_dtype)
+    parts["norms"] = sum(vector.nbytes for vector in model.saved_vectors().values())
+    packed = sum(weight.handle.packed_nbytes for weight in model.weights.values())
+    matrices, norms = (sum(one.nbytes for one in held) for held in (model.weights.values(), model.vectors.values()))
+    return {"parts": parts, "total": sum(parts.values()), "memory": matrices + norms + packed, "packed": packed}
 
 
 def open_config(name: str) -> tuple[Mapping[str, Any], Checkpoint | None]:
@@ -131,15 +127,13 @@ def size_from_config(
     group_size: int = 128,
     head: str = "classifier",
     num_labels: int = 3,
-    published: bool = True,
 ) -> dict[str, Any]:
     """Bytes of a checkpoint of this architecture, by part, without loading anything.
 
     bits: 32 or 16 for floats; 2, 3, 4, 8 for GPTQ's layout: codes, float16 scales and zeros at `bits` bits for every
     `group_size` inputs, int32 g_idx. head: "classifier" (`num_labels` rows, no lm_head: the TweetEval study's model) or
-    "causal" (an lm_head unless it is tied to the embedding). Embedding and lm_head have 16 bits beside quantized
-    matrices (`Checkpoint.kept_dtype`). published: norms and classifier are as wide, as in the published study's files;
-    False: they have float32, as in those that `quantize` and the studies here write.
+    "causal" (an lm_head unless it is tied to the embedding). What is beside quantized matrices has 16 bits: see
+    `Checkpoint.kept_dtype`.
     """
     config = config if isinstance(config, LlamaConfig) else LlamaConfig(config)
     if bits not in (2, 3, 4, 8, 16, 32):
@@ -151,13 +145,12 @@ def size_from_config(
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes = [(q, c), (kv, c), (kv, c), (c, q), (f, c), (f, c), (c, f)]
     float_bytes = 4 if bits == 32 else 2
-    small_bytes = float_bytes if published else 4
     rows = num_labels if head == "classifier" else 0 if config.tie_word_embeddings else config.vocab_size
     parts = {
         "embedding": config.vocab_size * c * float_bytes,
         "linear": layers * sum(_linear_bytes(n, k, bits, group_size) for n, k in shapes),
-        "norms": (2 * layers + 1) * c * small_bytes,
-        "head": rows * c * (small_bytes if head == "classifier" else float_bytes),
+        "norms": (2 * layers + 1) * c * float_bytes,
+        "head": rows * c * float_bytes,
     }
     return {"parts": parts, "total": sum(parts.values()), "bits": bits, "group_size": group_size, "head": head}
 

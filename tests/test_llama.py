@@ -9,9 +9,10 @@ import quantlab as ql
 from quantlab import _core
 from quantlab.classify import LlamaForSequenceClassification, pooled_position
 from quantlab.generate import pick
-from quantlab.llama import LlamaConfig, LlamaForCausalLM, to_sequences
+from quantlab.llama import LlamaConfig, LlamaForCausalLM
 from quantlab.rope import inverse_frequencies, rope_parameters, rope_tables
 from quantlab.size import size_from_config
+from quantlab.token_rows import to_sequences
 
 
 def oracle_hidden(model, ids):

@@ -101,7 +101,7 @@ def size(
         bits = [] if stored and quantization else [32, 16, 8, 4, 3, 2]
     with wrong_call():
         size_from_config(values, 4, group_size, head)  # whatever the rows, the options are checked
-        sizes = [size_from_config(values, count, group_size, head, published=stored is None) for count in bits]
+        sizes = [size_from_config(values, count, group_size, head) for count in bits]
     if as_json:
         print_json({"config": config, "stored": stored, "quantization": quantization, "kept": kept, "sizes": sizes})
         return
@@ -130,10 +130,8 @@ def size_notes(
         yield f"stored: the tensors of its files{', ' if already else ''}{already}; a tokenizer comes on top"
     elif already:
         yield f"{already}: its size as it is stored is told where its files are"
-    if counted and kept:
-        yield f"{counted}, embedding and lm_head in {kept}, the rest in float32, as quantize and the studies write them"
-    elif counted:
-        yield f"{counted}, all else in 16 bits"
+    if counted:
+        yield f"{counted}, all else in {kept or '16 bits'}"
 
 
 def quantization_config(

@@ -223,9 +223,9 @@ def expected_bytes(variant: Variant, architecture: Mapping[str, Any], head: str)
     config = variant.config
     if config is None or variant.method in ("gptq", "rtn"):
         group = 128 if config is None else config.group_size
-        return int(size_from_config(architecture, variant.bits, group, head, published=False)["total"])
+        return int(size_from_config(architecture, variant.bits, group, head)["total"])
     scale = 0 if variant.method == "int8" else (8 if config.double_quant else 32) / config.block_size
-    floats = size_from_config(architecture, 16, head=head, published=False)
+    floats = size_from_config(architecture, 16, head=head)
     linear = floats["parts"]["linear"]
     return int(floats["total"] - linear + linear * (variant.bits + scale) / 16)
 

@@ -44,8 +44,8 @@ class Checkpoint(ABC):
 
     @property
     def kept_dtype(self) -> str:
-        """What embedding and output matrix are held in beside quantized matrices: 16 bits, as published files have
-        them; bfloat16 where they are stored so, else float16."""
+        """What is beside quantized matrices is written in: 16 bits, as published files have it; bfloat16 where the
+        embedding is stored so, else float16."""
         return "bfloat16" if self.stored("model.embed_tokens")[0] == "BF16" else "float16"
 
     def has(self, module: str) -> bool:

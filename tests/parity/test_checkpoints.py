@@ -69,6 +69,20 @@ def test_ours_in_transformers(config: Any, model: ql.LlamaForCausalLM, tmp_path:
         np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("config", [ql.NF4Config(), ql.Int8Config()], ids=["nf4", "int8"])
+def test_ours_in_transformers_in_the_dtype_of_the_file(
+    config: Any, dtype: str, model: ql.LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """What a call that names no dtype gives: they compute in 16 bits, so only large errors show."""
+    pytest.importorskip("bitsandbytes")
+    source = ql.LlamaForCausalLM.from_pretrained(tmp_path / "float", dtype=dtype)
+    source.save_pretrained(tmp_path / "source")
+    ql.quantize(tmp_path / "source", config).save_pretrained(tmp_path / "out")
+    ours = ql.LlamaForCausalLM.from_pretrained(tmp_path / "out")(IDS)
+    assert np.corrcoef(their_logits(tmp_path / "out").ravel(), ours.ravel())[0, 1] > 0.999
+
+
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)])
 def test_theirs_here(kind: str, nested: bool, model: ql.LlamaForCausalLM, tmp_path: Path) -> None:
     """transformers quantizes the float checkpoint and saves it: we read the same matrices, and write the same bytes."""

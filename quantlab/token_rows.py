@@ -1,0 +1,56 @@
+"""What models read: rows of token ids, however they come, and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import numpy as np
+
+from quantlab.arrays import DLPackArray, as_array
+
+Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackArray
+Texts = Sequence[str] | Ids
+
+
+def are_ids(texts: Texts) -> TypeGuard[Ids]:
+    """Whether these are token ids, not texts."""
+    return len(texts) == 0 or not isinstance(texts[0], str)
+
+
+def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
+    """The rows of `input_ids` as int32 arrays without padding.
+
+    `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
+    (B,): how much of each row counts.
+    """
+    first = input_ids[0] if isinstance(input_ids, (list, tuple)) and input_ids else input_ids
+    if isinstance(first, str) or not (hasattr(input_ids, "__len__") or hasattr(input_ids, "__dlpack__")):
+        got = "text" if isinstance(first, str) else type(input_ids).__name__
+        raise ValueError(f"input_ids: got {got}, expected token ids, as encode gives them for a text")
+    if hasattr(input_ids, "__dlpack__"):
+        input_ids = as_array(input_ids, "input_ids")
+    if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
+        rows = list(np.atleast_2d(input_ids))
+    elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
+        rows = [np.asarray(input_ids)]
+    else:
+        rows = [np.asarray(row) for row in input_ids]
+    for row in rows:
+        if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+            raise ValueError(
+                f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows"
+            )
+        if row.size and (row.min() < 0 or row.max() > np.iinfo(np.int32).max):
+            raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        if lengths.shape != (len(rows),):
+            raise ValueError(f"lengths: got shape {lengths.shape}, expected ({len(rows)},)")
+        for row, length in zip(rows, lengths, strict=True):
+            if not 0 < length <= row.size:
+                raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")
+        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    if not rows or any(row.size == 0 for row in rows):
+        raise ValueError("input_ids: an empty row; every row needs at least one token")
+    return [np.ascontiguousarray(row, dtype=np.int32) for row in rows]
