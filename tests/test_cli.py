@@ -283,11 +283,34 @@ def test_a_dry_run_foresees_only_models_that_are_there_or_on_the_hub(capsys, tmp
     (tmp_path / "settings.json").write_text(json.dumps({"model": "/no/such/model", "energy": False}))
     options = study_words[study_words.index("--task") :]
     status, out, err = call(capsys, "tweeteval", "--model", tmp_path / "empty", *options, "--dry-run")
-    assert status == 1 and "holds no config.json" in err and out == ""
+    assert status == 2 and "--model: " in err and "holds no config.json" in err and out == ""
     assert "holds no config.json" in call(capsys, "size", tmp_path / "empty")[2]
     options[options.index("--config") + 1] = str(tmp_path / "settings.json")
     status, out, err = call(capsys, "tweeteval", *options, "--dry-run")
-    assert status != 0 and "/no/such/model" in err and out == ""
+    assert status == 2 and "/no/such/model" in err and out == ""
+
+
+def test_a_directory_that_holds_not_what_is_asked_for_is_a_wrong_call(capsys, tmp_path, tiny):
+    empty, bare = tmp_path / "empty", tmp_path / "bare"
+    empty.mkdir(), bare.mkdir()
+    (bare / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    for words, said in [
+        (["generate", empty, "a"], "source: {}: holds no config.json"),
+        (["generate", bare, "a"], "holds no safetensors file"),
+        (["fetch", empty], "{}: holds no config.json"),
+        (["generate", tiny, "a", "--adapter", empty], "--adapter: {}: holds no adapter_config.json"),
+        (["merge", tiny, empty, tmp_path / "out"], "adapter: {}: holds no adapter_config.json"),
+        (["report", empty], "run: {}: not a run directory"),
+        (["lima", "--data", empty, "--out", tmp_path / "out"], "--data: {}/train.jsonl: no such file"),
+        (
+            ["tweeteval", "--task", "irony", "--data-root", empty, "--out", tmp_path / "out"],
+            "--data-root: {} holds nei",
+        ),
+    ]:
+        status, out, err = call(capsys, *words)
+        assert status == 2 and out == "" and said.format(empty) in err, (words, err)
+        one_line(err)
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantize_writes_only_where_nothing_is(capsys, tiny):
@@ -298,10 +321,11 @@ def test_quantize_writes_only_where_nothing_is(capsys, tiny):
 
 
 def test_a_failed_job_is_status_1_and_debug_shows_the_traceback(capsys, tmp_path):
-    (tmp_path / "empty").mkdir()
-    words = ["generate", tmp_path / "empty", "hi"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    words = ["generate", tmp_path, "hi"]
     status, _, err = call(capsys, *words)
-    assert status == 1 and "holds no config.json" in err
+    assert status == 1 and "config.json" in err
     one_line(err)
     for debugged in (["--debug", *words], [*words, "--debug"]):
         status, _, err = call(capsys, *debugged)

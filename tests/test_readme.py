@@ -47,7 +47,13 @@ def test_shell_line_parses(call, tmp_path, monkeypatch):
     words = spread(shlex.split(call)[1:])
     monkeypatch.chdir(tmp_path)
     for name in {word for word in words if not word.startswith("-")}:  # what a call names must be there
-        (tmp_path / name).touch() if "." in name else (tmp_path / name).mkdir()
+        if "." in name:
+            (tmp_path / name).touch()
+            continue
+        (tmp_path / name).mkdir()  # a model, an adapter and a run
+        for file in ("model.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).touch()
+        (tmp_path / name / "config.json").write_text('{"experiment": "lima"}')
     command = typer.main.get_command(cli.app)
     context = command.make_context("quantlab", list(words))
     name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])

@@ -1,7 +1,7 @@
 """The shell: `quantlab <command>`. Each command turns words into one call of the library and shows its result.
 
 Exit status: 0 done, 1 the job failed, 2 the call was wrong (an option's value, two that do not go together, a file or
-directory that is not there), 130 interrupted; what is there and cannot be used has failed. An error is one line;
+directory that is not there or is of another kind), 130 interrupted; what is damaged has failed. An error is one line;
 `--debug` adds the traceback. Heavy modules are imported inside the commands, so that `quantlab --help` is quick.
 """
 

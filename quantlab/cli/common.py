@@ -38,22 +38,34 @@ app = typer.Typer(
 
 
 @contextmanager
-def wrong_call(argument: str = "") -> Iterator[None]:
-    """A ValueError in this block is the caller's. argument: its name in the message, which the parser says already."""
+def wrong_call(argument: str = "", option: str = "") -> Iterator[None]:
+    """A ValueError in this block is the caller's, a file that is not there too. argument: its name in the message, in
+    whose place stands `option`, or nothing, where the parser says it already."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error).removeprefix(f"{argument}: ")) from error
+        raise typer.BadParameter(option + str(error).removeprefix(f"{argument}: ")) from error
 
 
 def known_source(name: str | None) -> str | None:
     """A model that is there, or that the hub may have; None where the call names none."""
     from quantlab.io.checkpoint import source_kind
+    from quantlab.io.directory import require_model
 
     if name is not None:
         with wrong_call("source"):
-            source_kind(name)
+            if source_kind(name) == "directory":
+                require_model(Path(name))
     return name
+
+
+def known_adapter(folder: Path | None) -> Path | None:
+    from quantlab.io.peft import require_adapter
+
+    if folder is not None:
+        with wrong_call():
+            require_adapter(folder)
+    return folder
 
 
 def known_dtype(name: str) -> str:

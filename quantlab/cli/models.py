@@ -16,6 +16,7 @@ from quantlab.cli.common import (
     Source,
     file_or,
     gigabytes,
+    known_adapter,
     known_source,
     print_json,
     print_table,
@@ -63,7 +64,8 @@ def fetch(
 def known_config(name: str) -> str:
     from quantlab.size import KNOWN_CONFIGS
 
-    if name.lower() not in KNOWN_CONFIGS and not (name.endswith(".json") and Path(name).is_file()):
+    file = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+    if name.lower() not in KNOWN_CONFIGS and not (file.suffix == ".json" and file.is_file()):
         try:
             known_source(name)
         except typer.BadParameter as error:
@@ -274,7 +276,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Answer, in the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system's message.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="The directory of a LoRA adapter.", exists=True, file_okay=False)
+        Path | None,
+        typer.Option(help="The directory of a LoRA adapter.", exists=True, file_okay=False, callback=known_adapter),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be given again.")] = None,
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens; else take the likeliest.")] = False,

@@ -106,6 +106,7 @@ def tweeteval(
 ) -> None:
     """Train a head on tweets, quantize the model in several ways, and measure every variant."""
     from quantlab.experiments import tweeteval as study
+    from quantlab.io.datasets import tweeteval_files
 
     given: dict[str, Any] = {
         "preset": preset, "variants": tuple(variants) if variants else None, "model": model, "task": task,
@@ -115,6 +116,9 @@ def tweeteval(
     with wrong_call():
         chosen = configured(study.TweetEvalConfig, config, given)
         chosen = chosen if limit is None else study.limited(chosen, limit)
+    if chosen.data_root is not None and chosen.task != "demo":
+        with wrong_call("root", "--data-root: "):
+            tweeteval_files(chosen.task, "test", chosen.data_root)
     start(study, chosen, out, dry_run, as_json)
 
 
@@ -155,6 +159,7 @@ def lima(
 ) -> None:
     """Tune LoRA adapters over quantized models, take each to inference in either format, and measure all of it."""
     from quantlab.experiments import lima as study
+    from quantlab.io.datasets import lima_file
 
     given: dict[str, Any] = {
         "preset": preset, "baselines": tuple(baselines) if baselines else None, "limit": limit, "model": model,
@@ -163,6 +168,9 @@ def lima(
     }  # fmt: skip
     with wrong_call():
         chosen = configured(study.LimaConfig, config, given)
+    if chosen.data is not None:
+        with wrong_call("data", "--data: "):
+            lima_file(chosen.data)
     start(study, chosen, out, dry_run, as_json)
 
 
@@ -174,6 +182,7 @@ def configured(kind: type[C], file: Path | None, given: Mapping[str, Any]) -> C:
 
 def start(study: ModuleType, config: StudyConfig, out: Path, dry_run: bool, as_json: bool) -> None:
     """Runs a study, or tells what it would do."""
+    known_source(config.model)  # of a file of settings, which the parser has not looked into
     if not dry_run:
         run_study(study, config, out, as_json)
         return
@@ -205,9 +214,20 @@ def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) 
         raise RuntimeError(f"{', '.join(outcome.failed)} failed: {error['type']}: {error['message']}")
 
 
+def known_run(folder: Path) -> Path:
+    from quantlab.report.records import experiment_of
+
+    with wrong_call():
+        experiment_of(folder)
+    return folder
+
+
 def report(
     run: Annotated[
-        Path, typer.Argument(help="The directory of a run.", show_default=False, exists=True, file_okay=False)
+        Path,
+        typer.Argument(
+            help="The directory of a run.", show_default=False, exists=True, file_okay=False, callback=known_run
+        ),
     ],
     as_json: Json = False,
 ) -> None:

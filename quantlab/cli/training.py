@@ -14,6 +14,7 @@ from quantlab.cli.common import (
     Local,
     Source,
     gigabytes,
+    known_adapter,
     print_json,
     require_new,
     told_warnings,
@@ -144,7 +145,10 @@ def base_config(
 def merge(
     source: Source,
     adapter: Annotated[
-        Path, typer.Argument(help="The adapter's directory.", show_default=False, exists=True, file_okay=False)
+        Path,
+        typer.Argument(
+            help="The adapter's directory.", show_default=False, exists=True, file_okay=False, callback=known_adapter
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The new checkpoint's directory.", show_default=False)],
     requantize: Annotated[

@@ -45,22 +45,28 @@ def load_tweeteval(
     split = {"validation": "val", "valid": "val"}.get(split, split)
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, accepted: {', '.join(SPLITS)}")
-    tried = []
+    files = tweeteval_files(task, split, root)
+    if not files:
+        tried = [str(folder / task) for folder in _roots(root)]
+        files = [hub_file(task, split, tried, local_files_only=local_files_only)]
+    return _read_parquet(files, task) if files[0].suffix == ".parquet" else _read_github(files, task)
+
+
+def tweeteval_files(task: str, split: str, root: str | os.PathLike[str] | None = None) -> list[Path]:
+    """The files of a split as GitHub (text, labels) or the hub (parquet) has them, in `root` or else in QUANTLAB_DATA;
+    none where the latter has none, FileNotFoundError where `root` has none."""
     for folder in _roots(root):
         own = folder / task.replace("_", "/")  # stance/abortion: the hub's stance_abortion
-        text, labels = (own / f"{split}_{part}.txt" for part in ("text", "labels"))
-        if text.is_file() or labels.is_file():
-            mapping = next((path for path in (own / "mapping.txt", own.parent / "mapping.txt") if path.is_file()), None)
-            return _read_github(text, labels, mapping, task)
-        found = sorted((folder / task).glob(f"{SPLITS[split]}*.parquet"))
-        if found:
-            return _read_parquet(found, task)
-        tried.append(str(folder / task))
+        files = [own / f"{split}_{part}.txt" for part in ("text", "labels")]
+        if not any(path.is_file() for path in files):
+            files = sorted((folder / task).glob(f"{SPLITS[split]}*.parquet"))
+        if files:
+            return files
     if root is not None:
         raise FileNotFoundError(
             f"root: {root} holds neither {task}/{split}_text.txt nor {task}/{SPLITS[split]}*.parquet"
         )
-    return _read_parquet([hub_file(task, split, tried, local_files_only=local_files_only)], task)
+    return []
 
 
 def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
@@ -84,10 +90,13 @@ def hub_file(task: str, split: str, tried: Sequence[str] = (), *, local_files_on
         raise FileNotFoundError(f"tweeteval {task} {split}: {looked}{error}; {hint}") from None
 
 
-def _read_github(text: Path, labels: Path, mapping: Path | None, task: str) -> Labelled:
-    for path in (text, labels):
+def _read_github(files: list[Path], task: str) -> Labelled:
+    for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing")
+    text, labels = files
+    places = (text.parent / "mapping.txt", text.parents[1] / "mapping.txt")
+    mapping = next((path for path in places if path.is_file()), None)
     texts, raw = read_lines(text), read_lines(labels)
     bad = next((i for i, line in enumerate(raw) if not re.fullmatch(r"\s*-?[0-9]{1,9}\s*", line)), None)
     if bad is not None:

@@ -83,7 +83,8 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, or the only one; FileNotFoundError where missing."""
+    """The safetensors files of a checkpoint: those of its index, or the only one; FileNotFoundError where a shard is
+    missing."""
     if (folder / INDEX).is_file():
         paths = [folder / name for name in sorted(set(read_index(folder).values()))]
         for path in paths:
@@ -92,14 +93,25 @@ def weight_files(folder: Path) -> list[Path]:
         return paths
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    if len(found) == 1:
-        return found
-    if found:
+    found = own_files(folder)
+    if len(found) > 1:
         raise ValueError(f"{folder}: holds {len(found)} safetensors files and no {INDEX}")
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    hint = f" (pickled weights like {pickled[0]} are not read: convert them to safetensors)" if pickled else ""
-    raise FileNotFoundError(f"{folder}: holds no safetensors file{hint}")
+    return found
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The safetensors files that are not an adapter's."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+
+
+def require_model(folder: Path) -> None:
+    """FileNotFoundError where a directory holds no model; what its files hold is not looked at."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: holds no config.json, expected a model's directory")
+    if not own_files(folder) and not (folder / INDEX).is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        hint = f" (pickled weights like {pickled[0]} are not read: convert them to safetensors)" if pickled else ""
+        raise FileNotFoundError(f"{folder}: holds no safetensors file{hint}")
 
 
 class Layout(Protocol):
@@ -152,8 +164,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if not (self.path / "config.json").is_file():
-            raise FileNotFoundError(f"{self.path}: holds no config.json")
+        require_model(self.path)
         where = str(self.path / "config.json")
         self.config = check_config(read_json(self.path / "config.json"), where)
         self.quantization = self._read_quantization(where)

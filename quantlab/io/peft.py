@@ -105,6 +105,14 @@ def _fields(config: LoraConfig, has_score: bool, base: str | None) -> dict[str, 
     }
 
 
+def require_adapter(folder: Path) -> None:
+    """FileNotFoundError where a directory holds no adapter; what its files hold is not looked at."""
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            found = " (its adapter_model.bin is a pickle, which is not read)" * (folder / "adapter_model.bin").is_file()
+            raise FileNotFoundError(f"{folder}: holds no {name}{found}, expected an adapter's directory")
+
+
 def read_adapter(
     path: str | os.PathLike[str],
 ) -> tuple[LoraConfig, dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray | None]:
@@ -113,10 +121,7 @@ def read_adapter(
     FileNotFoundError where a file is missing, ValueError naming what is not supported or does not fit together.
     """
     folder = Path(path)
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            found = " (its adapter_model.bin is a pickle, which is not read)" * (folder / "adapter_model.bin").is_file()
-            raise FileNotFoundError(f"{folder}: holds no {name}{found}")
+    require_adapter(folder)
     fields = read_json(folder / CONFIG)
     file = SafetensorsFile(folder / TENSORS)
     pairs: dict[str, dict[str, np.ndarray]] = {}
