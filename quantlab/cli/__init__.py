@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from quantlab.cli import machine, models, studies, training
-from quantlab.cli.common import app, entry, main
+from quantlab.cli.common import app, entry, main, with_numbers
 
 __all__ = ["app", "entry", "main"]
 
@@ -33,7 +33,7 @@ COMMANDS = (
     (machine.bench, "quantlab bench linear --json linear.jsonl"),
 )
 for function, example in COMMANDS:
-    app.command(epilog=f"Example: {example}")(function)
+    app.command(epilog=f"Example: {example}")(with_numbers(function))
 
 
 @app.callback(invoke_without_command=True)

@@ -9,9 +9,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -94,6 +94,33 @@ def file_or(word: str) -> Callable[[str | None], str | None]:
         return name
 
     return check
+
+
+def number(kind: type[int] | type[float], least: float | None) -> Callable[[Any], Any]:
+    """The parser of an option: what came and what is accepted, in the same words under every release of typer."""
+
+    def parse(word: Any) -> int | float:
+        with suppress(ValueError):
+            value = kind(word)
+            if least is None or value >= least:
+                return value
+        wanted = "an integer" if kind is int else "a number"
+        raise typer.BadParameter(f"got {word!r}, expected {wanted}{'' if least is None else f' of at least {least:g}'}")
+
+    parse.__name__ = kind.__name__  # stands in --help
+    return parse
+
+
+def with_numbers(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with `number` as the parser of its options that are numbers (or lists of them)."""
+    command.__annotations__ = get_type_hints(command, include_extras=True)  # evaluated once: typer reads these too
+    for hint in command.__annotations__.values():
+        if get_origin(hint) is Annotated:
+            of, option = get_args(hint)
+            kinds = {of, *get_args(of), *(part for one in get_args(of) for part in get_args(one))} & {int, float}
+            if kinds:
+                option.parser = number(kinds.pop(), option.min)
+    return command
 
 
 MODEL = 'A directory, a .gguf file, a hub id, or "demo".'
