@@ -44,6 +44,12 @@ class TrainingState:
         self.mean, self.square = np.zeros_like(self.adapter.parameters), np.zeros_like(self.adapter.parameters)
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The finished checkpoints of an output_dir, by step; none where it is not there."""
+    found = [path for path in folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 class RunFolder:
     """An output_dir. settings: what a run that goes on must share with the one before, in JSON's types."""
 
@@ -53,19 +59,17 @@ class RunFolder:
             raise NotADirectoryError(f"output_dir: {self.path} is a file, expected a directory")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def checkpoints(self) -> list[Path]:
-        """The finished ones, by step."""
-        found = [path for path in self.path.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
     def begin(self, state: TrainingState) -> None:
         """A new log, or that of the state which the run goes on from."""
-        if state.step == 0 and self.checkpoints():
+        if state.step == 0 and checkpoints_in(self.path):
             raise ValueError(
                 f"output_dir: {self.path} holds checkpoints of another run: go on with it by resume_from_checkpoint, "
                 "or name another directory"
             )
-        write_bytes(self.path / METRICS, b"".join(_line(entry) for entry in state.log))
+        if state.log:
+            write_bytes(self.path / METRICS, b"".join(_line(entry) for entry in state.log))
+        else:  # not an empty one: a run that is interrupted at once leaves nothing
+            (self.path / METRICS).unlink(missing_ok=True)
 
     def log(self, entry: Mapping[str, Any]) -> None:
         with open(self.path / METRICS, "ab") as file:
@@ -93,7 +97,7 @@ class RunFolder:
     def load(self, which: Literal[True] | str | os.PathLike[str], state: TrainingState) -> None:
         """Fills a state from a checkpoint's directory; True: the last one here."""
         if which is True:
-            found = self.checkpoints()
+            found = checkpoints_in(self.path)
             if not found:
                 raise FileNotFoundError(f"resume_from_checkpoint: {self.path} holds no checkpoint")
             which = found[-1]

@@ -41,6 +41,11 @@ def hash_rows(rows: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def finished_layers(folder: str | os.PathLike[str]) -> int:
+    """How many layers a `resume_dir` holds."""
+    return sum(1 for _ in Path(folder).glob("layer-*.safetensors"))
+
+
 class LayerStore:
     """A `resume_dir`. Files appear whole or not at all, so that a run may be killed at any moment."""
 

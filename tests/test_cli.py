@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import save_tiny
 
+import quantlab
 from quantlab import cli
 from quantlab.experiments.lima import LimaConfig
 from quantlab.experiments.tweeteval import TweetEvalConfig, demo_config
@@ -344,6 +345,37 @@ def test_interrupt_is_status_130(tmp_path):
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=20)
     assert (child.returncode, err) == (130, b"quantlab: interrupted\n")
+
+
+def interrupting(function, calls: int):
+    """The same function, until Ctrl-C is pressed in a call of it."""
+    left = iter(range(calls))
+
+    def interrupted(*arguments, **more):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*arguments, **more)
+
+    return interrupted
+
+
+def test_an_interrupt_tells_what_is_kept(capsys, tmp_path, tiny, text_file, study_words, monkeypatch):
+    words = ["quantize", tiny, tmp_path / "out", "--calibration", text_file, "--samples", 4, "--context", 32]
+    layer_and_a_half = interrupting(quantlab.gptq.quantize_shared, 6)  # four stages a layer
+    with monkeypatch.context() as patch:
+        patch.setattr(quantlab.gptq, "quantize_shared", layer_and_a_half)
+        status, _, err = call(capsys, *words, "--resume-dir", tmp_path / "layers")
+        said = f"interrupted; finished layers kept in {tmp_path / 'layers'}: 1; the same call goes on from there"
+        assert (status, err) == (130, f"quantlab: {said}\n")
+        status, _, err = call(capsys, *words)
+        assert status == 130 and "nothing is kept: with --resume-dir" in err
+        run = tmp_path / "run"
+        status, _, err = call(capsys, *study_words[:-1], run, "--variants", "gptq-4")
+        assert status == 130 and f"kept in {run}: the same call goes on" in err
+        one_line(err)
+    assert call(capsys, *words, "--resume-dir", tmp_path / "layers")[0] == 0
+    status, out, _ = call(capsys, *study_words[:-1], run, "--variants", "gptq-4")
+    assert status == 0 and "head: skipped" in out
 
 
 def test_a_reader_that_leaves_is_no_error(tiny):

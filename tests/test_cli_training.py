@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from checkpoints import save_tiny
-from test_cli import call, result
+from test_cli import call, interrupting, result
 
 TURNS = ["What is it?", "It is a small thing.", "And that?", "Another one."]
 
@@ -22,6 +23,21 @@ def talk(tmp_path) -> Path:
     path = tmp_path / "talk.jsonl"
     path.write_text("".join(json.dumps({"conversations": TURNS[:2] if i % 2 else TURNS}) + "\n" for i in range(6)))
     return path
+
+
+def test_an_interrupt_tells_how_to_go_on(capsys, tiny, talk, tmp_path, monkeypatch):
+    words = ["finetune", tiny, tmp_path / "out", "--data", talk, "--num-train-epochs", 2]
+    run = import_module("quantlab.finetune").TrainingRun
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_update", interrupting(run._update, 0))
+        assert call(capsys, *words) == (130, "", "quantlab: interrupted\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_update", interrupting(run._update, 5))
+        status, _, err = call(capsys, *words)  # what was interrupted at once has left nothing in the way
+        kept = f"checkpoint-5 is kept in {tmp_path / 'out'}: the same call with --resume goes on from it"
+        assert (status, err) == (130, f"quantlab: interrupted; {kept}\n")
+    status, told, _ = call(capsys, *words, "--resume")
+    assert status == 0 and "12 steps" in told
 
 
 def test_an_adapter_is_trained_used_and_merged(capsys, tiny, talk, tmp_path):

@@ -188,6 +188,19 @@ def spread(words: Sequence[str]) -> list[str]:
     return out
 
 
+class Interrupted(Exception):
+    """Ctrl-C, with what is kept and how to go on."""
+
+
+@contextmanager
+def told_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C in this block says what `kept` returns beside "interrupted"; "": there is nothing to say."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("; ".join(filter(None, ("interrupted", kept())))) from None
+
+
 # ---- the end of a call -----------------------------------------------------------------------------------------------
 
 
@@ -229,8 +242,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return status
     except UsageError as error:
         status, message = 2, wrong(error)
-    except (KeyboardInterrupt, typer.Abort):
-        status, message = 130, "interrupted"
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
+        status, message = 130, str(error) or "interrupted"
     except BrokenPipeError:  # `quantlab … | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

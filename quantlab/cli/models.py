@@ -22,6 +22,7 @@ from quantlab.cli.common import (
     print_table,
     require_new,
     told_warnings,
+    told_what_is_kept,
     wrong_call,
 )
 
@@ -236,13 +237,25 @@ def quantize(
         require_float(checkpoint)
     rows = calibration_rows(calibration, checkpoint.tokenizer, samples, context) if method == "gptq" else None
     where = device if method == "gptq" else None
-    model = ql.quantize(checkpoint, config, calibration=rows, resume_dir=resume_dir, device=where)
+    with told_what_is_kept(lambda: kept_layers(method, resume_dir)):
+        model = ql.quantize(checkpoint, config, calibration=rows, resume_dir=resume_dir, device=where)
     files = model.save_pretrained(out)
     report = {"out": out, "config": config.to_dict(), "files": files, "size": model.size_report()}
     if as_json:
         print_json({**report, "matrices": model.quantization_report})
     else:
         print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
+
+
+def kept_layers(method: str, resume_dir: Path | None) -> str:
+    """What an interrupted `quantize` leaves."""
+    from quantlab.resume import finished_layers
+
+    if method != "gptq":  # takes seconds
+        return ""
+    if resume_dir is None:
+        return "nothing is kept: with --resume-dir, finished layers would be"
+    return f"finished layers kept in {resume_dir}: {finished_layers(resume_dir)}; the same call goes on from there"
 
 
 def perplexity(

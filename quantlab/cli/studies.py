@@ -19,6 +19,7 @@ from quantlab.cli.common import (
     known_source,
     print_json,
     print_table,
+    told_what_is_kept,
     wrong_call,
 )
 
@@ -207,7 +208,11 @@ def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) 
         if not as_json:
             print(f"{cell}: {status}", flush=True)
 
-    outcome = study.run(config, out, on_cell=tell)
+    def kept() -> str:
+        return f"what is finished is kept in {out}: the same call goes on from there" if out.is_dir() else ""
+
+    with told_what_is_kept(kept):
+        outcome = study.run(config, out, on_cell=tell)
     show_report(out, as_json, force=outcome.worked > 0)
     if outcome.failed:
         error = outcome.cells[outcome.failed[0]]["error"]

@@ -18,6 +18,7 @@ from quantlab.cli.common import (
     print_json,
     require_new,
     told_warnings,
+    told_what_is_kept,
     wrong_call,
 )
 from quantlab.cli.models import quantization_config
@@ -87,6 +88,7 @@ def _train(
     settings: dict[str, Any], limit: int | None, loading: tuple[str, str, bool], as_json: bool,
 ) -> None:  # fmt: skip
     import quantlab as ql
+    from quantlab.checkpoints import checkpoints_in
     from quantlab.conversations import chat_template, read_json_lines
     from quantlab.lora import target_modules
     from quantlab.quantize import require_float
@@ -110,7 +112,12 @@ def _train(
     if quantization is not None:
         model = ql.quantize(model, quantization)
     rows = data if limit is None else read_json_lines(data)[:limit]
-    with told_warnings():
+
+    def kept() -> str:
+        found = checkpoints_in(out)
+        return f"{found[-1].name} is kept in {out}: the same call with --resume goes on from it" if found else ""
+
+    with told_warnings(), told_what_is_kept(kept):
         tuned = ql.finetune(model.to(device), lora, rows, training, eval_data)
     parameters = tuned.require_adapter().parameters.size
     if as_json:
