@@ -40,6 +40,7 @@ class LlamaForSequenceClassification(Llama):
     """
 
     architecture = "LlamaForSequenceClassification"
+    options = ("num_labels",)
 
     def __init__(
         self,

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DTYPES = (*DTYPE_NAMES.values(), "auto")
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
+# what from_pretrained of transformers takes, and what does the same here
+ELSEWHERE = {
+    "torch_dtype": 'its name here is dtype, such as dtype="bfloat16"',
+    "device_map": 'a model is on one device here, such as device="cuda"',
+    "load_in_4bit": "load the model, then quantlab.quantize(model, quantlab.NF4Config())",
+    "load_in_8bit": "load the model, then quantlab.quantize(model, quantlab.Int8Config())",
+    "quantization_config": "load the model, then quantlab.quantize(model, config)",
+}
 DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -53,6 +61,7 @@ class Llama:
     """
 
     architecture = "LlamaModel"
+    options: tuple[str, ...] = ()  # of the constructor, that from_pretrained takes too
 
     def __init__(
         self,
@@ -123,6 +132,11 @@ class Llama:
         from quantlab.io import open_checkpoint
 
         device_number(device)  # better said before the weights are read
+        for name in extra:
+            if name not in cls.options:
+                accepted = ", ".join(("dtype", "device", "local_files_only", *cls.options))
+                hint = ELSEWHERE.get(name, "from_pretrained has no such argument")
+                raise TypeError(f"{name}: {hint}; accepted are {accepted}")
         checkpoint = open_checkpoint(source, local_files_only=local_files_only)
         return cls.from_checkpoint(checkpoint, dtype=dtype, device=device, **extra)
 
@@ -360,6 +374,7 @@ class LlamaForCausalLM(Llama):
     """
 
     architecture = "LlamaForCausalLM"
+    options = ("lm_head",)
 
     def __init__(self, *parts: Any, lm_head: Literal["int8"] | QuantWeight | None = None, **more: Any):
         if not (lm_head is None or lm_head == "int8" or isinstance(lm_head, QuantWeight)):

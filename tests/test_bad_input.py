@@ -140,6 +140,10 @@ def test_wrong_argument(name):
     fails(*WEIGHTS[name])
 
 
+def load(model: ql.LlamaForCausalLM, **options: object) -> ql.LlamaForCausalLM:
+    return ql.LlamaForCausalLM.from_pretrained(model.checkpoint.path, **options)
+
+
 MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "a token beyond the vocabulary": (lambda m: m([[1, VOCABULARY]]), str(VOCABULARY)),
     "a token below zero": (lambda m: m([[1, -1]]), "-1"),
@@ -166,9 +170,17 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "decoding text": (lambda m: m.decode("hello"), "ids: got text"),
     "a chat of one text": (lambda m: m.apply_chat_template("hello"), "messages: got text"),
     "a LoRA of a mapping": (lambda m: ql.finetune(m, {"r": 8}, TEXTS), "lora: got dict"),
-    "another dtype": (lambda m: type(m).from_pretrained(m.checkpoint.path, dtype="int3"), "int3"),
-    "another device": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="tpu"), "tpu"),
-    "a device that is not there": (lambda m: type(m).from_pretrained(m.checkpoint.path, device="cuda:99"), "cuda"),
+    "another dtype": (lambda m: load(m, dtype="int3"), "int3"),
+    "another device": (lambda m: load(m, device="tpu"), "tpu"),
+    "a device that is not there": (lambda m: load(m, device="cuda:99"), "cuda"),
+    "transformers' dtype": (lambda m: load(m, torch_dtype="auto"), "torch_dtype: its name here is dtype"),
+    "transformers' devices": (lambda m: load(m, device_map="auto"), "device_map: a model is on one device here"),
+    "transformers' 4 bits": (
+        lambda m: load(m, load_in_4bit=True),
+        "load_in_4bit: load the model, then quantlab.quantize",
+    ),
+    "transformers' config": (lambda m: load(m, quantization_config={}), "then quantlab.quantize(model, config)"),
+    "no such argument": (lambda m: load(m, revision="main"), "accepted are dtype, device, local_files_only, lm_head"),
     "a device by its number": (lambda m: m.to(0), "device: got 0"),
     "calibration of a path": (lambda m: ql.quantize(m, ql.GPTQConfig(), Path("t.txt")), "calibration: got PosixPath"),
     "no calibration": (lambda m: ql.quantize(m, ql.GPTQConfig()), "calibration"),
