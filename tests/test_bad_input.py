@@ -19,6 +19,7 @@ from quantlab import cli
 
 ERRORS = (ValueError, TypeError, OSError, ql.NumericError, ql.CudaError)
 DIRECTORIES = {**SAFETENSORS, **CONFIGS}
+NO_MODEL = {"no weights", "pickled weights", "no config.json"}  # then the call was wrong; what is damaged has failed
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,10 @@ def test_damaged_directory(capfd, broken, name):
     breaker, says = DIRECTORIES[name]
     breaker(broken)
     before = snapshot(broken)
+    status = 2 if name in NO_MODEL else 1
     fails(lambda: ql.LlamaForCausalLM.from_pretrained(broken), says)
-    shell_fails(capfd, says, "generate", broken, "hi")
-    shell_fails(capfd, says, "quantize", broken, broken.parent / "out", "--method", "nf4")
+    shell_fails(capfd, says, "generate", broken, "hi", status=status)
+    shell_fails(capfd, says, "quantize", broken, broken.parent / "out", "--method", "nf4", status=status)
     assert not (broken.parent / "out").exists() and snapshot(broken) == before
 
 
@@ -177,7 +179,7 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "transformers' devices": (lambda m: load(m, device_map="auto"), "device_map: a model is on one device here"),
     "transformers' 4 bits": (
         lambda m: load(m, load_in_4bit=True),
-        "load_in_4bit: load the model, then quantlab.quantize",
+        "load the model, then quantlab.quantize(model, ",
     ),
     "transformers' config": (lambda m: load(m, quantization_config={}), "then quantlab.quantize(model, config)"),
     "no such argument": (lambda m: load(m, revision="main"), "accepted are dtype, device, local_files_only, lm_head"),
@@ -284,11 +286,13 @@ SHELL: dict[str, tuple[int, list[str], str]] = {
     "no such directory": (2, ["generate", "{tmp}/none", "hi"], "none"),
     "no name": (2, ["generate", "", "hi"], "source: got nothing"),
     "a file that is no model": (2, ["generate", "{tmp}/text.txt", "hi"], "text.txt"),
-    "an empty directory": (1, ["generate", "{tmp}/empty", "hi"], "config.json"),
+    "an empty directory": (2, ["generate", "{tmp}/empty", "hi"], "source: {tmp}/empty: holds no config.json"),
     "an empty prompt": (2, ["generate", "{good}", ""], "prompt: got ''"),
     "no adapter": (2, ["generate", "{good}", "hi", "--adapter", "{tmp}/none"], "--adapter: "),
     "an adapter that is a file": (2, ["merge", "{good}", "{tmp}/text.txt", "{tmp}/out"], "text.txt"),
-    "an empty adapter": (1, ["merge", "{good}", "{tmp}/empty", "{tmp}/out"], "adapter_config.json"),
+    "an empty adapter": (2, ["merge", "{good}", "{tmp}/empty", "{tmp}/out"], "adapter_config.json"),
+    "nothing to fetch": (2, ["fetch", "{tmp}/empty"], "holds no config.json"),
+    "a model for an adapter": (2, ["generate", "{good}", "hi", "--adapter", "{good}"], "adapter_config.json"),
     "no text": (2, ["perplexity", "{good}", "--text", "{tmp}/none.txt"], "none.txt"),
     "a text that is a directory": (2, ["perplexity", "{good}", "--text", "{tmp}/empty"], "is a directory"),
     "text that is not UTF-8": (1, ["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
@@ -310,12 +314,18 @@ SHELL: dict[str, tuple[int, list[str], str]] = {
     "a config that is a list": (1, ["size", "{tmp}/list.json"], "list"),
     "a device that is not there": (1, ["bench", "--device", "cuda"], "cuda"),
     "a file that is a directory": (2, ["bench", "add", "--json", "{tmp}/empty"], "is a directory"),
-    "an empty run": (1, ["report", "{tmp}/empty"], "empty"),
-    "a run that is a model": (1, ["report", "{good}"], "not a run directory"),
+    "an empty run": (2, ["report", "{tmp}/empty"], "run: {tmp}/empty: not a run directory"),
+    "a run that is a model": (2, ["report", "{good}"], "not a run directory"),
     "no run": (2, ["report", "{tmp}/none"], "none"),
     "a run that is a file": (2, ["lima", "--out", "{tmp}/text.txt"], "is a file"),
     "a study of no model": (2, ["tweeteval", "--out", "{tmp}/out", "--model", "{tmp}/none", "--dry-run"], "--model"),
     "a study of no data": (2, ["lima", "--out", "{tmp}/out", "--data", "{tmp}/none", "--dry-run"], "--data"),
+    "conversations in no file": (2, ["lima", "--out", "{tmp}/out", "--data", "{tmp}/empty"], "--data: {tmp}/empty/"),
+    "tweets in no file": (
+        2,
+        ["tweeteval", "--out", "{tmp}/out", "--task", "irony", "--data-root", "{tmp}/empty"],
+        "--data-root: {tmp}/empty holds neither",
+    ),
     "a country in words": (2, ["tweeteval", "--out", "{tmp}/out", "--country", "Spain", "--dry-run"], "three letters"),
 }
 
@@ -329,7 +339,9 @@ def test_shell(capfd, good, tmp_path, name):
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path)
     status, words, says = SHELL[name]
-    shell_fails(capfd, says, *(word.format(tmp=tmp_path, good=good) for word in words), status=status)
+    shell_fails(
+        capfd, says.format(tmp=tmp_path), *(word.format(tmp=tmp_path, good=good) for word in words), status=status
+    )
     assert snapshot(tmp_path) == before
 
 

@@ -294,29 +294,6 @@ def test_a_dry_run_foresees_only_models_that_are_there_or_on_the_hub(capsys, tmp
     assert status == 2 and "/no/such/model" in err and out == ""
 
 
-def test_a_directory_that_holds_not_what_is_asked_for_is_a_wrong_call(capsys, tmp_path, tiny):
-    empty, bare = tmp_path / "empty", tmp_path / "bare"
-    empty.mkdir(), bare.mkdir()
-    (bare / "config.json").write_bytes((tiny / "config.json").read_bytes())
-    for words, said in [
-        (["generate", empty, "a"], "source: {}: holds no config.json"),
-        (["generate", bare, "a"], "holds no safetensors file"),
-        (["fetch", empty], "{}: holds no config.json"),
-        (["generate", tiny, "a", "--adapter", empty], "--adapter: {}: holds no adapter_config.json"),
-        (["merge", tiny, empty, tmp_path / "out"], "adapter: {}: holds no adapter_config.json"),
-        (["report", empty], "run: {}: not a run directory"),
-        (["lima", "--data", empty, "--out", tmp_path / "out"], "--data: {}/train.jsonl: no such file"),
-        (
-            ["tweeteval", "--task", "irony", "--data-root", empty, "--out", tmp_path / "out"],
-            "--data-root: {} holds nei",
-        ),
-    ]:
-        status, out, err = call(capsys, *words)
-        assert status == 2 and out == "" and said.format(empty) in err, (words, err)
-        one_line(err)
-    assert not (tmp_path / "out").exists()
-
-
 def test_quantize_writes_only_where_nothing_is(capsys, tiny):
     before = sorted(tiny.iterdir())
     status, _, err = call(capsys, "quantize", tiny, tiny, "--method", "nf4")
