@@ -201,6 +201,10 @@ class BuildCore(build_ext):
         cuda_sources = [] if nvcc.why_not else sources(["cuda/*.cu"])
         defines += ["-DQL_BUILT_CUDA"] * bool(cuda_sources)
         report.append(f"cuda: {nvcc.why_not or f'built, {len(cuda_sources)} files, nvcc {nvcc.version}'}")
+        sys.path.insert(0, str(ROOT))
+        from quantlab.sources import fingerprint  # which the Python layer compares with
+
+        module_flags = [f'-DQL_SOURCES="{fingerprint(ROOT)}"']  # of one file, so that not all are compiled again
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         jobs = [lambda source=source: nvcc.compile(source, folder) for source in largest_first(cuda_sources)]
@@ -208,7 +212,8 @@ class BuildCore(build_ext):
             patterns, group_flags, _ = GROUPS[group]
             group_flags = [*flags, *defines, *group_flags]
             for source in sources(patterns):
-                jobs.append(lambda source=source, flags=group_flags: compiler.compile(source, flags, folder))
+                own = [*group_flags, *module_flags] if source == "csrc/python/module.c" else group_flags
+                jobs.append(lambda source=source, flags=own: compiler.compile(source, flags, folder))
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(lambda job: job(), jobs))
         output = Path(self.get_ext_fullpath(extension.name))

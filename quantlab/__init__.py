@@ -86,20 +86,33 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_core":  # whoever asks first: `from quantlab import _core` looks for the attribute before the module
+        return _load_core()
     if name not in _HOMES:
         raise AttributeError(f"module 'quantlab' has no attribute {name!r}")
-    try:
-        module = import_module(f"quantlab.{_HOMES[name]}")
-    except ImportError:
-        if find_spec("quantlab._core") is not None:
-            raise
-        raise ImportError(
-            f"quantlab: {__path__[0]} holds no built C core. Is it the source tree that Python was started in? "
-            "Start Python elsewhere, or build the core here: pip install -e ."
-        ) from None
+    home = _HOMES[name]
+    module = _load_core() if home == "_core" else import_module(f"quantlab.{home}")
     value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
+
+
+def _load_core() -> ModuleType:
+    """quantlab._core; ImportError with what to do where it was not built, or from other sources."""
+    from quantlab.sources import check
+
+    if find_spec("quantlab._core") is None:
+        raise ImportError(
+            f"{__path__[0]} holds no built C core. Is it the source tree that Python was started in? "
+            "Start Python elsewhere, or build the core here: pip install -e ."
+        )
+    core = import_module("quantlab._core")
+    try:
+        check(core, __path__[0])
+    except ImportError:
+        del sys.modules["quantlab._core"], globals()["_core"]  # the next import says so too
+        raise
+    return core
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,8 @@ I32 = NDArray[np.int32]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
+sources: str  # see quantlab.sources
+
 class IsaInfo(TypedDict):
     built: bool
     usable: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,16 +70,33 @@ def test_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
+# an editable install's finder would answer for quantlab._core with the core of the tree that it was made from
+NO_FINDER = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]"
+
+
+def imported_in(folder: Path, statement: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"{NO_FINDER}; {statement}"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_a_source_tree_without_the_core_says_so(tmp_path):
-    package = Path(quantlab.__file__).parent
-    # an editable install's finder would answer for quantlab._core with the core of the tree that it was made from
-    no_editable_finder = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]"
-    shutil.copytree(package, tmp_path / "quantlab", ignore=shutil.ignore_patterns("_core*", "__pycache__"))
-    done = subprocess.run(
-        [sys.executable, "-c", f"{no_editable_finder}; import quantlab; quantlab.LlamaForCausalLM"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    shutil.copytree(PACKAGE, tmp_path / "quantlab", ignore=shutil.ignore_patterns("_core*", "__pycache__"))
+    done = imported_in(tmp_path, "import quantlab; quantlab.LlamaForCausalLM")
     assert done.returncode == 1
     assert "holds no built C core" in done.stderr and "pip install -e ." in done.stderr
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / "csrc").exists(), reason="the package is not in a source tree")
+@pytest.mark.parametrize("statement", ["from quantlab import _core", "import quantlab.llama", "quantlab.NumericError"])
+def test_a_core_of_other_sources_says_so(tmp_path, statement):
+    shutil.copytree(PACKAGE, tmp_path / "quantlab", ignore=shutil.ignore_patterns("__pycache__"))
+    statement = f"import quantlab; {statement}"
+    assert imported_in(tmp_path, statement).returncode == 0  # as where it is installed: no sources beside it
+    shutil.copytree(PACKAGE.parent / "csrc", tmp_path / "csrc")
+    assert imported_in(tmp_path, statement).returncode == 0
+    with open(tmp_path / "csrc/quantlab.h", "a") as header:
+        header.write("/* another */")
+    done = imported_in(tmp_path, statement)
+    assert done.returncode == 1
+    assert "built from other sources" in done.stderr and "pip install -e ." in done.stderr

@@ -48,7 +48,7 @@ KERNEL_FORBIDDEN = re.compile(r"\b(malloc|calloc|realloc|free|printf|fprintf|put
 
 # Python layers, lowest first; a module may import its own layer and those below it
 PYTHON_LAYERS = [
-    {"_core", "arrays", "config", "cuda", "errors", "progress"},
+    {"_core", "arrays", "config", "cuda", "errors", "progress", "sources"},
     {"token_rows", "backend", "weight", "rope", "llama_config", "tracking"},
     {"io", "gptq"},
     {"calibration", "device_calibration", "resume"},

@@ -19,5 +19,6 @@ PyMODINIT_FUNC PyInit__core(void) {
     for (size_t i = 0; i < sizeof domains / sizeof *domains; i++) {
         if (domains[i](module) < 0) { return Py_DECREF(module), NULL; }
     }
+    if (PyModule_AddStringConstant(module, "sources", QL_SOURCES) < 0) { return Py_DECREF(module), NULL; }
     return module;
 }
