@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,13 @@ def test_the_seed_preset(tiny, tmp_path):
 def test_bad_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         LimaConfig.from_dict(fields)
+
+
+def test_a_limit_bounds_the_batches_of_generation():
+    config = LimaConfig()
+    assert lima.limited(config, 200) == replace(config, limit=200)
+    assert lima.limited(config, 6).batches == (1, 2, 4)
+    assert lima.limited(replace(config, batches=(8, 16)), 6).batches == (6,)
 
 
 def test_a_configuration_survives_its_file(tmp_path):

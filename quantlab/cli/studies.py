@@ -137,7 +137,7 @@ def lima(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="At most this many conversations, held-out ones included; generation is timed in full.",
+            help="At most this many conversations, held-out ones included, and rows of a batch of generation.",
             min=2,
             show_default="all",
         ),
@@ -163,12 +163,13 @@ def lima(
     from quantlab.io.datasets import lima_file
 
     given: dict[str, Any] = {
-        "preset": preset, "baselines": tuple(baselines) if baselines else None, "limit": limit, "model": model,
+        "preset": preset, "baselines": tuple(baselines) if baselines else None, "model": model,
         "data": str(data) if data else None, "perplexity_text": str(perplexity_text) if perplexity_text else None,
         "country": country, "device": device, "wandb": wandb, "local_files_only": local_files_only or None,
     }  # fmt: skip
     with wrong_call():
         chosen = configured(study.LimaConfig, config, given)
+        chosen = chosen if limit is None else study.limited(chosen, limit)
     if chosen.data is not None:
         with wrong_call("data", "--data: "):
             lima_file(chosen.data)

@@ -134,6 +134,11 @@ class LimaConfig(StudyConfig):
         )  # fmt: skip
 
 
+def limited(config: LimaConfig, limit: int) -> LimaConfig:
+    """The same study on at most `limit` conversations, and of generation in batches of no more rows."""
+    return replace(config, limit=limit, batches=tuple(size for size in config.batches if size <= limit) or (limit,))
+
+
 def parts_of(baseline: str) -> tuple[str | None, str]:
     """("bnb", "gptq") of "bnb-gptq": tuned over, inferred in; (None, "fp16") of "fp16"."""
     first, dash, second = baseline.partition("-")
