@@ -185,7 +185,7 @@ typedef struct {
                       const ql_adamw_step *s))                                                                          \
     /* h += a^T b; a (t, ka), b (t, kb), h (ka, kb). lower: only elements with row >= column are written (ka == kb) */  \
     X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))           \
-    /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: GPTQ's error feedback */          \
+    /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: Cholesky factor of a Hessian */   \
     X(feedback_forward, (double *z, const double *e, const double *a, int64_t rows, int64_t depth, int64_t width,       \
                          int64_t ldz, int64_t lde, int64_t lda))                                                        \
     /* The next three work on a tile of QL_GPTQ_ROWS rows of W, float64: an array (m, rows) has a column of W in each of \

@@ -24,7 +24,8 @@ from quantlab.config import GPTQConfig
 from quantlab.weight import QuantWeight, check_finite
 
 DAMP_STEP = 0.01  # added to damp_percent each time the Hessian turns out not to be positive definite
-THREADED_FACTOR = 4096  # columns from which LAPACK's own threads pay; below, they and ours wait for each other
+THREADED_SOLVE = 4096  # columns from which LAPACK's own threads pay; below, they and ours wait for each other
+FACTOR_PANEL = 64  # columns of a Cholesky factor that are finished together (QL_GPTQ_PANEL)
 ROWS_PER_SOLVE = 1024  # rows of W whose correction is solved for at once: bounds the float64 copy
 _SEARCH = {None: 0, "mse": 1, "hessian": 2}
 
@@ -144,7 +145,26 @@ def _blas() -> Any:
 
 def _lapack_threads(k: int) -> AbstractContextManager[Any]:
     """One thread for a small matrix, LAPACK's choice for a large one."""
-    return _blas().limit(limits=1) if k < THREADED_FACTOR else nullcontext()
+    return _blas().limit(limits=1) if k < THREADED_SOLVE else nullcontext()
+
+
+def _cholesky(matrix: np.ndarray) -> bool:
+    """Puts the Cholesky factor (lower) of `matrix`, float64 (k, k), of which the lower triangle counts, in its place;
+    False: it is not positive definite. LAPACK factors blocks on the diagonal; the rest is ours, on all threads."""
+    from scipy.linalg.lapack import dpotrf, dtrtri
+
+    with _blas().limit(limits=1):
+        for first in range(0, len(matrix), FACTOR_PANEL):
+            count = min(FACTOR_PANEL, len(matrix) - first)
+            _core.gptq_factor_update(matrix, first, count)
+            block = matrix[first : first + count, first : first + count]
+            upper, info = dpotrf(block.T, lower=0)  # of the transposed block: what Fortran wants
+            if info != 0:
+                return False
+            block[:] = upper.T
+            inverse, _ = dtrtri(upper, lower=0)
+            _core.gptq_factor_solve(matrix, first, np.ascontiguousarray(inverse))
+    return bool(np.isfinite(matrix.diagonal()).all())
 
 
 class _Factor:
@@ -184,12 +204,8 @@ class _Factor:
 
     def _try(self, hessian: Hessian, damp: float) -> bool:
         """Whether the factor with this damping is there; it is kept."""
-        from scipy.linalg.lapack import dpotrf
-
         self.lower = _core.gptq_matrix(hessian.sum, self.order, hessian.factor, damp)
-        with _lapack_threads(len(self.lower)):
-            _, info = dpotrf(self.lower.T, lower=0, clean=0, overwrite_a=1)  # in place: the view is what Fortran wants
-        return info == 0 and bool(np.isfinite(self.lower.diagonal()).all())
+        return _cholesky(self.lower)
 
     def correct(self, w: Any, scale: float, drift: Any, residual: Any) -> Any:
         """W + (W drift + residual) (H + lambda I)^-1, the moments scaled like the Hessian."""

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 import quantlab as ql
 from quantlab import _core
 from quantlab.config import GPTQConfig
-from quantlab.gptq import Hessian, column_order, quantize
+from quantlab.gptq import Hessian, _cholesky, column_order, quantize
 
 ORDERS = [
     {},
@@ -54,6 +54,40 @@ def layer(seed: int, n: int | None = None, k: int | None = None) -> tuple[np.nda
     for part in np.array_split(x, 3):
         hessian.add(part)
     return w, hessian
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 8, 15, 17, 33, 63, 64, 65, 128, 131, 200, 300])
+def test_cholesky(k: int) -> None:
+    """Within a few roundings of LAPACK's, the same for any number of threads, on every ISA; the upper triangle is not
+    read."""
+    x = np.random.default_rng(k).standard_normal((2 * k, k))
+    matrix = x.T @ x
+    expected = np.linalg.cholesky(matrix)
+    for isa in ql.info()["isa"]["usable"]:
+        found = []
+        for threads in (1, 2):
+            lower = np.where(np.tri(k, dtype=bool), matrix, np.nan)
+            with ql.backend.use(isa=isa, threads=threads):
+                assert _cholesky(lower)
+            found.append(np.tril(lower))
+        np.testing.assert_array_equal(*found)
+        np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-13 * np.abs(expected).max())
+    matrix[k - 1, k - 1] = -1.0
+    assert not _cholesky(matrix)
+
+
+def test_cholesky_refuses() -> None:
+    square, narrow = np.eye(70), np.ones((70, 3))
+    for call in (
+        lambda: _core.gptq_factor_update(narrow, 0, 3),
+        lambda: _core.gptq_factor_update(square, 64, 7),
+        lambda: _core.gptq_factor_update(square, -1, 2),
+        lambda: _core.gptq_factor_update(square, 0, 65),
+        lambda: _core.gptq_factor_solve(square, 60, np.eye(11)),
+        lambda: _core.gptq_factor_solve(square, 0, narrow),
+    ):
+        with pytest.raises(ValueError):
+            call()
 
 
 def full(hessian: Hessian) -> np.ndarray:

@@ -1,4 +1,4 @@
-/* feedback.c: z += e a in float64: the error feedback of finished columns that GPTQ adds to a block (quant/gptq.h). */
+/* feedback.c: z += e a in float64: the panels of the Cholesky factor that GPTQ takes its error feedback from (quant/gptq.h). */
 #include "../quantlab.h"
 
 void ql_feedback_forward_scalar(double *z, const double *e, const double *a, int64_t rows, int64_t depth, int64_t width,

@@ -43,6 +43,54 @@ static PyObject *gptq_matrix(PyObject *self, PyObject *arguments) {
     return (PyObject *)out;
 }
 
+/* l (k, k), writeable, and a block of its columns */
+static PyArrayObject *parse_factor(PyObject *object, long long first, long long count) {
+    PyArrayObject *l = ql_array(object, "l", NPY_FLOAT64, 2);
+    if (l == NULL || !check_square(l, "l", ql_dim(l, 0))) { return NULL; }
+    if (!PyArray_ISWRITEABLE(l)) { return PyErr_SetString(PyExc_ValueError, "l: not writeable"), NULL; }
+    if (first < 0 || count < 1 || count > QL_GPTQ_PANEL || first > ql_dim(l, 0) - count) {
+        PyErr_Format(PyExc_ValueError, "first, count: got %lld, %lld for %lld columns, at most %d at a time", first, count,
+                     (long long)ql_dim(l, 0), QL_GPTQ_PANEL);
+        return NULL;
+    }
+    return l;
+}
+
+/* gptq_factor_update(l, first, count) */
+static PyObject *gptq_factor_update(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *l_object;
+    long long first, count;
+    if (!PyArg_ParseTuple(arguments, "OLL", &l_object, &first, &count)) { return NULL; }
+    PyArrayObject *l = parse_factor(l_object, first, count);
+    if (l == NULL) { return NULL; }
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    status = ql_gptq_factor_update(ql_data(l), ql_dim(l, 0), first, count);
+    QL_CALL_END(stopped)
+    if (stopped || status != QL_OK) { return stopped ? NULL : ql_raise(status); }
+    Py_RETURN_NONE;
+}
+
+/* gptq_factor_solve(l, first, inverse) */
+static PyObject *gptq_factor_solve(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *l_object, *inverse_object;
+    long long first;
+    if (!PyArg_ParseTuple(arguments, "OLO", &l_object, &first, &inverse_object)) { return NULL; }
+    PyArrayObject *inverse = ql_array(inverse_object, "inverse", NPY_FLOAT64, 2);
+    if (inverse == NULL || !check_square(inverse, "inverse", ql_dim(inverse, 0))) { return NULL; }
+    PyArrayObject *l = parse_factor(l_object, first, ql_dim(inverse, 0));
+    if (l == NULL) { return NULL; }
+    int stopped;
+    QL_CALL_BEGIN
+    ql_gptq_factor_solve(ql_data(l), ql_data(inverse), ql_dim(l, 0), first, ql_dim(inverse, 0));
+    QL_CALL_END(stopped)
+    if (stopped) { return NULL; }
+    Py_RETURN_NONE;
+}
+
 /* gptq_feedback(l) -> diagonal (k,); l becomes the feedback */
 static PyObject *gptq_feedback(PyObject *self, PyObject *arguments) {
     (void)self;
@@ -149,6 +197,11 @@ static PyObject *gptq_quantize(PyObject *self, PyObject *arguments) {
 static PyMethodDef methods[] = {
     {"gptq_matrix", gptq_matrix, METH_VARARGS,
      "gptq_matrix(h float32 (k, k) lower, order int32 (k,), factor, damp) -> float64 (k, k): lower triangle of the reversed matrix"},
+    {"gptq_factor_update", gptq_factor_update, METH_VARARGS,
+     "gptq_factor_update(l float64 (k, k), first, count): l[first:, first:first+count] -= l[first:, :first] "
+     "l[first:first+count, :first]^T"},
+    {"gptq_factor_solve", gptq_factor_solve, METH_VARARGS,
+     "gptq_factor_solve(l float64 (k, k), first, inverse (count, count)): l[first+count:, first:first+count] is multiplied by it"},
     {"gptq_feedback", gptq_feedback, METH_VARARGS, "gptq_feedback(l float64 (k, k)) -> diagonal (k,); l is overwritten by the feedback"},
     {"gptq_quantize", gptq_quantize, METH_VARARGS,
      "gptq_quantize(w float32 (n, k), feedback, diagonal, order, importance, dead, group, bits, sym, search, fixed, keep_dead, "

@@ -52,6 +52,83 @@ ql_status ql_gptq_matrix(double *out, const float *h, const int32_t *order, int6
     return not_finite ? ql_fail(QL_ENUMERIC, "the Hessian is not finite: the inputs hold NaN or infinity") : QL_OK;
 }
 
+/* A block of columns of the Cholesky factor: l (k, k) has finished columns up to `first`. */
+typedef struct {
+    double *l;
+    double *right; /* (depth, count), its rows PADDED apart: what the rows of l are multiplied by */
+    int64_t k, first, count;
+} panel_context;
+
+enum {
+    TASK_ROWS = 56,  /* a slice of `right` stays in the second-level cache while all of them meet it */
+    PANEL_ROWS = 28, /* copied together: rows of l may lie in a few sets of the cache */
+    PADDED = QL_GPTQ_PANEL + 8
+};
+
+static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+static int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+/* columns of -L[first .. first + count, :first] become rows of `right` */
+static void pack_panel(void *context, int64_t i) {
+    const panel_context *c = context;
+    int64_t begin = i * QL_GPTQ_PANEL, end = at_most(begin + QL_GPTQ_PANEL, c->first);
+    for (int64_t j = 0; j < c->count; j++) {
+        const double *row = c->l + (c->first + j) * c->k;
+        for (int64_t s = begin; s < end; s++) { c->right[s * PADDED + j] = -row[s]; }
+    }
+}
+
+/* z (rows, count), rows of l that begin at column `first`, += left (rows, depth) right (depth, count) */
+static void add_product(double *z, const double *left, const panel_context *c, const double *right, int64_t rows, int64_t depth) {
+    ql_cpu()->feedback_forward(z, left, right, rows, depth, c->count, c->k, PADDED, PADDED);
+}
+
+static void copy_rows(double *out, const double *in, const panel_context *c, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++) { memcpy(out + r * PADDED, in + r * c->k, (size_t)columns * sizeof *in); }
+}
+
+static void update_rows(void *context, int64_t i) {
+    const panel_context *c = context;
+    double left[PANEL_ROWS * PADDED];
+    int64_t begin = c->first + i * TASK_ROWS, end = at_most(begin + TASK_ROWS, c->k);
+    for (int64_t s = 0; s < c->first; s += QL_GPTQ_PANEL) {
+        int64_t depth = at_most(QL_GPTQ_PANEL, c->first - s);
+        for (int64_t r = begin; r < end; r += PANEL_ROWS) {
+            double *row = c->l + r * c->k;
+            int64_t rows = at_most(PANEL_ROWS, end - r);
+            copy_rows(left, row + s, c, rows, depth);
+            add_product(row + c->first, left, c, c->right + s * PADDED, rows, depth);
+        }
+    }
+}
+
+ql_status ql_gptq_factor_update(double *l, int64_t k, int64_t first, int64_t count) {
+    if (first == 0) { return QL_OK; }
+    double *right = ql_scratch((size_t)(first * PADDED) * sizeof *right);
+    if (right == NULL) { return ql_fail(QL_ENOMEM, "no memory for a panel of the Cholesky factor"); }
+    panel_context context = {l, right, k, first, count};
+    ql_parallel_for(pieces(first, QL_GPTQ_PANEL), pack_panel, &context);
+    ql_parallel_for(pieces(k - first, TASK_ROWS), update_rows, &context);
+    return QL_OK;
+}
+
+static void solve_rows(void *context, int64_t i) {
+    const panel_context *c = context;
+    double left[PANEL_ROWS * PADDED];
+    int64_t begin = c->first + c->count + i * PANEL_ROWS, rows = at_most(PANEL_ROWS, c->k - begin);
+    double *row = c->l + begin * c->k + c->first;
+    copy_rows(left, row, c, rows, c->count);
+    for (int64_t r = 0; r < rows; r++) { memset(row + r * c->k, 0, (size_t)c->count * sizeof *row); }
+    add_product(row, left, c, c->right, rows, c->count);
+}
+
+void ql_gptq_factor_solve(double *l, const double *inverse, int64_t k, int64_t first, int64_t count) {
+    double right[QL_GPTQ_PANEL * PADDED];
+    for (int64_t s = 0; s < count; s++) { memcpy(right + s * PADDED, inverse + s * count, (size_t)count * sizeof *right); }
+    panel_context context = {l, right, k, first, count};
+    ql_parallel_for(pieces(k - first - count, PANEL_ROWS), solve_rows, &context);
+}
+
 /* rows i and k-1-i trade places, each reversed: the flat array is reversed */
 static void reverse_row_pair(void *context, int64_t i) {
     const factor_context *c = context;

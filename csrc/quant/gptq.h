@@ -43,6 +43,13 @@ typedef struct {
  * A zero on the diagonal of H becomes 1. QL_ENUMERIC where H is not finite. */
 ql_status ql_gptq_matrix(double *out, const float *h, const int32_t *order, int64_t k, double factor, double damp);
 
+/* Its Cholesky factor L, in place, a block of at most QL_GPTQ_PANEL columns after the other: the first of these takes from
+ * rows first .. k of the block what the finished columns contribute (QL_ENOMEM: no scratch memory), LAPACK factors the block on
+ * the diagonal, and the second multiplies the rows below by `inverse` (count, count), that of the factor's transpose. */
+enum { QL_GPTQ_PANEL = 64 };
+ql_status ql_gptq_factor_update(double *l, int64_t k, int64_t first, int64_t count);
+void ql_gptq_factor_solve(double *l, const double *inverse, int64_t k, int64_t first, int64_t count);
+
 /* in place: Cholesky factor L of that matrix (lower, row-major) -> feedback; diagonal (k,) is set */
 void ql_gptq_feedback(double *l, double *diagonal, int64_t k);
 

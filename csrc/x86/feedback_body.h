@@ -10,7 +10,7 @@
 
 #include <math.h> /* fma */
 
-enum { DEPTH = 128, ROWS = VD_LANES == 8 ? 8 : 4, COLUMNS = 2 * VD_LANES };
+enum { DEPTH = 128, ROWS = VD_LANES == 8 ? 14 : 4, COLUMNS = 2 * VD_LANES };
 
 typedef struct {
     const double *e; /* (rows, depth) */
