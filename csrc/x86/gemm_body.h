@@ -1,7 +1,7 @@
 /* gemm_body.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, in float32.
  *
- * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: a block of b is packed once, in panels of NR
- * columns in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet the panels in a kernel
+ * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: BLOCKS blocks of b are packed once, in panels
+ * of NR columns in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet the panels in a kernel
  * that holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
  *     for each block of KC: sum = fma(a[i, s], b[s, j], sum) for s in order; c[i, j] += sum
  * whatever m, the tile, the task or the number of threads: a row's result does not depend on the batch it is in.
@@ -21,6 +21,8 @@ enum {
     KC = 256,
     NB = V_AVX512 ? 384 : 192, /* widest block of b, 12 panels: (KC, NB) stays in the second-level cache */
     PANEL = KC * NR,           /* a block is its panels one after another, each (KC, NR) row-major */
+    BLOCK = NB / NR * PANEL,
+    BLOCKS = V_AVX512 ? 3 : 1, /* packed at once: at most 1.2 MB, where the second-level cache has more */
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
@@ -71,9 +73,14 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
         vf b0 = v_load(b), b1 = v_load(b + VL);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            vf x = v_set1(a[r * A_ROW]);
-            sum[r][0] = v_fma(x, b0, sum[r][0]);
-            sum[r][1] = v_fma(x, b1, sum[r][1]);
+            const float *x = a + r * A_ROW;
+            if (r % 2 == 0) { /* half the rows so, half so: neither the loads nor the instructions hold up the sums */
+                sum[r][0] = v_fma(v_set1(*x), b0, sum[r][0]);
+                sum[r][1] = v_fma(v_set1(*x), b1, sum[r][1]);
+            } else {
+                sum[r][0] = v_fma_at(x, b0, sum[r][0]);
+                sum[r][1] = v_fma_at(x, b1, sum[r][1]);
+            }
         }
         a += A_STEP, b += NR;
     }
@@ -168,23 +175,39 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
     }
 }
 
+/* rows [i0, i1) of c, columns [j0, j1), with steps [k0, k1), whose blocks of b are packed: the sums of a tile stay in the
+ * first-level cache from one block to the next */
+static void multiply_rows(const gemm *g, const float *blocks, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k0, int64_t k1) {
+    alignas(64) float tile_a[A_TILES * A_SIZE];
+    for (int64_t i = i0; i < i1; i += A_TILES * MR) {
+        int64_t end = at_most(i + A_TILES * MR, i1);
+        for (int64_t k = k0; k < k1; k += KC) {
+            int64_t steps = at_most(KC, k1 - k);
+            pack_a(tile_a, g, i, end - i, k, k + steps);
+            for (int64_t r = i; r < end; r += MR) {
+                multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, blocks + (k - k0) / KC * BLOCK, g->accumulate || k > 0, r,
+                              at_most(MR, end - r), j0, j1, steps);
+            }
+        }
+    }
+}
+
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
-    alignas(64) float block[NB / NR * PANEL];
-    alignas(64) float tile_a[A_TILES * A_SIZE];
-    int64_t blocks = pieces(g->n, g->width);
-    int64_t i0 = task / blocks * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
-    int64_t j0 = task % blocks * g->width, j1 = at_most(j0 + g->width, g->n);
+    alignas(64) float blocks[BLOCKS * BLOCK];
+    int64_t across = pieces(g->n, g->width);
+    int64_t i0 = task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
+    int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
     if (g->lower && j0 > i1 - 1) { return; }
-    for (int64_t k0 = 0; k0 < g->k; k0 += KC) {
-        int64_t k1 = at_most(k0 + KC, g->k);
-        g->pack_b(block, g, k0, k1, j0, j1);
-        pad_block(block, k1 - k0, j1 - j0);
-        for (int64_t i = i0; i < i1; i += MR) {
-            int64_t tile = (i - i0) / MR % A_TILES;
-            if (tile == 0) { pack_a(tile_a, g, i, at_most(A_TILES * MR, i1 - i), k0, k1); }
-            multiply_tile(g, tile_a + tile * A_SIZE, block, g->accumulate || k0 > 0, i, at_most(MR, i1 - i), j0, j1, k1 - k0);
+    for (int64_t k0 = 0, k1; k0 < g->k; k0 = k1) {
+        k1 = at_most(k0 + BLOCKS * KC, g->k);
+        for (int64_t k = k0; k < k1; k += KC) {
+            int64_t steps = at_most(KC, k1 - k);
+            float *block = blocks + (k - k0) / KC * BLOCK;
+            g->pack_b(block, g, k, k + steps, j0, j1);
+            pad_block(block, steps, j1 - j0);
         }
+        multiply_rows(g, blocks, i0, i1, j0, j1, k0, k1);
     }
 }
 
