@@ -1,4 +1,5 @@
-"""One progress bar for everything that takes more than two seconds: rate and time left, silent off a terminal."""
+"""One progress bar for everything that takes more than two seconds: rate and time left. Off a terminal, a plain line now
+and then."""
 
 from __future__ import annotations
 
@@ -12,23 +13,35 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 2.0
+FIRST_LINE, LINES_APART = (
+    10.0,
+    60.0,
+)  # seconds: of plain lines, which come after 10, 20, 40, 80 seconds, then by minutes
 
 
 class Progress:
-    """Counts `total` units. Silent in the first two seconds, and where the output is no terminal or notebook."""
+    """Counts `total` units, silent in the first two seconds; in ten where standard error is no terminal or notebook."""
 
     def __init__(self, total: int, description: str, unit: str, enabled: bool):
         self.total, self.description, self.unit = total, description, unit
         self.done = 0
-        self._enabled = enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self._started = time.monotonic()
+        self._enabled, self._live = enabled, sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._started, self._next_line = time.monotonic(), FIRST_LINE
         self._bar: RichProgress | None = None
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts `units` more; `note` (a loss, a layer's name) is shown beside the bar."""
         self.done += units
-        if self._enabled and time.monotonic() - self._started > QUIET_SECONDS:
+        elapsed = time.monotonic() - self._started
+        if self._enabled and self._live and elapsed > QUIET_SECONDS:
             self._show(note)
+        elif self._enabled and not self._live and elapsed > self._next_line:
+            self._next_line = elapsed + min(elapsed, LINES_APART)
+            rate = self.done / elapsed
+            said = (
+                f"{self.done} of {self.total}, {rate:.3g} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
+            )
+            print(f"{self.description}: {said}", file=sys.stderr, flush=True)
 
     def _show(self, note: str) -> None:
         if self._bar is None:
