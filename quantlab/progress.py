@@ -1,5 +1,5 @@
-"""One progress bar for everything that takes more than two seconds: rate and time left. Off a terminal, a plain line now
-and then."""
+"""One progress bar for everything that takes more than two seconds: rate and time left; off a terminal, a plain line
+now and then."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 2.0
-FIRST_LINE, LINES_APART = (
-    10.0,
-    60.0,
-)  # seconds: of plain lines, which come after 10, 20, 40, 80 seconds, then by minutes
+FIRST_LINE, LINES_APART = 10.0, 60.0  # seconds: plain lines come after 10, 20, 40, 80, then every minute
 
 
 class Progress:
@@ -38,10 +35,8 @@ class Progress:
         elif self._enabled and not self._live and elapsed > self._next_line:
             self._next_line = elapsed + min(elapsed, LINES_APART)
             rate = self.done / elapsed
-            said = (
-                f"{self.done} of {self.total}, {rate:.3g} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
-            )
-            print(f"{self.description}: {said}", file=sys.stderr, flush=True)
+            speed = f"{rate:.3g} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
+            print(f"{self.description}: {self.done} of {self.total}, {speed}", file=sys.stderr, flush=True)
 
     def _show(self, note: str) -> None:
         if self._bar is None:
