@@ -2,6 +2,7 @@
 #include "python.h"
 
 #include "../core/bits.h"
+#include "../quant/gguf.h"
 #include "../quant/quantizers.h"
 
 /* quantize_rtn(w, bits, group, sym) -> (codes, scales, zeros or None) */
@@ -67,9 +68,38 @@ static PyObject *first_nonfinite(PyObject *self, PyObject *object) {
     return stopped ? NULL : PyLong_FromLongLong(index);
 }
 
+static int gguf_kind(const char *name, ql_gguf_kind *kind) {
+    static const char *const names[] = {[QL_GGUF_Q4_0] = "Q4_0", [QL_GGUF_Q4_1] = "Q4_1", [QL_GGUF_Q8_0] = "Q8_0"};
+    for (int i = 0; i < (int)(sizeof names / sizeof *names); i++) {
+        if (strcmp(name, names[i]) == 0) { return *kind = (ql_gguf_kind)i, 1; }
+    }
+    return PyErr_Format(PyExc_ValueError, "kind: got '%s', expected Q4_0, Q4_1 or Q8_0", name), 0;
+}
+
+/* gguf_decode(blocks (count, bytes), kind) -> float32 (count, 32) */
+static PyObject *gguf_decode(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *object;
+    const char *name;
+    ql_gguf_kind kind;
+    int stopped;
+    if (!PyArg_ParseTuple(arguments, "Os", &object, &name) || !gguf_kind(name, &kind)) { return NULL; }
+    PyArrayObject *blocks = ql_array(object, "blocks", NPY_UINT8, 2);
+    if (blocks == NULL || !ql_check_dim(blocks, "blocks", 1, ql_gguf_block_bytes(kind))) { return NULL; }
+    PyArrayObject *out = ql_new(2, (int64_t[]){ql_dim(blocks, 0), QL_GGUF_BLOCK}, NPY_FLOAT32);
+    if (out == NULL) { return NULL; }
+    QL_CALL_BEGIN
+    ql_gguf_decode(ql_data(out), ql_data(blocks), ql_dim(blocks, 0), kind);
+    QL_CALL_END(stopped)
+    if (stopped) { return Py_DECREF(out), NULL; }
+    return (PyObject *)out;
+}
+
 static PyMethodDef methods[] = {
     {"quantize_rtn", quantize_rtn, METH_VARARGS, "quantize_rtn(w (n, k), bits, group, sym) -> (codes, scales, zeros or None)"},
     {"double_quantize", double_quantize, METH_O, "double_quantize(scales (blocks,)) -> (codes, absmax, map, offset)"},
+    {"gguf_decode", gguf_decode, METH_VARARGS,
+     "gguf_decode(blocks uint8 (count, bytes), kind) -> float32 (count, 32); kind Q4_0, Q4_1 or Q8_0"},
     {"first_nonfinite", first_nonfinite, METH_O, "first_nonfinite(x) -> flat index of the first NaN or infinity, or -1"},
     {NULL, NULL, 0, NULL},
 };

@@ -7,6 +7,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from .variants import Variant
 
 if TYPE_CHECKING:
     from quantlab.classify import LlamaForSequenceClassification
+    from quantlab.io import Checkpoint
 
     from .tweeteval import Plan
 
@@ -86,18 +88,20 @@ class Stages(ModelStages):
         write_bytes(self.head_path, save({"score.weight": np.ascontiguousarray(model.score, dtype=np.float32)}))
         cell.record["head_file"] = str(self.head_path.relative_to(self.run.path))
 
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's file with its tokenizer, opened once for all cells; weights are read by each."""
+        from quantlab.io import open_checkpoint
+
+        return open_checkpoint(self.config.model, local_files_only=self.config.local_files_only)
+
     def load(self, cell: Cell, dtype: str) -> LlamaForSequenceClassification:
         """The classifier without a trained head, its matrices in `dtype`; the time it took goes to the cell."""
         from quantlab import LlamaForSequenceClassification
 
+        labels, device = len(self.plan.examples.names), self.config.device
         started = time.perf_counter()
-        model = LlamaForSequenceClassification.from_pretrained(
-            self.config.model,
-            num_labels=len(self.plan.examples.names),
-            dtype=dtype,
-            device=self.config.device,
-            local_files_only=self.config.local_files_only,
-        )
+        model = LlamaForSequenceClassification.from_checkpoint(self.checkpoint, dtype, num_labels=labels, device=device)
         cell.timing("load", [time.perf_counter() - started])
         return model
 
