@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,7 @@ def perplexity(
 
     Only whole chunks count, unless there is none; the first token of a chunk is not predicted. Returns `ppl`, `nll`
     (mean, nats a token), `tokens` (predicted), `chunks`, and `stderr` (of ppl, from the spread of the chunks' means;
-    nan for one chunk).
+    nan for one chunk). A UserWarning where chunks are longer than what the model was trained on.
     """
     if context < 2:
         raise ValueError(f"context: got {context}, expected at least 2 tokens")
@@ -42,6 +43,10 @@ def perplexity(
         raise ValueError(f"text_or_ids: {len(ids)} tokens, perplexity needs at least 2")
     whole = len(ids) // context * context
     chunks = np.split(ids[:whole], whole // context) if whole else [ids]
+    positions = model.config.max_position_embeddings
+    if len(chunks[0]) > positions:
+        text = f"context: chunks of {len(chunks[0])} tokens, the model was trained on no more than {positions}"
+        warnings.warn(text, UserWarning, stacklevel=3)  # where model.perplexity is called
     losses = []
     with progress(len(chunks), "perplexity", "chunk", show) as bar:
         for chunk in chunks:

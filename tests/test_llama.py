@@ -107,6 +107,13 @@ def test_pick_follows_top_k_and_top_p():
     assert draws() == {0, 1, 2, 3} and draws(k=2) == {0, 1} and draws(p=0.7) == {0, 1} and draws(p=0.4) == {0}
 
 
+def test_perplexity_beyond_the_trained_context_warns():
+    model = tiny_model(max_position_embeddings=16)
+    model.perplexity(list(range(3, 40)), context=16)
+    with pytest.warns(UserWarning, match="context: chunks of 17 tokens, the model was trained on no more than 16"):
+        model.perplexity(list(range(3, 40)), context=17)
+
+
 def test_perplexity_is_the_mean_of_the_oracle():
     model = tiny_model()
     ids = np.random.default_rng(1).integers(0, 128, 70)

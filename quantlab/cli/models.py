@@ -274,7 +274,8 @@ def perplexity(
 
     content = load_text(text)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
-    result = model.perplexity(content, context=context, max_tokens=max_tokens)
+    with told_warnings():
+        result = model.perplexity(content, context=context, max_tokens=max_tokens)
     if as_json:
         print_json(result)
     else:
