@@ -52,6 +52,17 @@ def test_forward_matches_the_float64_oracle(isa, changes):
         assert not hidden[row, len(ids) :].any()
 
 
+@pytest.mark.parametrize("lengths", [[3, 1, 37, 2], [1], [4], [1, 2], [9, 5]], ids=str)
+def test_kept_rows_are_those_of_all(isa, lengths):
+    """The last layer computes the kept rows only: any of them, in any order, more than there are, none."""
+    model = tiny_model(head_dim=32)
+    rows = [np.arange(5, 5 + length, dtype=np.int32) for length in lengths]
+    everything, t = model.packed_hidden(rows), sum(lengths)
+    for keep in (np.cumsum(lengths) - 1, [t - 1], range(t)[::-1], [0, 0, *range(t)], []):
+        kept = np.array(keep, np.int32)
+        np.testing.assert_array_equal(model.packed_hidden(rows, keep=kept), everything[kept])
+
+
 def test_a_row_does_not_depend_on_its_batch(isa):
     model = tiny_model()
     together = model.hidden_states(ROWS)

@@ -32,6 +32,8 @@ typedef struct {
     const float *cos, *sin;         /* (positions, d / 2) */
     int64_t t, b;
     int64_t max_queries, max_keys; /* at least the most tokens and the most keys of a sequence */
+    const int32_t *kept; /* (count,) the tokens whose hidden states are wanted; NULL: all. Not with a cache or fused ops */
+    int64_t count;
 } ql_llama_batch;
 
 /* keys and values of every layer, in elements of ql_llama_kv_bytes */
@@ -53,7 +55,7 @@ int64_t ql_llama_workspace(const ql_llama *model, int64_t t);
  * of the host. */
 void ql_llama_rows(int32_t *rows, const ql_llama_batch *batch);
 
-/* hidden (t, c): the last hidden states after the final norm. cache NULL: attend within the batch only. Neither allocates
+/* hidden (t or count, c): the last hidden states after the final norm. cache NULL: attend within the batch only. Neither allocates
  * nor waits for a device. QL_EINTERRUPT where the user stopped it. */
 ql_status ql_llama_forward(float *hidden, const ql_llama *model, const ql_llama_batch *batch, const ql_kv_cache *cache,
                            float *workspace, const ql_backend *backend);

@@ -13,7 +13,7 @@ typedef struct {
     float *a;         /* (t, hq d) attention output */
     float *gate, *up; /* (t, f) */
     float *u;         /* (t, rank) of the adapters */
-    int64_t m;        /* rows of the products, t or more */
+    int64_t t, m;     /* rows of x, and of the products: t or more */
 } buffers;
 
 /* Rows of a pass' products. Products with few rows add in an order of their own; without a cache a row's result must not
@@ -22,7 +22,7 @@ static int64_t product_rows(int64_t t, int cached) { return cached || t > QL_GEM
 
 static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
     buffers s;
-    s.m = t;
+    s.t = s.m = t;
     s.x = ql_take(w, t * m->c);
     s.h = ql_take(w, t * m->c);
     s.q = ql_take(w, t * m->hq * m->d);
@@ -87,14 +87,23 @@ static void attention_block(const ql_llama *m, const ql_llama_layer *layer, cons
     }
     be->attention_forward(s->a, NULL, s->q, k, v, batch->q_start, batch->kv_start, batch->kv_len, batch->b, m->hq, m->hkv,
                           m->d, 1.0f / sqrtf((float)m->d));
-    product(s->x, s->a, layer, QL_SLOT_O, s, 1, be);
 }
 
-static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, int64_t t, const buffers *s, const ql_backend *be) {
-    be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, t, m->c, m->eps);
+/* After the last attention no token sees another: goes on with the kept ones only. */
+static void keep_rows(const ql_llama *m, const ql_llama_batch *batch, buffers *s, const ql_backend *be) {
+    float *x = s->h, *a = s->q;
+    be->gather_rows_forward(x, s->x, batch->kept, batch->count, m->c);
+    be->gather_rows_forward(a, s->a, batch->kept, batch->count, m->hq * m->d);
+    s->h = s->x, s->x = x, s->a = a;
+    s->t = batch->count, s->m = product_rows(batch->count, 0);
+}
+
+static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, const buffers *s, const ql_backend *be) {
+    product(s->x, s->a, layer, QL_SLOT_O, s, 1, be);
+    be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, s->t, m->c, m->eps);
     product(s->gate, s->h, layer, QL_SLOT_GATE, s, 0, be);
     product(s->up, s->h, layer, QL_SLOT_UP, s, 0, be);
-    be->swiglu_forward(s->gate, s->gate, s->up, t * m->f);
+    be->swiglu_forward(s->gate, s->gate, s->up, s->t * m->f);
     product(s->x, s->gate, layer, QL_SLOT_DOWN, s, 1, be);
 }
 
@@ -124,6 +133,7 @@ ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batc
     int fused = ql_llama_fused(be);
     ql_workspace memory = {workspace, 0};
     buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &memory);
+    s.t = batch->t;
     int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(be) : 0;
     ql_norm norm = {m->layers > 0 ? m->layer[0].input_norm : NULL, m->eps, s.h, 0};
     be->embedding_forward(s.x, batch->ids, m->embed, batch->t);
@@ -134,10 +144,11 @@ ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batc
             fused_layer(m, &m->layer[i], batch, &s, cache_k, cache_v, &norm, i + 1 < m->layers ? m->layer[i + 1].input_norm : NULL, be);
         } else {
             attention_block(m, &m->layer[i], batch, &s, cache_k, cache_v, be);
-            mlp_block(m, &m->layer[i], batch->t, &s, be);
+            if (batch->kept != NULL && i + 1 == m->layers) { keep_rows(m, batch, &s, be); }
+            mlp_block(m, &m->layer[i], &s, be);
         }
         if (ql_call_stopped()) { return ql_fail(QL_EINTERRUPT, "stopped"); }
     }
-    be->rmsnorm_forward(hidden, NULL, s.x, m->norm, batch->t, m->c, m->eps);
+    be->rmsnorm_forward(hidden, NULL, s.x, m->norm, s.t, m->c, m->eps);
     return QL_OK;
 }

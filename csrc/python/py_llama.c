@@ -246,6 +246,7 @@ static ql_status finish_call(LlamaObject *self, const llama_call *call, const fl
     float *result = NULL;
     ql_status status = QL_OK;
     if (call->head == NULL && call->keep == NULL) { return be->download(call->out, hidden, (size_t)(t * c) * sizeof(float)); }
+    if (call->batch.kept != NULL) { return be->download(call->out, hidden, (size_t)(call->kept * c) * sizeof(float)); }
     if (call->head == NULL) {
         status = be->alloc((void **)&result, (size_t)(call->kept * c) * sizeof(float));
         if (status == QL_OK) {
@@ -335,6 +336,9 @@ static PyObject *llama_forward(PyObject *object, PyObject *arguments) {
     call.cache = cache_k != Py_None ? &cache : NULL;
     if (!ql_batch_arg(&call.batch, &rows, o, self->vocabulary, call.positions, cache.rows)) { return NULL; }
     if (!keep_arg(&call, keep)) { return PyMem_RawFree(rows), NULL; }
+    if (!ql_llama_fused(ql_llama_backend(self)) && call.cache == NULL && m->layers > 0 && call.kept <= call.batch.t) {
+        call.batch.kept = call.keep, call.batch.count = call.kept;
+    }
     int64_t count = call.keep != NULL ? call.kept : call.batch.t;
     return call_model(self, &call, ql_new(2, (int64_t[]){count, m->c}, NPY_FLOAT32), rows);
 }
