@@ -108,7 +108,8 @@ def size(
     if as_json:
         print_json({"config": config, "stored": stored, "quantization": quantization, "kept": kept, "sizes": sizes})
         return
-    counted = f"{HEADS[head]}; 8 bits and less: groups of {group_size}" if sizes else None
+    groups = "groups of whole rows" if group_size == -1 else f"groups of {group_size}"
+    counted = f"{HEADS[head]}; 8 bits and less: {groups}" if sizes else None
     for line in size_notes(stored is not None, quantization, kept, counted):
         print(line)
     named = [("stored", stored)] if stored else []
