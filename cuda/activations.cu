@@ -10,7 +10,18 @@ struct activations_args {
     bf16 *out;
     int64_t m, k, line; /* length of a line of out */
     int vectors;        /* four values can be read at once */
+    int ordered;        /* each column to its ordered_column; a line is then a multiple of 32 */
 };
+
+/* columns j .. j + 7 of a line of out, pairs of them; j a multiple of 8 */
+__device__ __forceinline__ void store_piece(const activations_args &a, bf16 *out, int64_t j, uint4 pairs) {
+    if (!a.ordered) {
+        *(uint4 *)(out + j) = pairs;
+        return;
+    }
+    uint32_t *to = (uint32_t *)(out + (j & ~31) + (j >> 2 & 6)); /* ordered_column of j; that of j + 2 p is 8 p further */
+    to[0] = pairs.x, to[4] = pairs.y, to[8] = pairs.z, to[12] = pairs.w;
+}
 
 __device__ __forceinline__ float element(const activations_args &a, const float *floats, const bf16 *halves, int64_t j) {
     if (j >= a.k) { return 0.0f; }
@@ -69,8 +80,8 @@ static __global__ void prepare_activations(const activations_args a) {
         float v[PIECE];
         elements(v, a, floats, halves, j), elements(v + 4, a, floats, halves, j + 4);
         if (a.line % PIECE == 0) {
-            *(uint4 *)(out + j) = make_uint4(pack_bf16(v[0] * inverse, v[1] * inverse), pack_bf16(v[2] * inverse, v[3] * inverse),
-                                             pack_bf16(v[4] * inverse, v[5] * inverse), pack_bf16(v[6] * inverse, v[7] * inverse));
+            store_piece(a, out, j, make_uint4(pack_bf16(v[0] * inverse, v[1] * inverse), pack_bf16(v[2] * inverse, v[3] * inverse),
+                                              pack_bf16(v[4] * inverse, v[5] * inverse), pack_bf16(v[6] * inverse, v[7] * inverse)));
             continue;
         }
         for (int e = 0; e < PIECE && j + e < a.line; e++) { out[j + e] = __float2bfloat16_rn(v[e] * inverse); }
@@ -101,7 +112,7 @@ static __global__ void prepare_normed(const activations_args a) {
         v[2 * i] = pack_bf16(x[i].x * gain[i].x * inverse, x[i].y * gain[i].y * inverse);
         v[2 * i + 1] = pack_bf16(x[i].z * gain[i].z * inverse, x[i].w * gain[i].w * inverse);
     }
-    if (there) { *(uint4 *)(a.out + blockIdx.x * a.line + j) = make_uint4(v[0], v[1], v[2], v[3]); }
+    if (there) { store_piece(a, a.out + blockIdx.x * a.line, j, make_uint4(v[0], v[1], v[2], v[3])); }
 }
 
 /* a thread turns 32 columns, 4 x 4 pairs of them, round */
@@ -121,9 +132,10 @@ void ql_cuda_order_columns(bf16 *rows, int64_t m, int64_t k) {
     ql_cuda_launch(order_columns, dim3((unsigned)((count + 127) / 128)), dim3(128), 0, true, (uint32_t *)rows, count);
 }
 
-void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line) {
+void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line,
+                              int ordered) {
     uintptr_t addresses = (uintptr_t)x->floats | (uintptr_t)x->halves | (uintptr_t)x->gain;
-    activations_args a = {*x, perm, out, m, k, line, k % 4 == 0 && addresses % 16 == 0};
+    activations_args a = {*x, perm, out, m, k, line, k % 4 == 0 && addresses % 16 == 0, ordered};
     int64_t threads = ((line + PIECE - 1) / PIECE + WARP - 1) / WARP * WARP;
     bool whole = x->gain != NULL && perm == NULL && a.vectors && k % PIECE == 0 && k == line && threads <= 1024;
     ql_cuda_launch(whole ? prepare_normed : prepare_activations, dim3((unsigned)m), dim3((unsigned)(threads > 1024 ? 1024 : threads)), 0, true, a);

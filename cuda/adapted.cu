@@ -385,7 +385,7 @@ static const bf16 *stored_columns(const bf16 *x, const ql_weight *w, int64_t t) 
     if (w->perm == NULL) { return x; }
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(t * w->k) * sizeof(bf16));
     ql_activations source = {NULL, x, NULL, 0.0f, {}, 0};
-    if (rows != NULL) { ql_cuda_activations_rows(rows, &source, w->perm, t, w->k, w->k); }
+    if (rows != NULL) { ql_cuda_activations_rows(rows, &source, w->perm, t, w->k, w->k, 0); }
     return rows;
 }
 

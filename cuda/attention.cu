@@ -168,8 +168,8 @@ extern "C" void ql_attention_fused_forward_cuda(void *out, float *lse, const voi
     attention_args<bf16> args = {(bf16 *)out, lse,      (const bf16 *)q, (const bf16 *)k, (const bf16 *)v, q_start, kv_start,
                                  kv_len,      (int)b,   (int)hq,         (int)hkv,        (int)d,          scale, ordered};
     if (lse == NULL && max_queries == 1 && ql_attention_decode(args, max_keys)) { return; }
-    if (!ordered && max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
     args.ordered = ordered && d % 32 == 0;
+    if (max_queries > 64 && ql_attention_wgmma(args, max_queries)) { return; }
     bool prefilled = ql_attention_prefill(args, max_queries, max_keys);
     if (!prefilled) { launch_plain(args); }
     if (ordered && !(prefilled && args.ordered)) { ql_cuda_order_columns(args.out, t, hq * d); }

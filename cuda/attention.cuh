@@ -26,7 +26,7 @@ __device__ __forceinline__ float log_sum(float maximum, float sum, float scale_l
 
 /* bf16: false, and nothing is done, where the shape or the device is not theirs */
 bool ql_attention_prefill(const attention_args<bf16> &args, int64_t max_queries, int64_t max_keys); /* d in {64, 80, 96, 128}; ordered: not 80 */
-bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a; not ordered */
+bool ql_attention_wgmma(const attention_args<bf16> &args, int64_t max_queries);   /* d = 128, code for sm_90a */
 bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys);     /* as prefill; at most one query a sequence */
 
 #endif

@@ -212,10 +212,10 @@ __device__ __forceinline__ void release(const uint64_t *barrier) {
     if (threadIdx.x % WARP == 0) { barrier_arrive(shared_address(barrier)); }
 }
 
-/* out / sum through the warp's 16 rows of `shared` (16, D + 8) to rows of global memory */
+/* out / sum through the warp's 16 rows of `shared` (16, D + 8) to rows of global memory; ordered: each column at its ordered_column */
 template <int D>
 __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf16 *shared, state<D> &s, float scale_log2, float *lse,
-                                           int64_t lse_step) {
+                                           int64_t lse_step, int ordered) {
     int lane = threadIdx.x % WARP;
     __syncwarp(); /* the rows of the item before have been read */
 #pragma unroll
@@ -229,7 +229,8 @@ __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf
         }
 #pragma unroll
         for (int i = 0; i < D / 8; i++) {
-            *(uint32_t *)(shared + (r * 8 + lane / 4) * (D + 8) + i * 8 + lane % 4 * 2) =
+            int place = ordered ? i / 4 * 32 + lane % 4 * 8 + i % 4 * 2 : i * 8 + lane % 4 * 2; /* of column 8 i + 2 (lane % 4) */
+            *(uint32_t *)(shared + (r * 8 + lane / 4) * (D + 8) + place) =
                 pack_bf16(s.out[4 * i + 2 * r] * inverse, s.out[4 * i + 2 * r + 1] * inverse);
         }
     }
@@ -292,7 +293,7 @@ __device__ __forceinline__ void multiply_items(const attention_args<bf16> &args,
         release(&b->empty[STAGES + last]);
         int64_t at = (w.query + warp_row) * args.hq + w.head;
         write_rows(args.out + at * D, (int64_t)args.hq * D, w.rows - warp_row, output + warp_row * (D + 8), s, args.scale,
-                   args.lse != NULL ? args.lse + at : NULL, args.hq);
+                   args.lse != NULL ? args.lse + at : NULL, args.hq, args.ordered);
     }
 }
 

@@ -75,7 +75,7 @@ QL_FORMAT_OPS(X)
 ql_status ql_cuda_pack(ql_weight *w);
 void ql_cuda_unpack(ql_weight *w);
 
-/* takes_ordered of the table (cuda/linear_small.cu) */
+/* takes_ordered of the table (cuda/linear_packed.cu) */
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t);
 
 /* GPTQ (gptq_table.cu) */

@@ -1,5 +1,6 @@
 /* fused.cu: the fused slots that are products: norm + q, k, v + rotary embedding; norm + gate, up + SwiGLU; product + residual.
- * Few tokens: one kernel each, after that of the norm where the product ahead has not prepared it. Many: cuBLAS, then an elementwise kernel. */
+ * Up to about a thousand tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then an
+ * elementwise kernel. */
 #include "linear.cuh"
 
 #include <type_traits>
@@ -7,7 +8,7 @@
 /* the normed activations in the stored order of w's columns, for cuBLAS; made anew where the order is another than `last` */
 static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, const ql_weight *last, int64_t t) {
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_NORM, (size_t)(t * w->k) * sizeof(bf16));
-    if (rows != NULL && (last == NULL || last->perm != w->perm)) { ql_cuda_activations_rows(rows, x, w->perm, t, w->k, w->k); }
+    if (rows != NULL && (last == NULL || last->perm != w->perm)) { ql_cuda_activations_rows(rows, x, w->perm, t, w->k, w->k, 0); }
     return rows;
 }
 
@@ -15,7 +16,7 @@ static const bf16 *normed_rows(const ql_activations *x, const ql_weight *w, cons
  * too many for one launch */
 static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
     ql_norm_ahead ahead = {};
-    if (norm == NULL || norm->memory == NULL || t < 2 || t > ql_cuda_linear_small_tokens() || n % NORM_BLOCK != 0) { return ahead; }
+    if (norm == NULL || norm->memory == NULL || t < 2 || t > ql_cuda_norm_ahead_tokens() || n % NORM_BLOCK != 0) { return ahead; }
     ahead.gain = norm->gain, ahead.halves = (bf16 *)norm->memory, ahead.squares = (float *)(ahead.halves + t * n);
     for (ahead.line = 8; ahead.line < t; ahead.line *= 2) {}
     return ahead;
@@ -27,12 +28,12 @@ static ql_activations normed(const float *x, const ql_norm *norm, int64_t t, int
     return source;
 }
 
-/* linear_small; where no kernel takes all tokens with a prepared norm, again without it */
+/* linear_packed; where no kernel takes all tokens with a prepared norm, again without it */
 static bool normed_products(const ql_product *products, int count, ql_activations *x, const ql_rotation *rotation, int64_t t) {
-    if (ql_cuda_linear_small(products, count, x, rotation, t)) { return true; }
+    if (ql_cuda_linear_packed(products, count, x, rotation, t)) { return true; }
     bool prepared = x->made.halves != NULL;
     x->made.halves = NULL;
-    return prepared && ql_cuda_linear_small(products, count, x, rotation, t);
+    return prepared && ql_cuda_linear_packed(products, count, x, rotation, t);
 }
 
 /* ---- q, k, v ------------------------------------------------------------------------------------------------------ */
@@ -147,7 +148,7 @@ extern "C" void ql_gate_up_forward_cuda(void *a, const float *x, const ql_norm *
     bf16 *ups = (bf16 *)ql_cuda_scratch(QL_SCRATCH_FUSED, (size_t)(t * up->n) * sizeof(bf16));
     if (ups == NULL) { return; }
     ql_product apart[] = {{gate, a, NULL, QL_OUT_BF16, 0, term[0], {}}, {up, ups, NULL, QL_OUT_BF16, 0, term[1], {}}}; /* weights that are not alike */
-    if (!ql_cuda_linear_small(apart, 2, &source, NULL, t)) {
+    if (!ql_cuda_linear_packed(apart, 2, &source, NULL, t)) {
         for (int i = 0; i < 2; i++) { product_rows(&apart[i], &source, i > 0 ? gate : NULL, NULL, t); }
     }
     swiglu_in_place((bf16 *)a, ups, t * gate->n);
@@ -163,17 +164,17 @@ extern "C" void ql_linear_residual_forward_cuda(float *x, const void *a, const q
     if (next != NULL) { next->prepared = 0; }
     if (t == 0 || !ql_cuda_low_rank_terms(&term, &source, l, 1, t, w->k)) { return; }
     ql_product product = {w, x, NULL, QL_OUT_FLOAT_ADD, 0, term, norm_ahead(next, t, w->n)};
-    if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) {
+    if (ql_cuda_linear_packed(&product, 1, &source, NULL, t)) {
         if (product.next.halves != NULL) { next->prepared = 1; }
         return;
     }
     product.next.halves = NULL;
-    if (ql_cuda_linear_small(&product, 1, &source, NULL, t)) { return; }
+    if (ql_cuda_linear_packed(&product, 1, &source, NULL, t)) { return; }
     const bf16 *rows = (const bf16 *)a;
     if (w->perm != NULL) {
         bf16 *stored = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(t * w->k) * sizeof(bf16));
         if (stored == NULL) { return; }
-        ql_cuda_activations_rows(stored, &source, w->perm, t, w->k, w->k);
+        ql_cuda_activations_rows(stored, &source, w->perm, t, w->k, w->k, 0);
         rows = stored;
     }
     ql_cuda_linear_large(x, CUDA_R_32F, rows, w, t, 1);

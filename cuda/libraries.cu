@@ -1,6 +1,7 @@
 /* libraries.cu: cuBLAS and cuSOLVER, opened when they are first used: from the process (another package may hold them),
- * from the folders that Python names (the NVIDIA wheels), from the loader's places, from CUDA_HOME. Never closed. */
+ * from the folders that Python names (the NVIDIA wheels), from the loader's places, from CUDA_HOME. Never closed. And the driver's tensor maps. */
 #include "state.h"
+#include "tensor_map.h"
 
 #include <dlfcn.h>
 #include <stdio.h>
@@ -160,6 +161,33 @@ void ql_cuda_matmul_backward(void *dx, cudaDataType type_dx, const __nv_bfloat16
     ql_cuda_check_library(b->gemm_ex(b->handle, QL_CUBLAS_N, QL_CUBLAS_N, size_of(k), size_of(m), size_of(n), &one, w, CUDA_R_16BF,
                                      size_of(k), dy, CUDA_R_16BF, size_of(n), &beta, dx, type_dx, size_of(k),
                                      QL_CUBLAS_COMPUTE_32F, QL_CUBLAS_ALGORITHM), "cublasGemmEx");
+}
+
+/* ---- tensor maps: the driver's function, found through the runtime ------------------------------------------------------- */
+
+/* cuTensorMapEncodeTiled (cuda.h of the driver; types and modes by number, declared by hand as above) */
+typedef int (*encode_tiled)(ql_tensor_map *map, int type, uint32_t rank, void *memory, const uint64_t *sizes, const uint64_t *strides,
+                            const uint32_t *box, const uint32_t *steps, int interleave, int swizzle, int promotion, int fill);
+
+int ql_cuda_tensor_map(ql_tensor_map *map, const __nv_bfloat16 *x, int64_t rows, int64_t columns, int64_t line, int box_rows) {
+    enum { BFLOAT16 = 9, SWIZZLE_128 = 3, PROMOTE_256 = 3, VERSION = 12000 };
+    static encode_tiled encode;
+    if (encode == NULL) {
+        void *found = NULL;
+        cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+        cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, VERSION, cudaEnableDefault, &result);
+#else
+        cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+        if (!ql_cuda_check(error, "cuTensorMapEncodeTiled")) { return 0; }
+        memcpy(&encode, &found, sizeof encode);
+    }
+    uint64_t sizes[] = {(uint64_t)columns, (uint64_t)rows}, strides[] = {(uint64_t)line * sizeof(__nv_bfloat16)};
+    uint32_t box[] = {64, (uint32_t)box_rows}, steps[] = {1, 1};
+    if (encode != NULL && encode(map, BFLOAT16, 2, (void *)x, sizes, strides, box, steps, 0, SWIZZLE_128, PROMOTE_256, 0) == 0) { return 1; }
+    ql_cuda_refuse(QL_ECUDA, "cuTensorMapEncodeTiled failed");
+    return 0;
 }
 
 /* ---- cuSOLVER ---------------------------------------------------------------------------------------------------------- */

@@ -1,5 +1,5 @@
-/* linear.cu: the slots linear_forward and linear_backward_input. Few tokens: kernels on the packed weight. Many: cuBLAS on the
- * decoded weight. Both take activations as bfloat16 and sum in float32; float32 weights are multiplied in float32. */
+/* linear.cu: the slots linear_forward and linear_backward_input. Up to about a thousand tokens: kernels on the packed weight. More: cuBLAS
+ * on the decoded weight. Both take activations as bfloat16 and sum in float32; float32 weights are multiplied in float32. */
 #include "linear.cuh"
 
 /* out[i, j] = in[i, perm[j]] */
@@ -40,7 +40,7 @@ static void float_forward(float *y, const float *x, const ql_weight *w, int64_t 
 static bf16 *activation_rows(const float *x, const int32_t *perm, int64_t m, int64_t k) {
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(m * k) * sizeof(bf16));
     ql_activations source = {x, NULL, NULL, 0.0f, {}, 0};
-    if (rows != NULL) { ql_cuda_activations_rows(rows, &source, perm, m, k, k); }
+    if (rows != NULL) { ql_cuda_activations_rows(rows, &source, perm, m, k, k, 0); }
     return rows;
 }
 
@@ -49,7 +49,7 @@ extern "C" void ql_linear_forward_cuda(float *y, const float *x, const ql_weight
     if (w->format == QL_F32) { return float_forward(y, x, w, m, accumulate); }
     ql_activations source = {x, NULL, NULL, 0.0f, {}, 0};
     ql_product product = {w, y, NULL, accumulate ? QL_OUT_FLOAT_ADD : QL_OUT_FLOAT, 0, {}, {}};
-    if (ql_cuda_linear_small(&product, 1, &source, NULL, m)) { return; }
+    if (ql_cuda_linear_packed(&product, 1, &source, NULL, m)) { return; }
     const bf16 *rows = activation_rows(x, w->perm, m, w->k);
     if (rows != NULL) { ql_cuda_linear_large(y, CUDA_R_32F, rows, w, m, accumulate); }
 }

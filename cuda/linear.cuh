@@ -24,8 +24,9 @@ typedef struct {
 
 /* each column of rows (m, k) to its ordered_column, or from there back; k a multiple of 32 */
 void ql_cuda_order_columns(bf16 *rows, int64_t m, int64_t k);
-/* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on */
-void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line);
+/* out (m, line) bf16: column j from column perm[j] (perm may be NULL), zeros from k on; ordered: then each at its ordered_column, line
+ * a multiple of 32. x->ordered is 0. */
+void ql_cuda_activations_rows(bf16 *out, const ql_activations *x, const int32_t *perm, int64_t m, int64_t k, int64_t line, int ordered);
 
 /* ---- low-rank adapters (adapted.cu) -------------------------------------------------------------------------------- */
 
@@ -36,7 +37,7 @@ bool ql_cuda_low_rank_terms(ql_low_rank_term *terms, const ql_activations *x, co
 void ql_cuda_set_term(bf16 *y, const ql_low_rank_term *term, int64_t t, int64_t n);
 void ql_cuda_add_term(float *sum, const ql_low_rank_term *term, int64_t t, int64_t n);
 
-/* ---- products of a few tokens (linear_small.cu) -------------------------------------------------------------------- */
+/* ---- products on the packed weight, up to about a thousand tokens (linear_packed.cu) ------------------------------------ */
 
 /* what becomes of a product: float32 set or added, bf16, bf16 after rotary embedding, swiglu of this and the next weight */
 typedef enum { QL_OUT_FLOAT, QL_OUT_FLOAT_ADD, QL_OUT_BF16, QL_OUT_ROPE, QL_OUT_SWIGLU } ql_output;
@@ -60,10 +61,10 @@ typedef struct { /* QL_OUT_ROPE */
 /* Up to three products of the same activations, in one launch where the weights are alike. False where a weight is not packed,
  * there are too many tokens, or a shape is not these kernels': all products are then still to be done (none was added). What is to be
  * made for a norm (one product, in one launch) is made where it returns true. */
-bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);
+bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m);
 
 /* tokens that one launch of them takes on this device; 0: a norm is not prepared here */
-int ql_cuda_linear_small_tokens(void);
+int ql_cuda_norm_ahead_tokens(void);
 
 /* ---- products of many tokens (linear_large.cu) ----------------------------------------------------------------------- */
 

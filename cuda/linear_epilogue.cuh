@@ -27,7 +27,7 @@ __device__ __forceinline__ small_lines small_lines_of(const small_args &a, const
         if (token + i >= a.m) { continue; }
         lines.norm[i] = norms.each != 0 ? load_shared<float>(norms.each + 4 * (token + i)) : norms.one;
         lines.at[i] = (char *)p.out + (int64_t)(p.rows != NULL ? p.rows[token + i] : token + i) * p.n * size;
-        if (p.output == SMALL_ROPE && p.rotate) { lines.angle[i] = a.positions[token + i] * (a.d / 2); }
+        if (p.output == SMALL_ROPE) { lines.angle[i] = a.positions[token + i] * (a.d / 2); }
     }
     return lines;
 }
@@ -54,7 +54,7 @@ __device__ __forceinline__ small_target small_aim(const small_args &a, const sma
             to.old[2 * i + 1] = old != NULL && to.row_lower < p.n ? old[to.row_lower] : 0.0f;
         }
     }
-    if (p.output == SMALL_ROPE && p.rotate) {
+    if (p.output == SMALL_ROPE) {
         int turn = to.row % a.d;
 #pragma unroll
         for (int i = 0; i < 2; i++) { to.angle[i] = make_float2(a.cos[lines.angle[i] + turn], a.sin[lines.angle[i] + turn]); }
@@ -82,7 +82,7 @@ __device__ __forceinline__ float small_store(const small_args &a, const small_pa
         if (to.row < p.n) { out[p.ordered ? ordered_column(to.row) : to.row] = __float2bfloat16_rn(silu_fast(v0) * v1); }
         return 0.0f;
     }
-    if (p.output == SMALL_ROPE && p.rotate) {
+    if (p.output == SMALL_ROPE) {
         float2 turned = rope_pair(v0, v1, to.angle[i].x, to.angle[i].y);
         v0 = turned.x, v1 = turned.y;
     }

@@ -5,6 +5,7 @@
 
 #include "linear_group.cuh"
 #include "linear_small.cuh"
+#include "linear_wide.cuh"
 #include "packed.h"
 
 typedef small_layout (*small_layout_function)(int stages, int record, int units, int cluster, int owned);
@@ -21,17 +22,27 @@ typedef struct {
     int tokens, groups;                                                /* most tokens; warpgroups that multiply */
 } group_kernel;
 
-enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4 };
+typedef struct {
+    void (*function)(small_args, ql_tensor_map);
+    uint32_t (*bytes)(int stages, int record); /* of shared memory */
+    int tokens;                                /* of an item */
+} wide_kernel;
+
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4, SMALL_WIDES = 2 };
 
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
     small_kernel ring[SMALL_RINGS], any[SMALL_RINGS];  /* any: for any number of parts */
     small_kernel registers[SMALL_REGISTERS];
     group_kernel group[SMALL_GROUPS], group_any[SMALL_GROUPS];
+    wide_kernel wide[SMALL_WIDES]; /* for any number of parts */
 } small_family;
 
 /* float rows (linear_dense.cu); false: too many tokens */
 bool ql_cuda_launch_dense(const small_args *a, ql_units_kind kind);
+/* more tokens than a group kernel takes (linear_wide.cu); false: no kernel fits */
+bool ql_cuda_launch_wide(small_args *a, const wide_kernel *kernels, int columns);
+bool ql_cuda_fits_wide(const small_args *a, const wide_kernel *kernels, int columns);
 
 extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_8bit, ql_small_table;
 
@@ -53,6 +64,12 @@ template <typename Codes, int Parts, int Tokens8, int Groups> constexpr group_ke
 }
 #define SMALL_GROUPS_OF(Codes, Parts) \
     { make_group<Codes, Parts, 2, 4>(), make_group<Codes, Parts, 4, 3>(), make_group<Codes, Parts, 6, 2>(), make_group<Codes, Parts, 8, 2>() }
+
+template <typename Codes, int Tokens8> uint32_t wide_bytes(int stages, int record) { return wide_layout_of<Codes, Tokens8>(stages, record).bytes; }
+template <typename Codes, int Tokens8> constexpr wide_kernel make_wide() {
+    return {small_wide<Codes, Tokens8>, wide_bytes<Codes, Tokens8>, 8 * Tokens8};
+}
+#define SMALL_WIDES_OF(Codes) { make_wide<Codes, 16>(), make_wide<Codes, 32>() }
 
 /* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */

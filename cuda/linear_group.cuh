@@ -453,7 +453,7 @@ __global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(c
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     group_body<Codes, Tokens8, Parts, Groups>(a);
 #else
-    __trap(); /* not chosen: linear_small.cu */
+    __trap(); /* not chosen: linear_packed.cu */
 #endif
 }
 

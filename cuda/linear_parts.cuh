@@ -23,7 +23,7 @@ struct small_part {
     int ordered;                        /* SMALL_SWIGLU: whether columns go to their ordered_column */
     int divisor, multiplier;            /* unit of tile t: t / divisor * multiplier + t % divisor, counted from upper and lower */
     int lower_rows;                     /* rows that the lower unit's rows stand below the upper's */
-    int n, output, rotate;
+    int n, output;
     ql_low_rank_term term[2];           /* what an adapter adds to the upper unit's rows, and to the lower's */
 };
 
@@ -41,6 +41,7 @@ struct small_args {
     int k, x_line;
     int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
     int m, d, stages;
+    int alone;                  /* linear_wide.cuh: items that each block takes alone */
     int ordered;                /* whether x has each column at its ordered_column */
     int adapted;                /* whether a part has a term */
     ql_norm_ahead made, next;   /* of the norm of x; for the norm of what part 0 adds to, (m, n) */

@@ -73,6 +73,25 @@ __device__ __forceinline__ void copy_bulk_hint(uint32_t to, const void *from, ui
                  : "memory");
 }
 
+/* a box of a matrix (tensor_map.h) from column `column` and row `row` on; completes as many bytes of the barrier as it has, zeros included */
+__device__ __forceinline__ void copy_tensor(uint32_t to, const void *map, int column, int row, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map),
+                 "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+/* From shared to global memory: what was written there is fenced (fence.proxy.async) and waited for by the thread that copies. A thread's copies
+ * since the last commit are a group; `pending` groups may be on their way after a wait: not yet read, or not yet done. */
+__device__ __forceinline__ void store_bulk(void *to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+/* floats at `to` += those at `from` */
+__device__ __forceinline__ void add_bulk(void *to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int pending> __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory"); }
+template <int pending> __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory"); }
+
 /* ---- clusters ------------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint32_t cluster_size() {

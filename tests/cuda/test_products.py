@@ -91,6 +91,15 @@ def test_many_tiles(rng: np.random.Generator, case: str) -> None:
     check(rng, case, 272, 11008, (1, 8, 16, 32, 64))
 
 
+@pytest.mark.parametrize("case", [*PACKED, "affine4-32", "affine3-128", "affine2-16"])
+def test_many_tokens(rng: np.random.Generator, case: str) -> None:
+    """Several items of tokens, of outputs and of both, ragged in each; clusters that split K."""
+    check(rng, case, 385, 1024, (65, 96, 128, 129, 300, 1024, 2049))
+    check(rng, case, 1064, 4224, (65, 128, 200, 513))
+    check(rng, case, 4360, 512, (65, 100, 300))
+    check(rng, case, 130, 11008, (66, 256))
+
+
 @pytest.mark.parametrize("case", ["affine4-128", "affine3-64", "nf4-64", "int8"])
 def test_error_is_at_most_twice_the_naive_error(rng: np.random.Generator, case: str) -> None:
     """Root mean square; naive: the product of operands rounded to bfloat16."""

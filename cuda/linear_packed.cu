@@ -1,10 +1,11 @@
-/* linear_small.cu: which kernel of linear_small.cuh takes a product of a few tokens, how it is laid out and launched. */
+/* linear_packed.cu: which kernel takes a product on the packed weight: of linear_small.cuh and linear_group.cuh a few tokens, how they are laid out
+ * and launched; of linear_wide.cuh more. */
 #include "linear.cuh"
 #include "linear_family.cuh"
 
 #include <string.h>
 
-enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, RING_TOKENS = 16, GROUP_TOKENS = 64 };
+enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, RING_TOKENS = 16, GROUP_TOKENS = 64, WIDE_TOKENS = 1024 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -44,7 +45,7 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
         int64_t d = rotation->d;
         if (d % TILE_ROWS != 0 || product->w->n % d != 0) { return false; }
         part->divisor = (int)(d / TILE_ROWS), part->multiplier = (int)(d / UNIT_ROWS);
-        part->lower = p->records + d / TILE_ROWS * line, part->lower_rows = (int)(d / 2), part->rotate = 1;
+        part->lower = p->records + d / TILE_ROWS * line, part->lower_rows = (int)(d / 2);
         part->tiles = (int)(product->w->n / TILE_ROWS);
     }
     return true;
@@ -111,7 +112,7 @@ static bool has_groups(void) {
     return built;
 }
 
-int ql_cuda_linear_small_tokens(void) { return has_groups() ? GROUP_TOKENS : ql_cuda_capability() < 90 ? 0 : RING_TOKENS; }
+int ql_cuda_norm_ahead_tokens(void) { return has_groups() ? GROUP_TOKENS : ql_cuda_capability() < 90 ? 0 : RING_TOKENS; }
 
 /* a way to launch a kernel of linear_group.cuh */
 typedef struct {
@@ -186,6 +187,7 @@ static bool launch(small_args *a, const ql_packed *p) {
         }
         return false;
     }
+    if (a->m > GROUP_TOKENS) { return ql_cuda_launch_wide(a, family->wide, p->columns); }
     const small_kernel *rings = exact ? family->ring : family->any;
     if (launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
     return (a->m > 8 && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || launch_rings(a, rings, 2, 8);
@@ -199,15 +201,16 @@ static bool set_activations(small_args *a, const ql_activations *x, const ql_wei
         a->made = x->made, a->eps = x->eps, a->ordered = x->made.line > RING_TOKENS;
         return a->x = x->made.halves, true;
     }
+    bool wide = m > GROUP_TOKENS && has_groups(); /* these kernels take no other order */
     a->ordered = x->ordered;
-    if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0) { return a->x = x->halves, true; }
+    if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0 && x->ordered >= wide) { return a->x = x->halves, true; }
     if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90 && ql_packed_of(w)->kind < QL_ROWS_F32) {
         a->floats = x->floats, a->gain = x->gain, a->eps = x->eps, a->perm = w->perm;
         return true;
     }
     bf16 *rows = (bf16 *)ql_cuda_scratch(QL_SCRATCH_ACTIVATION, (size_t)(m * line) * sizeof(bf16));
     if (rows == NULL) { return false; }
-    ql_cuda_activations_rows(rows, x, w->perm, m, w->k, line);
+    ql_cuda_activations_rows(rows, x, w->perm, m, w->k, line, wide);
     return a->x = rows, true;
 }
 
@@ -246,16 +249,12 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     all.next = products[0].next;
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
-    int64_t step = ql_cuda_capability() < 90 ? 8 : RING_TOKENS;
-    if (has_groups()) { /* as even as they can be */
-        int64_t passes = (m + GROUP_TOKENS - 1) / GROUP_TOKENS;
-        step = ((m + passes - 1) / passes + 7) / 8 * 8;
-    }
+    int64_t step = has_groups() ? m : ql_cuda_capability() < 90 ? 8 : RING_TOKENS;
     for (int64_t first = 0; first < m; first += step) {
         small_args a;
         move_to_token(&a, &all, first, m - first < step ? m - first : step);
         if (launch(&a, p)) { continue; }
-        if (step <= 8 || first > 0 || all.made.halves != NULL || all.next.halves != NULL || all.ordered) { return false; }
+        if (step <= 8 || first > 0 || all.made.halves != NULL || all.next.halves != NULL || all.ordered || m > GROUP_TOKENS) { return false; }
         step = (step / 2 + 7) / 8 * 8, first = -step; /* fewer tokens at a time may fit */
     }
     return true;
@@ -273,7 +272,7 @@ static bool is_packed(const ql_weight *w) {
 static bool takes_floats(const ql_packed *p, int64_t m) { return p->kind < QL_ROWS_F32 || m <= (p->kind == QL_ROWS_BF16 ? 16 : 32); }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (t <= RING_TOKENS || t > GROUP_TOKENS || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) { return 0; }
+    if (t <= RING_TOKENS || t > WIDE_TOKENS || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) { return 0; }
     const ql_packed *p = ql_packed_of(w);
     if (p->kind >= QL_ROWS_F32 || (int64_t)p->units * p->columns != w->k) { return 0; }
     const small_family *family = family_of(p);
@@ -282,12 +281,14 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
     memset(&a, 0, sizeof a);
     (void)make_part(&a.part[0], &product, NULL);
     a.tiles = a.part[0].tiles, a.units = p->units, a.record = p->record, a.m = (int)t;
-    return best_plan(&a, p->parts == family->parts ? family->group : family->group_any, p->columns).cost > 0;
+    bool exact = p->parts == family->parts;
+    if (t > GROUP_TOKENS) { return ql_cuda_fits_wide(&a, family->wide, p->columns); }
+    return best_plan(&a, exact ? family->group : family->group_any, p->columns).cost > 0;
 }
 
-bool ql_cuda_linear_small(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
+bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
-    int64_t most = has_groups() ? 128 : ql_cuda_capability() < 90 ? 16 : 64; /* from there on cuBLAS is as fast */
+    int64_t most = has_groups() ? WIDE_TOKENS : ql_cuda_capability() < 90 ? 16 : 64; /* from there on cuBLAS is as fast */
     if (m < 1 || m > most) { return false; }
     for (int i = 0; i < count; i++) {
         if (!is_packed(products[i].w) || !takes_floats(ql_packed_of(products[i].w), m)) { return false; }

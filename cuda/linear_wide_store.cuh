@@ -1,0 +1,334 @@
+/* linear_wide_store.cuh: the end of an item of linear_wide.cuh: what becomes of its sums.
+ *
+ * Where a cluster splits K, fragments are dealt out to its blocks, WIDE_ROUND of each warp at a time, and added there in the order of the blocks. Then
+ * outputs that stand side by side are put together as lines in shared memory, which bulk copies carry away, or add to what is there, while the next
+ * item is multiplied. Items with outputs that do not (the last of a matrix, heads of another size), or with an adapter, are stored fragment by fragment.
+ * The code is kept short and straight: it runs once an item, and what has to be fetched or branches then costs more than what it does. */
+#ifndef QL_CUDA_LINEAR_WIDE_STORE_CUH
+#define QL_CUDA_LINEAR_WIDE_STORE_CUH
+
+#include "linear_wide_place.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/* ---- sums of an item ------------------------------------------------------------------------------------------------ */
+
+/* Rounds of WIDE_ROUND fragments of a warp go to two places by turns. Fragment i of a round is added by block i % splits of those that split K. There it
+ * stands, as the products leave it, beside those of the other blocks, in the order of their ranks. */
+__device__ __forceinline__ uint32_t wide_received(const wide_place &p, int round, int i, int rank) {
+    return p.base + p.l.received + ((round % 2 * WIDE_TILES + p.warp) * WIDE_ROUND + (i >> p.shift << p.shift) + rank) * CHUNK;
+}
+__device__ __forceinline__ uint32_t wide_received_full(const wide_place &p, int round, int warp) { return p.base + p.l.received_full + 8 * (2 * warp + round % 2); }
+__device__ __forceinline__ uint32_t wide_received_free(const wide_place &p, int round, int warp) { return p.base + p.l.received_free + 8 * (2 * warp + round % 2); }
+
+/* fragments `first` .. of the warp, once the others have read those of the round but one before */
+template <int Tokens8> __device__ __forceinline__ void wide_send(const wide_place &p, int first, int round, const float (&sums)[4 * Tokens8]) {
+    uint32_t full = wide_received_full(p, round, p.warp);
+    if (p.shift > 0) { barrier_wait(wide_received_free(p, round, p.warp), round / 2 & 1); }
+#pragma unroll
+    for (int known = 0; known < Tokens8; known += WIDE_ROUND) {
+        if (known != first) { continue; }
+#pragma unroll
+        for (int i = 0; i < WIDE_ROUND; i++) {
+            const float *from = sums + 4 * (known + i);
+            float4 sum = make_float4(from[0], from[1], from[2], from[3]);
+            uint32_t to = wide_received(p, round, i, p.rank) + p.lane * 16;
+            int owner = i & ((1 << p.shift) - 1);
+            if (owner == p.rank) {
+                store_shared(to, sum);
+            } else {
+                cluster_store_async(cluster_address(to, owner), sum, cluster_address(full, owner));
+            }
+        }
+    }
+    __syncwarp();
+}
+__device__ __forceinline__ void wide_await(const wide_place &p, int round) { barrier_wait(wide_received_full(p, round, p.warp), round / 2 & 1); }
+
+/* What was received of the tile has been read: the other blocks may send the round but one after; its bytes are awaited first. At the end nobody waits
+ * for it, and the other blocks may have ended. */
+__device__ __forceinline__ void wide_release(const wide_place &p, int round, bool end) {
+    __syncwarp();
+    if (p.shift == 0 || end) { return; }
+    if (p.lane == 0) { barrier_arrive_expect(wide_received_full(p, round, p.warp), (WIDE_ROUND - (WIDE_ROUND >> p.shift)) * CHUNK); }
+    __syncwarp();
+    if (p.lane < 1 << p.shift && p.lane != p.rank) { barrier_arrive_cluster(cluster_address(wide_received_free(p, round, p.warp), p.lane)); }
+}
+/* the same before the first item that the cluster shares: what the block copied from there has been read */
+__device__ __forceinline__ void wide_open(const wide_place &p) {
+    bulk_wait_read<0>();
+    block_barrier(1, WIDE_TILES * WARP);
+    wide_release(p, 0, false), wide_release(p, 1, false);
+}
+
+/* What a lane stores of a tile: of token l / 4 of a fragment rows `row` and the next, of the upper unit, and as many from `lower` on. */
+struct wide_target {
+    char *out;
+    const int32_t *rows;
+    const float *cos, *sin; /* of the row's angle */
+    int row, lower, n, output, line, half; /* line: bytes; half: angles of a position */
+    float factor, factor_lower;
+};
+
+__device__ __forceinline__ wide_target wide_aim(const small_args &a, const wide_place &p, const small_tile &tile) {
+    const small_part &part = a.part[tile.part];
+    int row = tile.unit * UNIT_ROWS + p.lane % 4 * 2, n = part.n, output = part.output;
+    bool floats = output == SMALL_FLOAT || output == SMALL_FLOAT_ADD, turned = output == SMALL_ROPE;
+    wide_target t = {(char *)part.out, part.rows, NULL, NULL, row, row + part.lower_rows, n, output, n * (floats ? 4 : 2), a.d / 2, __ldg(part.factor),
+                     __ldg(part.factor_lower)};
+    if (turned) { t.cos = a.cos + row % a.d, t.sin = a.sin + row % a.d; }
+    if (output == SMALL_SWIGLU && part.ordered) { t.row = ordered_column(row); }
+    return t;
+}
+
+/* Its four sums of fragment i, upper and lower, added in the order of the blocks. Those of a lane come in an order of its own, so that no two
+ * lanes meet in a bank. */
+__device__ __forceinline__ float4 wide_add(const wide_place &p, int round, int i) {
+    float v[4];
+    int q = p.lane % 4;
+    uint32_t from = wide_received(p, round, i, 0) + p.lane / 8 * 16 + p.lane / 4 % 2 * 4 + q * 128;
+#pragma unroll
+    for (int turn = 0; turn < 4; turn++) { /* of turn ^ q, bit 0: row, bit 1: unit */
+        v[turn] = load_shared<float>(from + (turn ^ q) % 2 * 64 + (turn ^ q) / 2 * 8);
+    }
+#pragma unroll 1
+    for (int rank = 1; rank < 1 << p.shift; rank++) {
+#pragma unroll
+        for (int turn = 0; turn < 4; turn++) { v[turn] += load_shared<float>(from + rank * CHUNK + (turn ^ q) % 2 * 64 + (turn ^ q) / 2 * 8); }
+    }
+    float a = q & 1 ? v[1] : v[0], b = q & 1 ? v[0] : v[1], c = q & 1 ? v[3] : v[2], d = q & 1 ? v[2] : v[3];
+    return q & 2 ? make_float4(c, d, a, b) : make_float4(a, b, c, d);
+}
+
+/* what adapters add to this block's fragments of a round, to what it has of them itself; token8: where the round begins */
+__device__ __forceinline__ void wide_add_terms(const small_args &a, const wide_place &p, const small_tile &tile, const wide_target &t, int token8, int round) {
+#pragma unroll 1
+    for (int i = p.rank; i < WIDE_ROUND; i += 1 << p.shift) {
+        uint32_t at = wide_received(p, round, i, p.rank) + p.lane * 16;
+        small_target to = {};
+        add_terms<false>(to, a, tile, p.lane, token8 + i);
+        float4 sum = load_shared<float4>(at); /* factors are powers of two */
+        sum.x += to.old[0] / t.factor, sum.y += to.old[2] / t.factor, sum.z += to.old[1] / t.factor_lower, sum.w += to.old[3] / t.factor_lower;
+        store_shared(at, sum);
+    }
+    __syncwarp();
+}
+
+/* adds up and stores this block's fragments of a round */
+__device__ __forceinline__ void wide_store(const small_args &a, const wide_place &p, const wide_target &t, int token8, int round) {
+    bool floats = t.output == SMALL_FLOAT || t.output == SMALL_FLOAT_ADD;
+#pragma unroll 1
+    for (int i = p.rank; i < WIDE_ROUND; i += 1 << p.shift) {
+        int token = 8 * (token8 + i) + p.lane / 4;
+        float4 sum = wide_add(p, round, i);
+        float v[2][2] = {{sum.x * t.factor, sum.y * t.factor}, {sum.z * t.factor_lower, sum.w * t.factor_lower}}; /* (unit, row) */
+        if (token >= a.m) { continue; }
+        char *line = t.out + (int64_t)(t.rows != NULL ? t.rows[token] : token) * t.line;
+        int angle = t.output == SMALL_ROPE ? a.positions[token] * t.half : 0;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            if (t.output == SMALL_ROPE) {
+                float2 turned = rope_pair(v[0][e], v[1][e], t.cos[angle + e], t.sin[angle + e]);
+                v[0][e] = turned.x, v[1][e] = turned.y;
+            }
+            if (t.output == SMALL_SWIGLU) { v[0][e] = silu_fast(v[0][e]) * v[1][e]; }
+#pragma unroll
+            for (int unit = 0; unit < 2; unit++) {
+                int column = (unit ? t.lower : t.row) + e;
+                if (column >= t.n || (unit && t.output == SMALL_SWIGLU)) { continue; }
+                if (floats) {
+                    float *to = (float *)line + column;
+                    *to = t.output == SMALL_FLOAT_ADD ? *to + v[unit][e] : v[unit][e];
+                } else {
+                    ((bf16 *)line)[column] = __float2bfloat16_rn(v[unit][e]);
+                }
+            }
+        }
+    }
+}
+
+/* what a warp knows of an item */
+struct wide_item {
+    small_tile first, tile; /* of the item, of the warp */
+    int token8, fragments;  /* where its tokens begin, and how many eights there are of them */
+    bool there;             /* whether there is such a tile */
+};
+
+template <int Tokens8> __device__ __forceinline__ wide_item wide_item_of(const small_args &a, const wide_place &p) {
+    int token8 = p.item % p.across * Tokens8;
+    return {wide_tile(a, p, 0), wide_tile(a, p, p.warp), token8, min(Tokens8, (a.m + 7) / 8 - token8), wide_tile_number(p, p.warp) < a.tiles};
+}
+
+/* any item: fragments are turned in shared memory, and each warp stores its own; round: rounds so far */
+template <int Tokens8>
+__device__ __forceinline__ void wide_finish_any(const small_args &a, const wide_place &p, const wide_item &item, int &round, const float (&sums)[4 * Tokens8]) {
+    wide_target t = wide_aim(a, p, item.tile);
+    bulk_wait_read<0>(); /* of an item with lines, which may have stood here */
+    block_barrier(1, WIDE_TILES * WARP);
+#pragma unroll 1
+    for (int first = 0; first < item.fragments; first += WIDE_ROUND, round++) {
+        wide_send<Tokens8>(p, first, round, sums);
+        if (a.adapted) { wide_add_terms(a, p, item.tile, t, item.token8 + first, round); }
+        if (p.shift > 0) { wide_await(p, round); }
+        if (item.there) { wide_store(a, p, t, item.token8 + first, round); } /* or what is received is dropped */
+        wide_release(p, round, p.last && first + 2 * WIDE_ROUND >= item.fragments);
+    }
+}
+
+/* ---- items whose outputs stand side by side: lines of them are put together in shared memory, and copied from there ------------------ */
+
+/* of such an item: where its outputs begin in a line, how many bytes they are */
+struct wide_lines {
+    int column, bytes;
+    uint32_t pitch;           /* in shared memory */
+    uint32_t upper, lower;    /* places of the lane's rows in a line, of its first token */
+    float factor, factor_lower;
+    const float *cos, *sin;
+};
+
+/* whether the tiles are neighbours of one part, whole, and what bulk copies can take */
+__device__ __forceinline__ bool wide_has_lines(const small_args &a, const wide_item &item, const small_tile &last, bool last_there) {
+    const small_part &part = a.part[item.first.part];
+    int begin = item.first.unit * UNIT_ROWS, end = last.unit * UNIT_ROWS + part.lower_rows + UNIT_ROWS;
+    int width = WIDE_TILES * (part.output == SMALL_SWIGLU ? UNIT_ROWS : TILE_ROWS), size = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD ? 4 : 2;
+    return !a.adapted && last_there && last.part == item.first.part && end - begin == width && end <= part.n && (uintptr_t)part.out % 16 == 0 &&
+           part.n * size % 16 == 0 && begin * size % 16 == 0 && (part.output != SMALL_ROPE || (begin % a.d == 0 && width % a.d == 0)) &&
+           (part.output != SMALL_SWIGLU || !part.ordered || begin % NORM_BLOCK == 0);
+}
+
+template <int Output>
+__device__ __forceinline__ wide_lines wide_lines_of(const small_args &a, const wide_item &item, int lane) {
+    constexpr int size = Output == SMALL_FLOAT ? 4 : 2, width = (Output == SMALL_SWIGLU ? UNIT_ROWS : TILE_ROWS) * WIDE_TILES;
+    const small_part &part = a.part[item.tile.part];
+    int begin = item.first.unit * UNIT_ROWS, row = item.tile.unit * UNIT_ROWS + lane / 4, column = row - begin;
+    wide_lines l = {begin, width * size, width * size + 16, 0, 0, __ldg(part.factor), __ldg(part.factor_lower), a.cos, a.sin};
+    if (Output == SMALL_SWIGLU && part.ordered) { column = ordered_column(column); }
+    l.upper = lane % 4 * 2 * l.pitch + column * size, l.lower = l.upper + part.lower_rows * size;
+    if (Output == SMALL_ROPE) { l.cos += row % a.d, l.sin += row % a.d; }
+    return l;
+}
+
+/* a fragment's sums as outputs at `stage`, where its first token begins; token8 * 8: that token */
+template <int Output>
+__device__ __forceinline__ void wide_emit(const small_args &a, const wide_lines &l, int lane, uint32_t stage, int token8, float4 sum) {
+    float u[2] = {sum.x * l.factor, sum.y * l.factor}, v[2] = {sum.z * l.factor_lower, sum.w * l.factor_lower};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t upper = stage + l.upper + i * l.pitch, lower = stage + l.lower + i * l.pitch;
+        if (Output == SMALL_FLOAT) {
+            store_shared(upper, u[i]), store_shared(lower, v[i]);
+            continue;
+        }
+        if (Output == SMALL_SWIGLU) {
+            store_shared(upper, __float2bfloat16_rn(silu_fast(u[i]) * v[i]));
+            continue;
+        }
+        if (Output == SMALL_ROPE) {
+            int token = min(8 * token8 + lane % 4 * 2 + i, a.m - 1), angle = __ldg(a.positions + token) * (a.d / 2);
+            float2 turned = rope_pair(u[i], v[i], __ldg(l.cos + angle), __ldg(l.sin + angle));
+            u[i] = turned.x, v[i] = turned.y;
+        }
+        store_shared(upper, __float2bfloat16_rn(u[i])), store_shared(lower, __float2bfloat16_rn(v[i]));
+    }
+}
+
+/* Copies the lines of `fragments` fragments at `stage`, the first one's tokens from 8 token8 on, once all warps have put theirs there. */
+__device__ __forceinline__ void wide_copy_lines(const small_args &a, const wide_place &p, const small_part &part, const wide_lines &l, uint32_t stage,
+                                                int token8, int fragments) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    block_barrier(1, WIDE_TILES * WARP);
+    int line = p.lane * WIDE_TILES + p.warp, token = 8 * (token8 + (line / 8 << p.shift)) + line % 8;
+    if (line < 8 * fragments && token < a.m) {
+        int64_t row = part.rows != NULL ? part.rows[token] : token;
+        bool floats = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD;
+        char *to = (char *)part.out + (row * part.n + l.column) * (floats ? 4 : 2);
+        if (part.output == SMALL_FLOAT_ADD) {
+            add_bulk(to, stage + line * l.pitch, l.bytes);
+        } else {
+            store_bulk(to, stage + line * l.pitch, l.bytes);
+        }
+    }
+    bulk_commit();
+}
+
+/* An item whose K the blocks of the cluster split, two rounds at once. The other blocks may send again as soon as the sums are added up. */
+template <int Tokens8, int Output>
+__device__ __forceinline__ void wide_finish_split(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l, int &round,
+                                                  const float (&sums)[4 * Tokens8]) {
+    uint32_t stage = p.base + p.l.staging;
+#pragma unroll 1
+    for (int first = 0; first < item.fragments; first += 2 * WIDE_ROUND, round += 2) {
+        bool end = p.last && first + 2 * WIDE_ROUND >= item.fragments;
+        float4 sum[WIDE_ROUND]; /* number j: fragment rank + j splits of both rounds */
+        wide_send<Tokens8>(p, first, round, sums), wide_send<Tokens8>(p, first + WIDE_ROUND, round + 1, sums);
+        wide_await(p, round), wide_await(p, round + 1);
+#pragma unroll
+        for (int j = 0; j < WIDE_ROUND; j++) {
+            int i = p.rank + (j << p.shift);
+            if (i >= 2 * WIDE_ROUND) { break; }
+            uint32_t from = wide_received(p, round + i / WIDE_ROUND, i % WIDE_ROUND, 0) + p.lane * 16;
+            sum[j] = load_shared<float4>(from);
+#pragma unroll 1
+            for (int rank = 1; rank < 1 << p.shift; rank++) {
+                float4 more = load_shared<float4>(from + rank * CHUNK);
+                sum[j].x += more.x, sum[j].y += more.y, sum[j].z += more.z, sum[j].w += more.w;
+            }
+        }
+        wide_release(p, round, end), wide_release(p, round + 1, end);
+        bulk_wait_read<0>();
+        block_barrier(1, WIDE_TILES * WARP);
+#pragma unroll
+        for (int j = 0; j < WIDE_ROUND; j++) {
+            int i = p.rank + (j << p.shift);
+            if (i < 2 * WIDE_ROUND) { wide_emit<Output>(a, l, p.lane, stage + j * 8 * l.pitch, item.token8 + first + i, sum[j]); }
+        }
+        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first + p.rank, 2 * WIDE_ROUND >> p.shift);
+    }
+}
+
+/* an item that is this block's alone: in two buffers by turns, of which one is what others would send to */
+template <int Tokens8, int Output>
+__device__ __forceinline__ void wide_finish_alone(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l,
+                                                  const float (&sums)[4 * Tokens8]) {
+#pragma unroll
+    for (int first = 0; first < Tokens8; first += WIDE_ROUND) {
+        if (first % (2 * WIDE_ROUND) == 0 && first >= item.fragments) { break; } /* not between the two: the next item begins with the first */
+        uint32_t stage = p.base + (first / WIDE_ROUND % 2 ? p.l.staging : p.l.received);
+        bulk_wait_read<1>();
+        block_barrier(1, WIDE_TILES * WARP);
+#pragma unroll
+        for (int j = 0; j < WIDE_ROUND; j++) {
+            const float *from = sums + 4 * (first + j);
+            wide_emit<Output>(a, l, p.lane, stage + j * 8 * l.pitch, item.token8 + first + j, make_float4(from[0], from[1], from[2], from[3]));
+        }
+        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first, WIDE_ROUND);
+    }
+}
+
+template <int Tokens8, int Output>
+__device__ __forceinline__ void wide_finish_lines(const small_args &a, const wide_place &p, const wide_item &item, int &round, const float (&sums)[4 * Tokens8]) {
+    wide_lines l = wide_lines_of<Output>(a, item, p.lane);
+    if (p.shift > 0) {
+        wide_finish_split<Tokens8, Output>(a, p, item, l, round, sums);
+    } else {
+        wide_finish_alone<Tokens8, Output>(a, p, item, l, sums);
+    }
+}
+
+/* the sums of the turn's item to where they belong; round: rounds so far */
+template <int Tokens8> __device__ __forceinline__ void wide_finish(const small_args &a, const wide_place &p, int &round, const float (&sums)[4 * Tokens8]) {
+    wide_item item = wide_item_of<Tokens8>(a, p);
+    if (!wide_has_lines(a, item, wide_tile(a, p, WIDE_TILES - 1), wide_tile_number(p, WIDE_TILES - 1) < a.tiles)) {
+        return wide_finish_any<Tokens8>(a, p, item, round, sums);
+    }
+    switch (a.part[item.first.part].output) {
+    case SMALL_BF16: return wide_finish_lines<Tokens8, SMALL_BF16>(a, p, item, round, sums);
+    case SMALL_ROPE: return wide_finish_lines<Tokens8, SMALL_ROPE>(a, p, item, round, sums);
+    case SMALL_SWIGLU: return wide_finish_lines<Tokens8, SMALL_SWIGLU>(a, p, item, round, sums);
+    default: return wide_finish_lines<Tokens8, SMALL_FLOAT>(a, p, item, round, sums); /* and what is added to */
+    }
+}
+
+#endif
+
+#endif
