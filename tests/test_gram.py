@@ -50,6 +50,18 @@ def test_lower_writes_only_the_lower_triangle(isa: str, rng: np.random.Generator
     assert np.tril(full).tobytes() == np.tril(h).tobytes()
 
 
+@pytest.mark.parametrize(("t", "k"), [(1, 1), (33, 31), (70, 17), (700, 193), (2100, 65), (40, 2070)])
+def test_with_itself_as_with_a_copy(isa: str, rng: np.random.Generator, t: int, k: int) -> None:
+    """Where both operands are one array, it may be packed once."""
+    if isa == "scalar" and t * k > 10_000:
+        pytest.skip("the specification, too slow at this size")
+    a = rng.standard_normal((t, k), dtype=np.float32)
+    own, other = np.zeros((k, k), np.float32), np.zeros((k, k), np.float32)
+    _core.gram_into(own, a, a, True)
+    _core.gram_into(other, a, a.copy(), True)
+    np.testing.assert_array_equal(own, other)
+
+
 def test_error_beside_float32(isa: str, rng: np.random.Generator) -> None:
     """Root mean square, over that of the result."""
     x = rng.standard_normal((1500, 130), dtype=np.float32)

@@ -46,10 +46,12 @@ static void pack_a(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, i
     alignas(64) uint16_t pairs[2 * TILE];
     for (int64_t s = k0; s < k1; s += SIDE) {
         for (int half = 0; half < 2; half++) {
-            uint16_t *tiles = panel + (s - k0) / SIDE * 2 * TILE + half * TILE;
-            pack_tile(pairs, TILE, g->a, g->lda, s, k1, i + half * VL, g->m);
-            transpose_tile(tiles, pairs, SIDE);
-            transpose_tile(tiles + plane, pairs + TILE, SIDE);
+            int64_t place = (s - k0) / SIDE * 2 * TILE + half * TILE;
+            uint16_t *high = pairs, *low = pairs + TILE;
+            if (g->packed_b != NULL) { high = panel_of_b(g, i, k0, k1) + place, low = high + plane; }
+            pack_tile(high, low - high, g->a, g->lda, s, k1, i + half * VL, g->m);
+            transpose_tile(panel + place, high, SIDE);
+            transpose_tile(panel + place + plane, low, SIDE);
         }
     }
 }
@@ -62,7 +64,8 @@ void ql_gram_forward_amx(float *h, const float *a, const float *b, int64_t t, in
     for (int64_t s = 0; s < t; s += MAX_TOKENS) {
         int64_t tokens = at_most(t - s, MAX_TOKENS);
         tile_gemm g = {.c = h, .ldc = kb, .accumulate = 1, .lower = lower, .a = a + s * ka, .lda = ka, .b = b + s * kb, .ldb = kb,
-                       .pack_a = pack_a, .pack_b = pack_b, .a_planes = 2, .b_planes = 2, .m = ka, .n = kb, .k = tokens};
+                       .pack_a = pack_a, .pack_b = pack_b, .a_planes = 2, .b_planes = 2, .m = ka, .n = kb, .k = tokens,
+                       .symmetric = a == b && ka == kb};
         if (!tile_gemm_run(&g)) { ql_gram_forward_avx512(h, a + s * ka, b + s * kb, tokens, ka, kb, lower); }
     }
 }

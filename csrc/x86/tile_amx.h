@@ -6,7 +6,8 @@
  * another 2^-16 of a product at most. All tiles beyond an edge are filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
- *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache
+ *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache;
+ *                                                                of a symmetric product by pack_a, once a call
  *   sums      [32 rows][32 columns][2 x 2 tiles]                 between blocks of k, in the second-level cache
  *
  * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
@@ -48,12 +49,14 @@ struct tile_gemm {
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int a_planes, b_planes;
     int64_t m, n, k;
+    int symmetric; /* b is the transpose of a: pack_a leaves the tiles of both, where packed_b is not NULL */
     /* filled by tile_gemm_run */
     int64_t i0, i1;         /* the rows of this pass */
     int planes;             /* the larger of both */
     int64_t block_k;        /* steps of a block of k, a multiple of 32 */
     int64_t chunk, width;
     uint16_t *packed_a;
+    uint16_t *packed_b;     /* all blocks of k one after another, or NULL: pack_b packs them when they are needed */
     uint16_t *blocks;       /* (workers, BLOCK_SIZE) */
     float *sums;            /* (workers, sums_size) */
     int64_t sums_size;
@@ -209,6 +212,11 @@ static uint16_t *packed_block(const tile_gemm *g, int64_t k0) {
     return g->packed_a + round_up(g->i1 - g->i0, SIDE) * round_up(k0, SIDE) * g->a_planes;
 }
 
+/* the panel of packed b that holds column j and block [k0, k1) */
+static inline uint16_t *panel_of_b(const tile_gemm *g, int64_t j, int64_t k0, int64_t k1) {
+    return panel_at(g->packed_b + round_up(g->n, SIDE) * round_up(k0, SIDE) * g->b_planes, j / SIDE, g->b_planes, k1 - k0);
+}
+
 static void pack_a_task(void *context, int64_t task) {
     const tile_gemm *g = context;
     int64_t i = g->i0 + task * SIDE;
@@ -219,7 +227,7 @@ static void pack_a_task(void *context, int64_t task) {
 }
 
 /* 32 rows of a, one block of k, against all columns of the task */
-static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
+static void multiply_rows(const tile_gemm *g, const uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
                           int64_t k1) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
     quad q = {.a = panel_at(packed_block(g, k0), (i - g->i0) / SIDE, g->a_planes, steps), .steps = steps,
@@ -228,7 +236,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
-        q.b = panel_at(block, (j - j0) / SIDE, g->b_planes, steps);
+        q.b = block + (j - j0) / SIDE * g->b_planes * plane_size(steps);
         q.before = k0 > 0 ? sums : NULL;
         if (k1 == g->k && inside) {
             q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
@@ -262,10 +270,15 @@ static void tile_gemm_task(void *context, int64_t task) {
     configure_tiles(&before);
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
         int64_t k1 = at_most(k0 + g->block_k, g->k);
-        g->pack_b(block, g, k0, k1, j0, j1);
+        const uint16_t *panels = block;
+        if (g->packed_b != NULL) {
+            panels = panel_of_b(g, j0, k0, k1);
+        } else {
+            g->pack_b(block, g, k0, k1, j0, j1);
+        }
         for (int64_t i = i0; i < i1; i += SIDE) {
             int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
-            multiply_rows(g, block, sums + kept, i, j0, j1, k0, k1);
+            multiply_rows(g, panels, sums + kept, i, j0, j1, k0, k1);
         }
     }
     restore_tiles(&before);
@@ -300,13 +313,15 @@ static int tile_gemm_run(tile_gemm *g) {
     g->block_k = round_up(pieces(g->k, pieces(g->k, most / g->planes)), SIDE);
     int64_t pass = at_most(g->m, PASS_ROWS);
     int64_t a_size = round_up(pass, SIDE) * round_up(g->k, SIDE) * g->a_planes;
+    int64_t b_size = g->symmetric && g->m <= PASS_ROWS ? a_size : 0;
     g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
     int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */
-    char *memory = ql_scratch((size_t)(a_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
+    char *memory = ql_scratch((size_t)(a_size + b_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
                               (size_t)(g->workers * g->sums_size) * sizeof *g->sums + (size_t)busy_size * sizeof *g->busy);
     if (memory == NULL) { return 0; }
     g->packed_a = (uint16_t *)(void *)memory;
-    g->blocks = g->packed_a + a_size;
+    g->packed_b = b_size > 0 ? g->packed_a + a_size : NULL;
+    g->blocks = g->packed_a + a_size + b_size;
     g->sums = (float *)(void *)(g->blocks + g->workers * BLOCK_SIZE);
     g->busy = (atomic_int *)(void *)(g->sums + g->workers * g->sums_size);
     for (int64_t w = 0; w < g->workers; w++) { atomic_init(&g->busy[w], 0); }
