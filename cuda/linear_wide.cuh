@@ -59,19 +59,18 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_fetc
 
 /* ---- one unit of the tiles ---------------------------------------------------------------------------------------- */
 
-/* a unit of a warp's tile: the words, and of the first scales and zero points what is stored */
+/* a unit of a warp's tile: the words, and of the rows' first part the scale as it is stored and, in the high half, what is taken from its values */
 template <typename Codes> struct wide_words {
-    uint32_t upper[Codes::words], lower[Codes::words], from; /* from: record of the upper half */
-    uint16_t scale[2], zero[2];
+    uint32_t upper[Codes::words], lower[Codes::words], part[2], from; /* from: record of the upper half */
 };
 
 /* scales and zero points of part `part` */
 template <typename Codes> __device__ __forceinline__ void wide_load_part(wide_words<Codes> &w, const small_args &a, int part, int lane) {
     uint32_t at = w.from + Codes::bytes + lane / 4 * 2 + part * 16, lower = wide_together<Codes>() * a.record;
-    w.scale[0] = load_shared<uint16_t>(at), w.scale[1] = load_shared<uint16_t>(at + lower);
-    if (a.zeros) {
-        at += a.parts * 16;
-        w.zero[0] = load_shared<uint16_t>(at), w.zero[1] = load_shared<uint16_t>(at + lower);
+#pragma unroll
+    for (int half = 0; half < 2; half++, at += lower) {
+        uint32_t zero = a.zeros ? load_shared<uint16_t>(at + a.parts * 16) : Codes::symmetric & 0xffff;
+        w.part[half] = load_shared<uint16_t>(at) | zero << 16;
     }
 }
 template <typename Codes> __device__ __forceinline__ void wide_load(wide_words<Codes> &w, const small_args &a, uint32_t from, int lane) {
@@ -85,9 +84,9 @@ template <typename Codes> __device__ __forceinline__ void wide_load(wide_words<C
 struct wide_scale {
     uint32_t high, low, offset;
 };
-__device__ __forceinline__ wide_scale wide_scale_of(uint16_t stored, uint32_t offset) {
-    float scale = half_bits_to_float(stored), high = __bfloat162float(__float2bfloat16_rn(scale));
-    return {pack_bf16(high, high), pack_bf16(scale - high, scale - high), offset};
+__device__ __forceinline__ wide_scale wide_scale_of(uint32_t part) {
+    float scale = half_bits_to_float(part & 0xffff), high = __bfloat162float(__float2bfloat16_rn(scale));
+    return {pack_bf16(high, high), pack_bf16(scale - high, scale - high), __byte_perm(part, 0, 0x3232)};
 }
 /* value scale, rounded once but for what is lost of the product with `low` */
 __device__ __forceinline__ uint32_t wide_scaled(uint32_t value, const wide_scale &s) {
@@ -114,8 +113,7 @@ __device__ __forceinline__ void wide_unit(wide_state<Tokens8> &s, wide_words<Cod
         for (int step = first; step < first + WIDE_BATCH; step++) {
             if (step == 0 || (step % 2 == 0 && (step & ((1 << p.part) - 1)) == 0)) {
                 if (step > 0) { wide_load_part<Codes>(w, a, step >> p.part, p.lane); }
-                upper = wide_scale_of(w.scale[0], a.zeros ? w.zero[0] * 0x10001u : Codes::symmetric);
-                lower = wide_scale_of(w.scale[1], a.zeros ? w.zero[1] * 0x10001u : Codes::symmetric);
+                upper = wide_scale_of(w.part[0]), lower = wide_scale_of(w.part[1]);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -169,16 +167,16 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_mult
     wide_ring weights = {0, 0}, x = {0, 0};
     uint32_t mine = p.base + p.l.weights + 2 * p.warp * together * a.record, stage_bytes = 2 * WIDE_TILES * together * a.record;
     int round = 0;
-    wide_words<Codes> w;
-    barrier_wait(p.base + p.l.weights_full, 0);
-    wide_load<Codes>(w, a, mine, p.lane);
     for (int turn = 0; wide_take(a, p, turn); turn++) {
         wide_state<Tokens8> s = {};
+        wide_words<Codes> w; /* not loaded ahead from turn to turn: between them registers are few */
         if (turn == a.alone && p.shift > 0) { wide_open(p), round = 0; }
         s.x = x;
+        barrier_wait(p.base + p.l.weights_full + 8 * weights.stage, weights.phase);
+        wide_load<Codes>(w, a, mine + weights.stage * stage_bytes, p.lane);
 #pragma unroll 1
         for (int u = p.k.first; u < p.k.end; u++) {
-            bool in_stage = together > 1 && (u - p.k.first) % together + 1 < together && u + 1 < p.k.end, last = u + 1 == p.k.end && p.last;
+            bool last = u + 1 == p.k.end, in_stage = together > 1 && (u - p.k.first) % together + 1 < together && !last;
             wide_unit<Codes, Tokens8>(s, w, a, p, table, [&](wide_words<Codes> &next) {
                 if (in_stage) { return wide_load<Codes>(next, a, next.from + a.record, p.lane); }
                 warp_arrive(p.base + p.l.weights_free + 8 * weights.stage, p.lane);
@@ -206,13 +204,13 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_body
     __syncthreads();
     ql_cuda_start_next();
     if (p.warp >= WIDE_TILES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         cluster_wait();
         if (p.warp == WIDE_TILES + 1) { wide_fetch_weights<Codes>(a, p); }
         ql_cuda_wait_previous();
         if (p.warp == WIDE_TILES && p.lane == 0) { wide_fetch_x<Codes, Tokens8>(a, p, map); }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         cluster_wait();
         ql_cuda_wait_previous();
         wide_multiply<Codes, Tokens8>(a, p, table);
