@@ -260,7 +260,7 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
     return true;
 }
 
-/* whether w is packed; the first product of few tokens packs it: a model that only trains has no second copy of its weights */
+/* whether w is packed; the first product that may take it packs it: a model that only trains has no second copy of its weights */
 static bool is_packed(const ql_weight *w) {
     if (w->packed == NULL && !ql_cuda_recording() && ql_cuda_pack((ql_weight *)w) == QL_OK && w->packed != NULL) {
         (void)ql_cuda_finish(); /* the products read it before they wait for what was issued ahead of them */

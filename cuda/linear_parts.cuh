@@ -1,4 +1,4 @@
-/* linear_parts.cuh: what a launch of a product of few tokens is given.
+/* linear_parts.cuh: what a launch of a product on the packed weight is given.
  *
  * A tile is 16 outputs: two units of 8 rows, which need not be neighbours: for rotary embeddings they are rows i and i + d/2 of a
  * head, for SwiGLU the same rows of gate and up, so that what the epilogue combines lies in one lane. Up to three weights stand
