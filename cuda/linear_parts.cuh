@@ -16,7 +16,7 @@ enum small_output { SMALL_FLOAT, SMALL_FLOAT_ADD, SMALL_BF16, SMALL_ROPE, SMALL_
 
 struct small_part {
     const uint8_t *upper, *lower;       /* records of the units of tile 0 */
-    const float *factor, *factor_lower; /* powers of two that the sums are multiplied by */
+    const float *factor, *factor_lower; /* what the sums are multiplied by */
     const int32_t *rows;                /* SMALL_ROPE: row of `out` of each token, or NULL */
     void *out;                          /* (rows, n) */
     int tiles;

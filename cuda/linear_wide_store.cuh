@@ -107,7 +107,7 @@ __device__ __forceinline__ void wide_add_terms(const small_args &a, const wide_p
         uint32_t at = wide_received(p, round, i, p.rank) + p.lane * 16;
         small_target to = {};
         add_terms<false>(to, a, tile, p.lane, token8 + i);
-        float4 sum = load_shared<float4>(at); /* factors are powers of two */
+        float4 sum = load_shared<float4>(at); /* they are multiplied by the factors below */
         sum.x += to.old[0] / t.factor, sum.y += to.old[2] / t.factor, sum.z += to.old[1] / t.factor_lower, sum.w += to.old[3] / t.factor_lower;
         store_shared(at, sum);
     }
@@ -163,15 +163,16 @@ template <int Tokens8> __device__ __forceinline__ wide_item wide_item_of(const s
 template <int Tokens8>
 __device__ __forceinline__ void wide_finish_any(const small_args &a, const wide_place &p, const wide_item &item, int &round, const float (&sums)[4 * Tokens8]) {
     wide_target t = wide_aim(a, p, item.tile);
+    int fragments = p.shift > 0 ? max(item.fragments, 2 * WIDE_ROUND) : item.fragments; /* both places: what is released is sent to again */
     bulk_wait_read<0>(); /* of an item with lines, which may have stood here */
     block_barrier(1, WIDE_TILES * WARP);
 #pragma unroll 1
-    for (int first = 0; first < item.fragments; first += WIDE_ROUND, round++) {
+    for (int first = 0; first < fragments; first += WIDE_ROUND, round++) {
         wide_send<Tokens8>(p, first, round, sums);
         if (a.adapted) { wide_add_terms(a, p, item.tile, t, item.token8 + first, round); }
         if (p.shift > 0) { wide_await(p, round); }
         if (item.there) { wide_store(a, p, t, item.token8 + first, round); } /* or what is received is dropped */
-        wide_release(p, round, p.last && first + 2 * WIDE_ROUND >= item.fragments);
+        wide_release(p, round, p.last && first + 2 * WIDE_ROUND >= fragments);
     }
 }
 

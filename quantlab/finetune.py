@@ -216,7 +216,7 @@ class TrainingRun:
         with ExitStack() as stack:
             send = stack.enter_context(self._sink())
             bar = stack.enter_context(progress_bar(self.batches.steps, "fine-tuning", "step", show))
-            bar.advance(started)
+            bar.skip(started)
             try:
                 while state.step < self.batches.steps:
                     logged = len(state.log)

@@ -1,5 +1,4 @@
-"""One progress bar for everything that takes more than two seconds: rate and time left; off a terminal, a plain line
-now and then."""
+"""One progress bar for everything that takes more than two seconds: rate and time left, silent off a terminal."""
 
 from __future__ import annotations
 
@@ -13,30 +12,28 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 QUIET_SECONDS = 2.0
-FIRST_LINE, LINES_APART = 10.0, 60.0  # seconds: plain lines come after 10, 20, 40, 80, then every minute
 
 
 class Progress:
-    """Counts `total` units, silent in the first two seconds; in ten where standard error is no terminal or notebook."""
+    """Counts `total` units. Silent in the first two seconds, and where the output is no terminal or notebook."""
 
     def __init__(self, total: int, description: str, unit: str, enabled: bool):
         self.total, self.description, self.unit = total, description, unit
-        self.done = 0
-        self._enabled, self._live = enabled, sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._started, self._next_line = time.monotonic(), FIRST_LINE
+        self.done = self._skipped = 0
+        self._enabled = enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        self._started = time.monotonic()
         self._bar: RichProgress | None = None
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Counts `units` more; `note` (a loss, a layer's name) is shown beside the bar."""
         self.done += units
-        elapsed = time.monotonic() - self._started
-        if self._enabled and self._live and elapsed > QUIET_SECONDS:
+        if self._enabled and time.monotonic() - self._started > QUIET_SECONDS:
             self._show(note)
-        elif self._enabled and not self._live and elapsed > self._next_line:
-            self._next_line = elapsed + min(elapsed, LINES_APART)
-            rate = self.done / elapsed
-            speed = f"{rate:.3g} {self.unit}/s, {(self.total - self.done) / rate:.0f} s left"
-            print(f"{self.description}: {self.done} of {self.total}, {speed}", file=sys.stderr, flush=True)
+
+    def skip(self, units: int) -> None:
+        """Counts `units` that an earlier run has done: they say nothing of the rate."""
+        self.done += units
+        self._skipped += units
 
     def _show(self, note: str) -> None:
         if self._bar is None:
@@ -55,7 +52,7 @@ class Progress:
             self._bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._bar.add_task(self.description, total=self.total, rate="", note="")
-        rate = self.done / (time.monotonic() - self._started)
+        rate = (self.done - self._skipped) / (time.monotonic() - self._started)
         self._bar.update(self._bar.task_ids[0], completed=self.done, rate=f"{rate:.4g} {self.unit}/s", note=note)
 
     def close(self) -> None:

@@ -291,7 +291,7 @@ def test_a_dry_run_foresees_only_models_that_are_there_or_on_the_hub(capsys, tmp
     assert "holds no config.json" in call(capsys, "size", tmp_path / "empty")[2]
     options[options.index("--config") + 1] = str(tmp_path / "settings.json")
     status, out, err = call(capsys, "tweeteval", *options, "--dry-run")
-    assert status == 2 and "/no/such/model" in err and out == ""
+    assert status == 2 and "model: /no/such/model" in err and out == ""
 
 
 def test_quantize_writes_only_where_nothing_is(capsys, tiny):

@@ -17,7 +17,7 @@ typedef struct {
 } buffers;
 
 /* Rows of a pass' products. Products with few rows add in an order of their own; without a cache a row's result must not
- * depend on the rows beside it, so there a pass is never that small: rows of zeros fill it up. */
+ * depend on the rows beside it, so there a pass is never that small: rows that nothing reads fill it up. */
 static int64_t product_rows(int64_t t, int cached) { return cached || t > QL_GEMV_ROWS ? t : QL_GEMV_ROWS + 1; }
 
 static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {

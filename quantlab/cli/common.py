@@ -47,15 +47,20 @@ def wrong_call(argument: str = "", option: str = "") -> Iterator[None]:
         raise typer.BadParameter(option + str(error).removeprefix(f"{argument}: ")) from error
 
 
-def known_source(name: str | None) -> str | None:
-    """A model that is there, or that the hub may have; None where the call names none."""
+def require_source(name: str, option: str = "") -> None:
+    """A model that is there, or that the hub may have."""
     from quantlab.io.checkpoint import source_kind
     from quantlab.io.directory import require_model
 
+    with wrong_call("source", option):
+        if source_kind(name) == "directory":
+            require_model(Path(name))
+
+
+def known_source(name: str | None) -> str | None:
+    """The same; None where the call names none."""
     if name is not None:
-        with wrong_call("source"):
-            if source_kind(name) == "directory":
-                require_model(Path(name))
+        require_source(name)
     return name
 
 

@@ -19,6 +19,7 @@ from quantlab.cli.common import (
     known_source,
     print_json,
     print_table,
+    require_source,
     told_what_is_kept,
     wrong_call,
 )
@@ -184,7 +185,7 @@ def configured(kind: type[C], file: Path | None, given: Mapping[str, Any]) -> C:
 
 def start(study: ModuleType, config: StudyConfig, out: Path, dry_run: bool, as_json: bool) -> None:
     """Runs a study, or tells what it would do."""
-    known_source(config.model)  # of a file of settings, which the parser has not looked into
+    require_source(config.model, "model: ")  # of a file of settings, which the parser has not looked into
     if not dry_run:
         run_study(study, config, out, as_json)
         return
@@ -221,10 +222,13 @@ def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) 
 
 
 def known_run(folder: Path) -> Path:
-    from quantlab.report.records import experiment_of
+    """A run directory; one that is damaged is no wrong call."""
+    from quantlab.report.records import RecordError, experiment_of
 
-    with wrong_call():
+    try:
         experiment_of(folder)
+    except RecordError as error:
+        raise typer.BadParameter(str(error)) from error
     return folder
 
 
