@@ -97,9 +97,7 @@ def test_many_tokens(rng: np.random.Generator, case: str) -> None:
     check(rng, case, 385, 1024, (65, 96, 128, 129, 300, 1024, 2049))
     check(rng, case, 1064, 4224, (65, 128, 200, 513))
     check(rng, case, 4360, 512, (65, 100, 300))
-    check(
-        rng, case, 17416, 512, (66, 200)
-    )  # items that a block takes alone, then some that a cluster shares; the last is ragged
+    check(rng, case, 17416, 512, (66, 200))  # items that blocks take alone, then shared ones, the last of them ragged
     check(rng, case, 130, 11008, (66, 256))
 
 
