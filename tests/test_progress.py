@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import quantlab.progress
 from quantlab.progress import progress
 
 
 def test_silent_off_a_terminal(monkeypatch, capsys):
     now = 0.0
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # a notebook shows it
     monkeypatch.setattr(quantlab.progress.time, "monotonic", lambda: now)
     with progress(400, "GPTQ", "matrix") as bar:
         for _ in range(400):
