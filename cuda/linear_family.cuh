@@ -28,6 +28,8 @@ typedef struct {
     int tokens;                                /* of an item */
 } wide_kernel;
 
+/* bytes of shared memory that a block can have on sm_90; stages below which a ring is no ring */
+enum { SHARED_MEMORY = 227 << 10, LEAST_STAGES = 2 };
 enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4, SMALL_WIDES = 2 };
 
 typedef struct {

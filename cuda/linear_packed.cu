@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { SHARED_MEMORY = 227 << 10, RESERVED = 1 << 10, LEAST_STAGES = 2, RING_TOKENS = 16, GROUP_TOKENS = 64, WIDE_TOKENS = 1024 };
+enum { RESERVED = 1 << 10, RING_TOKENS = 16, GROUP_TOKENS = 64, WIDE_TOKENS = 1024 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {

@@ -1,4 +1,4 @@
-/* linear_small.cuh: y = x W^T for 1 to 64 tokens, bound by reading W: the packed weight (units.cuh) is the A operand of
+/* linear_small.cuh: y = x W^T for 1 to 16 tokens, bound by reading W: the packed weight (units.cuh) is the A operand of
  * mma.m16n8k16, 8 tokens the B operand, the sums are float32. Codes become exact integers (or table values) in bf16; the scale of a
  * group multiplies the float32 sum of the group. Tiles: linear_parts.cuh; what becomes of the sums: linear_epilogue.cuh.
  *

@@ -2,8 +2,6 @@
 #include "cuda.h"
 #include "linear_family.cuh"
 
-enum { SHARED_MEMORY = 227 << 10, LEAST_STAGES = 2 };
-
 /* a way to launch a kernel of linear_wide.cuh */
 typedef struct {
     const wide_kernel *kernel;
