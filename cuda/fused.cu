@@ -1,6 +1,6 @@
 /* fused.cu: the fused slots that are products: norm + q, k, v + rotary embedding; norm + gate, up + SwiGLU; product + residual.
- * Up to about a thousand tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then an
- * elementwise kernel. */
+ * Up to one to four thousand tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then
+ * an elementwise kernel. */
 #include "linear.cuh"
 
 #include <type_traits>

@@ -37,7 +37,7 @@ bool ql_cuda_low_rank_terms(ql_low_rank_term *terms, const ql_activations *x, co
 void ql_cuda_set_term(bf16 *y, const ql_low_rank_term *term, int64_t t, int64_t n);
 void ql_cuda_add_term(float *sum, const ql_low_rank_term *term, int64_t t, int64_t n);
 
-/* ---- products on the packed weight, up to about a thousand tokens (linear_packed.cu) ------------------------------------ */
+/* ---- products on the packed weight, up to some thousand tokens (linear_packed.cu) --------------------------------------- */
 
 /* what becomes of a product: float32 set or added, bf16, bf16 after rotary embedding, swiglu of this and the next weight */
 typedef enum { QL_OUT_FLOAT, QL_OUT_FLOAT_ADD, QL_OUT_BF16, QL_OUT_ROPE, QL_OUT_SWIGLU } ql_output;
