@@ -16,27 +16,16 @@
  * kernel ahead. Lengths and older keys were written before the last kernel that lets its follower start only after its own wait
  * (embedding, or the attention of the layer before), and so are there.
  *
+ * Many (sequence, kv head) at once are attention_decode_many.cu's.
+ *
  *   shared: Q (16, d + 8) | K (tile, d + 8) | V (tile, d + 8) | scores (16, tile + 4) float | of a cluster: parts, statistics
  *   parts: (chunks, group, columns) float; statistics: maximum and sum, (chunks, group, 2); in scratch for each (b, hkv) */
-#include "attention.cuh"
-#include "cuda.h"
-#include "norm_ahead.cuh" /* ordered_column */
-#include "pipeline.cuh"
+#include "attention_decode.cuh"
 
-enum { WARPS = 4, THREADS = WARPS * WARP, ROWS = 16, FEW_KEYS = 32 };
 enum { MAX_COUNTERS = 1 << 16, MAX_CLUSTER = 8 };
 
 /* how many blocks of (sequence, kv head) have ended; each goes back to 0 by itself */
 static __device__ unsigned int ended[MAX_COUNTERS];
-
-/* keys of a chunk: few tiles while the sequence is short, so that it meets many SMs; at most 32 chunks up to 16k keys */
-static __host__ __device__ inline int64_t chunk_keys(int64_t keys) {
-    return keys <= 1024 ? 64 : keys <= 4096 ? 128 : keys <= 8192 ? 256 : 512;
-}
-static __host__ __device__ inline int64_t chunk_count(int64_t keys) {
-    int64_t chunk = chunk_keys(keys);
-    return (keys + chunk - 1) / chunk;
-}
 
 struct decode_args {
     attention_args<bf16> a;
@@ -61,107 +50,6 @@ static __device__ __forceinline__ chunk_work look_up(const attention_args<bf16> 
     return w;
 }
 
-template <int Keys> __host__ __device__ constexpr int score_stride() { return Keys + 4; }
-
-/* a tile of keys or values to shared memory, but for row `skip`; zeros from row `valid` on */
-template <int D, int Keys> __device__ __forceinline__ void load_tile(bf16 *to, const bf16 *from, int64_t step, int valid, int skip) {
-    constexpr int chunks = D / 8;
-#pragma unroll
-    for (int i = 0; i < Keys * chunks / THREADS; i++) {
-        int index = threadIdx.x + i * THREADS, row = index / chunks, chunk = index % chunks;
-        if (row == skip) { continue; }
-        copy_async_16(shared_address(to + row * (D + 8) + chunk * 8), from + (row < valid ? row : 0) * step + chunk * 8,
-                      row < valid);
-    }
-}
-
-/* row `row` of keys and of values, and the queries of the group */
-template <int D, int Keys>
-__device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf16 *from_k, const bf16 *from_v, int64_t row,
-                                                     int64_t step, bf16 *q, const bf16 *from_q, int group) {
-    if (threadIdx.x < 2 * (D / 8) && row < Keys) {
-        bool key = threadIdx.x < D / 8;
-        int column = threadIdx.x % (D / 8) * 8;
-        copy_async_16(shared_address((key ? k : v) + row * (D + 8) + column), (key ? from_k : from_v) + row * step + column, true);
-    }
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        int head = i / (D / 8), column = i % (D / 8) * 8;
-        copy_async_16(shared_address(q + head * (D + 8) + column), from_q + (head < group ? head * D : 0) + column, head < group);
-    }
-}
-
-/* scores of 16 rows and this warp's 16 keys, scaled, -inf beyond the last key, to shared memory */
-template <int D, int Keys>
-__device__ __forceinline__ void score_keys(float *scores, uint32_t q, uint32_t k, int valid, float scale_log2) {
-    float even[2][4] = {}, odd[2][4] = {}; /* two chains, so that one hides the latency of the other */
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        uint32_t a[4], b[4];
-        load_matrix_4(a, q + i * 32);
-        load_matrix_4(b, k + i * 32);
-        mma_bf16(i % 2 ? odd[0] : even[0], a, b[0], b[1]);
-        mma_bf16(i % 2 ? odd[1] : even[1], a, b[2], b[3]);
-    }
-    int lane = threadIdx.x % WARP, first = threadIdx.x / WARP * 16;
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int key = first + n * 8 + lane % 4 * 2 + (e & 1), row = lane / 4 + (e >> 1) * 8;
-            scores[row * score_stride<Keys>() + key] = key < valid ? (even[n][e] + odd[n][e]) * scale_log2 : -INFINITY;
-        }
-    }
-}
-
-/* the lane's 2 rows of weights of a tile, as A fragments of its steps of 16 keys; running maximum, sum and factor */
-template <int Keys>
-__device__ __forceinline__ void weigh(uint32_t (&a)[Keys / 16][4], const float *scores, float (&maximum)[2], float (&sum)[2],
-                                      float (&keep)[2]) {
-    int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float2 x[Keys / 8];
-        float top = maximum[r], part = 0.0f;
-#pragma unroll
-        for (int n = 0; n < Keys / 8; n++) {
-            x[n] = *(const float2 *)(scores + (lane / 4 + r * 8) * score_stride<Keys>() + n * 8 + lane % 4 * 2);
-            top = fmaxf(top, fmaxf(x[n].x, x[n].y));
-        }
-        top = fmaxf(top, __shfl_xor_sync(QL_FULL_WARP, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(QL_FULL_WARP, top, 2));
-        keep[r] = exp2_fast(maximum[r] - top);
-        maximum[r] = top;
-#pragma unroll
-        for (int n = 0; n < Keys / 8; n++) {
-            float2 w = make_float2(exp2_fast(x[n].x - top), exp2_fast(x[n].y - top));
-            part += w.x + w.y;
-            a[n / 2][n % 2 * 2 + r] = pack_bf16(w.x, w.y);
-        }
-        part += __shfl_xor_sync(QL_FULL_WARP, part, 1);
-        part += __shfl_xor_sync(QL_FULL_WARP, part, 2);
-        sum[r] = sum[r] * keep[r] + part;
-    }
-}
-
-/* the warp's columns of out += weights V: columns 8 (warp + 4 i) .. + 8 */
-template <int D, int Keys>
-__device__ __forceinline__ void add_values(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const uint32_t (&a)[Keys / 16][4],
-                                           const bf16 *v) {
-    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-#pragma unroll
-    for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
-        int column = (warp + i * WARPS) * 8;
-        if (D / 8 % WARPS != 0 && column >= D) { break; }
-#pragma unroll
-        for (int s = 0; s < Keys / 32; s++) {
-            uint32_t b[4];
-            load_matrix_4_transposed(b, shared_address(v + (s * 32 + lane) * (D + 8) + column));
-            mma_bf16(out[i], a[2 * s], b[0], b[1]);
-            mma_bf16(out[i], a[2 * s + 1], b[2], b[3]);
-        }
-    }
-}
-
 /* the block's chunk of `left` keys, the first tile of which is on its way */
 template <int D, int Keys>
 __device__ __forceinline__ void attend_chunk(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], float (&maximum)[2], float (&sum)[2],
@@ -179,11 +67,13 @@ __device__ __forceinline__ void attend_chunk(float (&out)[(D / 8 + WARPS - 1) / 
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
-        if (warp < Keys / 16) { score_keys<D, Keys>(scores, q_lane, k_lane, left - done, scale_log2); }
+        if (warp < Keys / 16) {
+            score_keys<D, Keys, 2>(scores, [&](uint32_t (&a)[4], int i) { load_matrix_4(a, q_lane + i * 32); }, k_lane, left - done, scale_log2);
+        }
         __syncthreads();
         uint32_t weights[Keys / 16][4];
         float keep[2];
-        weigh<Keys>(weights, scores, maximum, sum, keep);
+        weigh<Keys, 2>(weights, scores, maximum, sum, keep);
 #pragma unroll
         for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
             out[i][0] *= keep[0], out[i][1] *= keep[0], out[i][2] *= keep[1], out[i][3] *= keep[1];
@@ -198,38 +88,8 @@ struct pair_sum {
     float2 value;
 };
 static __device__ __forceinline__ void add_part(pair_sum &s, float2 statistic, float2 part) {
-    float top = fmaxf(s.top, statistic.x), keep = exp2_fast(s.top - top), weight = exp2_fast(statistic.x - top);
-    s.top = top;
-    s.total = s.total * keep + weight * statistic.y;
-    s.value.x = s.value.x * keep + weight * part.x;
-    s.value.y = s.value.y * keep + weight * part.y;
-}
-static __device__ __forceinline__ uint32_t finished(const pair_sum &s) {
-    return pack_bf16(s.value.x / s.total, s.value.y / s.total);
-}
-
-/* columns `column` and the next of row `row` of the block's heads */
-template <int D> __device__ __forceinline__ uint32_t *output_place(const attention_args<bf16> &args, const chunk_work &w, int row, int column) {
-    int at = ((int)blockIdx.y * w.group + row) * D + column;
-    return (uint32_t *)(args.out + w.query * args.hq * D + (args.ordered ? ordered_column(at) : at));
-}
-
-/* Calls send(row, column, values) for each two columns of this lane, and state(row, maximum, sum) once a row of the block. */
-template <int D, typename Send, typename State>
-__device__ __forceinline__ void each_pair(const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
-                                          const float (&sum)[2], int group, Send send, State state) {
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int row = lane / 4 + r * 8;
-        if (row >= group) { break; }
-        if (warp == 0 && lane % 4 == 0) { state(row, make_float2(maximum[r], sum[r])); }
-#pragma unroll
-        for (int i = 0; i < (D / 8 + WARPS - 1) / WARPS; i++) {
-            int column = (warp + i * WARPS) * 8 + lane % 4 * 2;
-            if (column < D) { send(row, column, make_float2(out[i][2 * r], out[i][2 * r + 1]), sum[r]); }
-        }
-    }
+    float2 factors = join_part(s.top, s.total, statistic);
+    s.value.x = joined(s.value.x, factors, part.x), s.value.y = joined(s.value.y, factors, part.y);
 }
 
 /* Through scratch memory: the block of the group that ends last adds up all parts. */
@@ -259,7 +119,7 @@ __device__ __forceinline__ void combine_last(const decode_args &c, const chunk_w
             int64_t line = chunk * group + row;
             add_part(s, __ldcg((const float2 *)(statistics + line * 2)), __ldcg((const float2 *)(parts + line * D + column)));
         }
-        *output_place<D>(c.a, w, row, column) = finished(s);
+        store_pair<D>(c.a, w.query, blockIdx.y, row, column, s.value, s.total);
     }
 }
 
@@ -302,7 +162,7 @@ __device__ __forceinline__ void combine_cluster(const chunk_work &w, const float
                 add_part(s, *(const float2 *)(statistics + line * 2), *(const float2 *)(parts + line * width + at));
             }
         }
-        *output_place<D>(args, w, row, column) = finished(s);
+        store_pair<D>(args, w.query, blockIdx.y, row, column, s.value, s.total);
     }
 }
 #endif
@@ -346,9 +206,7 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
     if (w.chunks == 1) {
         each_pair<D>(
             out, maximum, sum, w.group,
-            [&](int row, int column, float2 values, float total) {
-                *output_place<D>(args, w, row, column) = pack_bf16(values.x / total, values.y / total);
-            },
+            [&](int row, int column, float2 values, float total) { store_pair<D>(args, w.query, blockIdx.y, row, column, values, total); },
             [](int, float2) {});
         return;
     }
@@ -374,6 +232,7 @@ bool ql_attention_decode(const attention_args<bf16> &args, int64_t max_keys) {
     int64_t slots = (int64_t)args.b * args.hkv, group = args.hq / args.hkv;
     if (group > ROWS || args.b > 65535 || args.hkv > 65535 || slots > MAX_COUNTERS) { return false; }
     if (args.d != 64 && args.d != 80 && args.d != 96 && args.d != 128) { return false; }
+    if (ql_attention_decode_many(args, max_keys)) { return true; }
     decode_args decode = {args, NULL, NULL, 1};
     /* the count of chunks is not monotonic in the number of keys: it is largest at the end of a step of chunk_keys */
     for (int64_t keys : {(int64_t)1024, (int64_t)4096, (int64_t)8192, max_keys}) {

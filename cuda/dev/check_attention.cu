@@ -3,7 +3,7 @@
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -o check_attention cuda/dev/check_attention.cu cuda/attention*.cu cuda/activations.cu
  *   ./check_attention
  *
- * Options: `check` or `time` alone; default both, some 15 s. */
+ * Options: `check`, `time` or `decode` (times of one query a sequence) alone; default the first two, some 15 s. */
 
 #include "harness.cuh"
 
@@ -124,8 +124,9 @@ static void check_chunks() {
 }
 
 /* a recorded decode step replayed while the lengths grow; and the bits of each sequence alone */
-static void check_replay() {
-    problem<bf16> p({1, 1, 1}, {500, 60, 1100}, 8, 2, 128);
+static void check_replay(const std::vector<int64_t> &past, int64_t hq, int64_t hkv, int64_t d) {
+    int64_t count = (int64_t)past.size(), width = hq * d;
+    problem<bf16> p(std::vector<int64_t>(count, 1), past, hq, hkv, d);
     on_device<bf16> device(p);
     device.run(p);
     std::vector<bf16> full = device.out.down();
@@ -138,21 +139,39 @@ static void check_replay() {
     must(cudaGraphInstantiate(&exec, graph, 0), "graph");
     bool same = true;
     for (int64_t back : {59, 20, 1, 0}) {
-        for (int i = 0; i < 3; i++) { p.kv_len[i] = device.kv_len.host[i] = lengths[i] - back; }
+        for (int64_t i = 0; i < count; i++) { p.kv_len[i] = device.kv_len.host[i] = std::max<int64_t>(lengths[i] - back, 1); }
         device.kv_len.up();
         must(cudaGraphLaunch(exec, harness_stream), "replay");
         std::vector<bf16> replayed = device.out.down();
-        for (int i = 0; i < 3; i++) { /* alone, with its own bound */
+        for (int64_t i = 0; i < count; i += count / 3) { /* alone, with its own bound */
             problem<bf16> alone = p;
             alone.b = alone.t = 1, alone.q_start = {0, 1}, alone.kv_start = {p.kv_start[i]}, alone.kv_len = {p.kv_len[i]};
-            alone.max_keys = p.kv_len[i], alone.q.assign(p.q.begin() + i * 8 * 128, p.q.begin() + (i + 1) * 8 * 128);
+            alone.max_keys = p.kv_len[i], alone.q.assign(p.q.begin() + i * width, p.q.begin() + (i + 1) * width);
             on_device<bf16> one(alone);
             one.run(alone);
-            same = same && memcmp(one.out.down().data(), replayed.data() + i * 8 * 128, 8 * 128 * sizeof(bf16)) == 0;
+            same = same && memcmp(one.out.down().data(), replayed.data() + i * width, width * sizeof(bf16)) == 0;
         }
     }
     same = same && memcmp(full.data(), device.out.host.data(), full.size() * sizeof(bf16)) == 0;
     expect(same, "replayed decode steps have the bits of each sequence alone", !same, 0);
+}
+
+/* more (sequence, kv head) than blocks, sequences of many lengths and without a query among them */
+static void check_many() {
+    std::vector<int64_t> queries, past, short_past;
+    for (int64_t i = 0; i < 90; i++) {
+        queries.push_back(i % 7 != 3 && i != 89), past.push_back(i * i * 31 % 1024), short_past.push_back(i * 31 % 70);
+    }
+    for (int64_t d : {64, 80, 96, 128}) {
+        check("many decode", problem<bf16>(queries, past, 8, 8, d), 1000);
+        check("many decode, short", problem<bf16>(queries, short_past, 8, 8, d), 1000);
+        check("many decode", problem<bf16>(queries, past, 16, 4, d), 1000);
+        check("many decode, group of 16", problem<bf16>(queries, past, 64, 4, d), 1000);
+    }
+    std::vector<int64_t> lengths;
+    for (int64_t i = 0; i < 40; i++) { lengths.push_back(i * 97 % 1000); }
+    check_replay(lengths, 8, 8, 128), check_replay(lengths, 32, 8, 64);
+    check_replay({500, 60, 1100}, 8, 2, 128);
 }
 
 static void check_all() {
@@ -185,7 +204,7 @@ static void check_all() {
     check("decode, group of 20", problem<bf16>({1, 1}, {30, 300}, 20, 1, 128));
     check("prefill 8192", problem<bf16>({8192}, {0}, 2, 1, 128));
     check_chunks();
-    check_replay();
+    check_many();
 }
 
 static void time_prefill(const char *name, std::vector<int64_t> queries, int64_t hq, int64_t hkv, int64_t d) {
@@ -225,7 +244,7 @@ static void time_decode(int64_t b, int64_t context, int64_t hq, int64_t hkv, int
     fflush(stdout);
 }
 
-static void time_all() {
+static void time_prefills() {
     time_prefill("8 x 2048", std::vector<int64_t>(8, 2048), 16, 16, 128);
     time_prefill("2 x 8192", std::vector<int64_t>(2, 8192), 16, 16, 128);
     time_prefill("1 x 2048", {2048}, 32, 32, 128);
@@ -236,20 +255,24 @@ static void time_all() {
     time_prefill("128 x 2048 GQA", std::vector<int64_t>(8, 2048), 32, 8, 128);
     time_prefill("8 x 2048", std::vector<int64_t>(8, 2048), 32, 32, 64);
     time_prefill("8 x 2048", std::vector<int64_t>(8, 2048), 16, 16, 96);
+}
+
+static void time_decodes() {
     for (int64_t context : {32, 64, 128, 256, 512, 1024, 2048, 4096, 16384}) {
         time_decode(1, context, 32, 32, 128);
         time_decode(1, context, 32, 8, 128);
     }
-    for (int64_t context : {64, 256, 1024}) {
-        time_decode(8, context, 32, 32, 128);
-        time_decode(32, context, 32, 32, 128);
-        time_decode(32, context, 32, 8, 128);
+    for (int64_t context : {32, 48, 64, 110, 160, 256, 512, 1024}) {
+        for (int64_t b : {8, 16, 32, 64}) { time_decode(b, context, 32, 32, 128); }
+        time_decode(32, context, 32, 8, 128), time_decode(64, context, 32, 8, 128);
     }
 }
 
 int main(int argc, char **argv) {
     harness_begin();
-    if (argc < 2 || strcmp(argv[1], "time") != 0) { check_all(); }
-    if (argc < 2 || strcmp(argv[1], "check") != 0) { time_all(); }
+    const char *only = argc > 1 ? argv[1] : "";
+    if (*only == 0 || strcmp(only, "check") == 0) { check_all(); }
+    if (*only == 0 || strcmp(only, "time") == 0) { time_prefills(); }
+    if (strcmp(only, "check") != 0) { time_decodes(); }
     return harness_end();
 }

@@ -157,6 +157,34 @@ def test_greedy_generation(shape: str) -> None:
     assert all(a.tobytes() == b.tobytes() for a, b in zip(found, again, strict=True))
 
 
+MANY = {
+    "heads of 64": (4, 4, 64, 40),
+    "grouped": (16, 4, 80, 40),
+    "heads of 96": (4, 4, 96, 36),
+    "heads of 128": (8, 4, 128, 40),
+    "groups of 16": (32, 2, 64, 70),
+}
+
+
+@pytest.mark.parametrize("shape", MANY)
+@pytest.mark.parametrize("longest", [100, 230])
+def test_many_sequences(shape: str, longest: int) -> None:
+    """So many that a block takes one (sequence, head) after the other; their keys end anywhere in a tile of 64, and one
+    more each step."""
+    heads, kv_heads, head_dim, count = MANY[shape]
+    changes = {"hidden_size": 64, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    cpu, gpu = pair(**changes)
+    sizes = [
+        n for n in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 57, 63, 64, 65, 100, 119, 127, 129, 192, 230) if n <= longest
+    ]
+    prompts = rows_of(cpu, [sizes[i % len(sizes)] for i in range(count)])
+    found = gpu.generate(prompts, max_new_tokens=9, eos_token_id=[])
+    for prompt, row in zip(prompts, found, strict=True):
+        check_greedy(cpu, prompt, row[len(prompt) :].tolist())
+    again = gpu.generate(prompts, max_new_tokens=9, eos_token_id=[])
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found, again, strict=True))
+
+
 # ---- beside an adapter ---------------------------------------------------------------------------------------------
 
 ADAPTERS: dict[str, dict[str, Any]] = {
