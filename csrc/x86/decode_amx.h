@@ -2,7 +2,7 @@
  *
  * Codes of 2 to 4 bits become indices of a table of the 16 values of their group, as bf16 with its scale: 32 codes for one
  * vpshufb, one shift and one vpermw. Codes of 8 bits are scaled in float32. What lies otherwise (groups that do not begin
- * at multiples of 32, other widths) is decoded to float32 first, and so is everything that needs a low plane. */
+ * at multiples of 32, other widths) is decoded to float32 first. */
 #ifndef QL_DECODE_AMX_H
 #define QL_DECODE_AMX_H
 
@@ -46,9 +46,8 @@ static int has_aligned_groups(const ql_weight *w) {
     return w->group % SIDE == 0 || w->group >= w->k;
 }
 
-static decoder decoder_of(const ql_weight *w, int planes) {
+static decoder decoder_of(const ql_weight *w) {
     decoder d = {.w = w, .way = BY_FLOAT};
-    if (planes > 1) { return d; }
     switch (w->format) {
     case QL_F16: d.way = BY_F16; break;
     case QL_BF16: d.way = BY_BF16; break;
@@ -174,32 +173,25 @@ static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, 
     }
 }
 
-/* any format; low: what rounding left over, or NULL */
-static void decode_by_float(uint16_t *out, uint16_t *low, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
+static void decode_by_float(uint16_t *out, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
     alignas(64) float values[SHORT_K];
     int64_t count = j1 - j0;
     ql_decode_forward_avx512(values, SHORT_K, w, i, i + 1, j0, j1);
     memset(values + count, 0, (size_t)(round_up(count, SIDE) - count) * sizeof *values);
     for (int64_t j = 0; j < count; j += SIDE, out += SIDE) {
-        vf first = v_load(values + j), second = v_load(values + j + VL);
-        __m512i rounded = to_bf16(first, second);
-        _mm512_storeu_si512(out, rounded);
-        if (low != NULL) {
-            _mm512_storeu_si512(low, left_over_bf16(first, second, rounded));
-            low += SIDE;
-        }
+        _mm512_storeu_si512(out, to_bf16(v_load(values + j), v_load(values + j + VL)));
     }
 }
 
-/* The same for any way of storing W, at most SHORT_K columns; low: what rounding left over, or NULL. */
-static void decode_rows(uint16_t *out, uint16_t *low, int64_t ld, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
+/* The same for any way of storing W, at most SHORT_K columns. */
+static void decode_rows(uint16_t *out, int64_t ld, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
     if (d->way == BY_TABLE) {
         decode_by_table(out, ld, d, i, count, j0, j1);
         return;
     }
     for (int64_t r = 0; r < count; r++, out += ld) {
         switch (d->way) {
-        case BY_FLOAT: decode_by_float(out, low == NULL ? NULL : low + r * ld, d->w, i + r, j0, j1); break;
+        case BY_FLOAT: decode_by_float(out, d->w, i + r, j0, j1); break;
         case BY_BYTE: decode_by_byte(out, d, i + r, j0, j1); break;
         case BY_F16: case BY_BF16: decode_half(out, d, i + r, j0, j1); break;
         case BY_TABLE: break;

@@ -2,13 +2,11 @@
  * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and
  * instruction, so that arithmetic takes less time than memory.
  *
- * A group of x becomes integers of 24 bits with one scale, max|x| / MOST: about the rounding of float32 at the largest of them.
- * A group with an infinity becomes NaN. An integer is three signed bytes, its limbs; each limb has int32 sums of its own, which
- * are exact. Codes are unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits
+ * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits
  * for every m and every number of threads. */
 #include "../formats/packed.h"
 #include "overlay.h"
-#include "vec_avx512.h"
+#include "limbs_amx.h"
 
 #include <stdalign.h>
 #include <string.h> /* memcpy */
@@ -16,8 +14,6 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, rows and format are constants after inlining */
 
 enum {
-    LIMBS = 3,
-    MOST = 127 << 16,        /* its limbs are 127, 0, 0 */
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
@@ -78,20 +74,13 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
     const __m128i of_pairs = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m128i order = g->l.rows == 32 ? of_nibbles : g->l.rows == 64 ? of_pairs : in_order;
     const int32_t *perm = g->w->perm;
-    vi largest = vi_set1(0); /* as bits, so that a NaN is the largest */
-    for (int64_t c = j; c < end; c += VL) {
-        vi bits = vi_and(vf_as_vi(load_columns(x, perm, c, end)), vi_set1(INT32_MAX));
-        largest = _mm512_max_epi32(largest, bits);
-    }
-    float most, scale;
-    int32_t bits = _mm512_reduce_max_epi32(largest);
-    memcpy(&most, &bits, sizeof most);
-    scale = most / MOST;
-    float up = most < 0x1p-64f ? 0x1p64f : 1.0f; /* the inverse of less would not be finite */
-    vf inverse = v_set1(most > 0.0f ? MOST / (most * up) : 0.0f);
+    vi largest = vi_set1(0);
+    for (int64_t c = j; c < end; c += VL) { largest = larger_bits(largest, load_columns(x, perm, c, end)); }
+    limb_scale scale = limb_scale_of(_mm512_reduce_max_epi32(largest));
+    vf up = v_set1(scale.up), inverse = v_set1(scale.inverse);
     vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
     for (int64_t c = j; c < end; c += VL) {
-        vi rest = vi_from_vf(v_mul(v_mul(load_columns(x, perm, c, end), v_set1(up)), inverse));
+        vi rest = to_integers(load_columns(x, perm, c, end), up, inverse);
         for (int l = LIMBS - 1; l >= 0; l--) {
             vi limb = _mm512_srai_epi32(vi_shl(rest, 24), 24);
             rest = _mm512_srai_epi32(vi_sub(rest, limb), 8);
@@ -111,8 +100,8 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
     }
-    g->scales[at] = scale;
-    g->sums[at] = total * scale;
+    g->scales[at] = scale.scale;
+    g->sums[at] = total * scale.scale;
 }
 
 static void split(product *g, const float *x) {

@@ -36,7 +36,7 @@ static void pack_tile(uint16_t *tiles, int64_t plane, const float *x, int64_t ld
 static void pack_b(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     int64_t steps = k1 - k0, plane = plane_size(steps);
     for (int64_t j = j0; j < j1; j += VL) {
-        uint16_t *tiles = panel_at(block, (j - j0) / SIDE, 2, steps) + (j - j0) % SIDE / VL * TILE;
+        uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / VL * TILE;
         for (int64_t s = k0; s < k1; s += SIDE, tiles += 2 * TILE) { pack_tile(tiles, plane, g->b, g->ldb, s, k1, j, j1); }
     }
 }

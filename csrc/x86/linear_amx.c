@@ -1,5 +1,5 @@
-/* linear_amx.c: y = x W^T and dx = dy W on tiles: W is decoded to bf16 a block at a time, x is rounded to bf16. Where
- * ql_precise() is set both are split into a high and a low part (bf16 weights are exact as they are). */
+/* linear_amx.c: y = x W^T and dx = dy W on tiles: W is decoded to bf16 a block at a time, x is rounded to bf16. Where W is
+ * float32, or ql_precise() is set, both become integers of three limbs, which come close to float32's accuracy. */
 #include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "overlay.h"
 
@@ -13,30 +13,29 @@ static inline vf load_steps(const float *row, const int32_t *columns, int64_t s,
 }
 
 /* rows of x or dy; columns: where step s of a row is, or NULL */
-static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1,
-                      int64_t plane) {
+static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1) {
     for (int64_t r = 0; r < SIDE; r++) {
         const float *row = (const float *)g->a + (i + r) * g->lda;
         uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
         int64_t s = k0, end = i + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
-        for (; columns == NULL && g->a_planes == 1 && s + SIDE <= end; s += SIDE, out += 2 * TILE) {
+        for (; columns == NULL && s + SIDE <= end; s += SIDE, out += 2 * TILE) {
             _mm512_store_si512(out, to_bf16(v_load(row + s), v_load(row + s + VL)));
         }
         for (; s < k1; s += SIDE, out += 2 * TILE) {
             vf first = load_steps(row, columns, s, end), second = load_steps(row, columns, s + VL, end);
-            __m512i rounded = to_bf16(first, second);
-            _mm512_store_si512(out, rounded);
-            if (g->a_planes > 1) { _mm512_store_si512(out + plane, left_over_bf16(first, second, rounded)); }
+            _mm512_store_si512(out, to_bf16(first, second));
         }
     }
 }
 
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
-    pack_rows(panel, g, ((const decoder *)g->b)->w->perm, i, k0, k1, plane);
+    (void)plane;
+    pack_rows(panel, g, ((const decoder *)g->b)->w->perm, i, k0, k1);
 }
 
 static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
-    pack_rows(panel, g, NULL, i, k0, k1, plane);
+    (void)plane;
+    pack_rows(panel, g, NULL, i, k0, k1);
 }
 
 enum { LD_ROWS = SHORT_K + SIDE };
@@ -44,68 +43,183 @@ enum { LD_ROWS = SHORT_K + SIDE };
 /* b = W^T: 16 rows of W at a time are decoded, then their pairs of steps are transposed */
 static void pack_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const decoder *d = g->b;
-    alignas(64) uint16_t rows[2][16 * LD_ROWS];
-    int64_t steps = k1 - k0, plane = plane_size(steps);
+    alignas(64) uint16_t rows[16 * LD_ROWS];
+    int64_t steps = k1 - k0;
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
         if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
         fetch_codes(d->w, j, j + count, k1, at_most(k1 + steps, g->k)); /* the next block */
         if (count < 16) { memset(rows, 0, sizeof rows); }
-        decode_rows(rows[0], g->b_planes > 1 ? rows[1] : NULL, LD_ROWS, d, j, count, k0, k1);
-        for (int p = 0; p < g->b_planes; p++) {
-            uint16_t *out = panel_at(block, (j - j0) / SIDE, g->b_planes, steps) + p * plane + (j - j0) % SIDE / 16 * TILE;
-            for (int64_t s = 0; s < steps; s += SIDE, out += 2 * TILE) { transpose_tile(out, rows[p] + s, LD_ROWS); }
-        }
+        decode_rows(rows, LD_ROWS, d, j, count, k0, k1);
+        uint16_t *out = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
+        for (int64_t s = 0; s < steps; s += SIDE, out += 2 * TILE) { transpose_tile(out, rows + s, LD_ROWS); }
     }
 }
 
 /* b = W: two rows of W are a pair of steps */
 static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const decoder *d = g->b;
-    alignas(64) uint16_t rows[2][2][MAX_WIDTH]; /* plane, row of the pair */
-    int64_t steps = k1 - k0, plane = plane_size(steps);
+    alignas(64) uint16_t rows[2][MAX_WIDTH]; /* of the pair */
+    int64_t steps = k1 - k0;
     for (int64_t s = 0; s < round_up(steps, SIDE); s += 2) {
         for (int r = 0; r < 2; r++) {
             if (s + r < steps) {
-                decode_rows(rows[0][r], g->b_planes > 1 ? rows[1][r] : NULL, 0, d, k0 + s + r, 1, j0, j1);
+                decode_rows(rows[r], 0, d, k0 + s + r, 1, j0, j1);
             } else {
-                memset(rows[0][r], 0, sizeof rows[0][r]), memset(rows[1][r], 0, sizeof rows[1][r]);
+                memset(rows[r], 0, sizeof rows[r]);
             }
         }
-        for (int p = 0; p < g->b_planes; p++) {
-            for (int64_t j = 0; j < j1 - j0; j += 16) {
-                uint16_t *tile = panel_at(block, j / SIDE, g->b_planes, steps) + p * plane + s / SIDE * 2 * TILE + j % SIDE / 16 * TILE;
-                __m256i first = _mm256_load_si256((const __m256i *)(const void *)(rows[p][0] + j));
-                __m256i second = _mm256_load_si256((const __m256i *)(const void *)(rows[p][1] + j));
-                _mm512_store_si512(tile + s % SIDE / 2 * SIDE, interleave(first, second));
-            }
+        for (int64_t j = 0; j < j1 - j0; j += 16) {
+            uint16_t *tile = panel_at(block, g, j, steps) + s / SIDE * 2 * TILE + j % SIDE / 16 * TILE;
+            __m256i first = _mm256_load_si256((const __m256i *)(const void *)(rows[0] + j));
+            __m256i second = _mm256_load_si256((const __m256i *)(const void *)(rows[1] + j));
+            _mm512_store_si512(tile + s % SIDE / 2 * SIDE, interleave(first, second));
         }
     }
 }
 
-static void set_planes(tile_gemm *g, const ql_weight *w) {
-    g->a_planes = ql_precise() ? 2 : 1;
-    g->b_planes = ql_precise() && w->format != QL_BF16 ? 2 : 1;
+/* ---- limbs --------------------------------------------------------------------------------------------------------- */
+
+enum { LIMB_VALUES = 2 * SHORT_LIMBS }; /* of a row in a block */
+
+/* Values [j, end) of a row as limbs: each 64 to a line of a tile (store_limbs), the lines `step` elements apart. Zeros follow up to a
+ * multiple of 64. Returns their scale. */
+static float split_row(uint16_t *out, int64_t step, int64_t plane, const float *row, const int32_t *columns, int64_t j, int64_t end) {
+    vi largest = vi_set1(0);
+    for (int64_t c = j; c < end; c += VL) { largest = larger_bits(largest, load_steps(row, columns, c, end)); }
+    limb_scale scale = limb_scale_of(_mm512_reduce_max_epi32(largest));
+    vf up = v_set1(scale.up), inverse = v_set1(scale.inverse);
+    for (int64_t c = j; c < end; c += 4 * VL, out += step) {
+        vi limbs[4];
+        for (int q = 0; q < 4; q++) { limbs[q] = to_limbs(to_integers(load_steps(row, columns, c + q * VL, end), up, inverse)); }
+        store_limbs(out, plane, limbs);
+    }
+    return scale.scale;
 }
+
+static inline float *scales_of(uint16_t *panel, int64_t plane) { return (float *)(void *)(panel + LIMBS * plane); }
+
+/* rows of x or dy, which have `count` values */
+static void split_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1, int64_t plane,
+                       int64_t count) {
+    for (int64_t r = 0; r < SIDE; r++) {
+        int64_t end = i + r < g->m ? at_most(2 * k1, count) : 2 * k0;
+        uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
+        if (end > 2 * k0) {
+            scales_of(panel, plane)[r] = split_row(out, 2 * TILE, plane, (const float *)g->a + (i + r) * g->lda, columns, 2 * k0, end);
+            continue;
+        }
+        scales_of(panel, plane)[r] = 0.0f; /* rows beyond the last */
+        for (int64_t s = k0; s < k1; s += SIDE, out += 2 * TILE) {
+            for (int l = 0; l < LIMBS; l++) { _mm512_store_si512(out + l * plane, _mm512_setzero_si512()); }
+        }
+    }
+}
+
+static void split_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
+    const ql_weight *w = ((const decoder *)g->b)->w;
+    split_rows(panel, g, w->perm, i, k0, k1, plane, w->k);
+}
+
+static void split_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
+    split_rows(panel, g, NULL, i, k0, k1, plane, ((const decoder *)g->b)->w->n);
+}
+
+/* b = W^T: 16 rows of W at a time are split, then their fours of values are transposed */
+static void split_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    enum { LD = SHORT_LIMBS + SIDE };
+    const ql_weight *w = ((const decoder *)g->b)->w;
+    alignas(64) uint16_t rows[LIMBS][16 * LD];
+    alignas(64) float values[LIMB_VALUES];
+    int64_t steps = k1 - k0, plane = plane_size(steps), first = 2 * k0, end = at_most(2 * k1, w->k);
+    for (int64_t j = j0; j < j1; j += 16) {
+        uint16_t *panel = panel_at(block, g, j - j0, steps);
+        float *scales = scales_of(panel, plane) + (j - j0) % SIDE;
+        if (j1 - j < 16) { memset(rows, 0, sizeof rows), memset(scales, 0, 16 * sizeof *scales); }
+        for (int64_t r = 0; r < at_most(16, j1 - j); r++) {
+            const float *row = values;
+            if (w->format == QL_F32) {
+                row = (const float *)w->codes + (j + r) * w->k + first;
+            } else {
+                ql_decode_forward_avx512(values, LIMB_VALUES, w, j + r, j + r + 1, first, end);
+            }
+            scales[r] = split_row(rows[0] + r * LD, SIDE, 16 * LD, row, NULL, 0, end - first);
+        }
+        for (int l = 0; l < LIMBS; l++) {
+            uint16_t *out = panel + l * plane + (j - j0) % SIDE / 16 * TILE;
+            for (int64_t s = 0; s < steps; s += SIDE, out += 2 * TILE) { transpose_tile(out, rows[l] + s, LD); }
+        }
+    }
+}
+
+/* 16 columns of a block of W, (count, ld): four rows are a line of a tile */
+static void split_columns(uint16_t *tiles, float *scales, int64_t plane, const float *values, int64_t ld, int64_t count, int64_t steps) {
+    vi largest = vi_set1(0);
+    for (int64_t s = 0; s < count; s++) { largest = larger_bits(largest, v_load(values + s * ld)); }
+    alignas(64) int32_t bits[VL];
+    alignas(64) float up[VL], inverse[VL];
+    vi_store(bits, largest);
+    for (int c = 0; c < VL; c++) {
+        limb_scale scale = limb_scale_of(bits[c]);
+        scales[c] = scale.scale, up[c] = scale.up, inverse[c] = scale.inverse;
+    }
+    for (int64_t s = 0; s < 2 * steps; s += 4) { /* the columns of dy are in the order of store_limbs */
+        vi limbs[4];
+        for (int r = 0; r < 4; r++) { limbs[r] = s + r < count ? to_limbs(to_integers(v_load(values + (s + r) * ld), v_load(up), v_load(inverse))) : vi_set1(0); }
+        uint16_t *out = tiles + s / (2 * SIDE) * 2 * TILE + place_of_four(s % (2 * SIDE) / 4) * SIDE;
+        for (int l = 0; l < LIMBS; l++) {
+            vi line = vi_set1(0);
+            for (int r = 0; r < 4; r++) {
+                line = _mm512_or_si512(line, vi_shl(vi_and(vi_shr(limbs[r], (unsigned)(8 * (LIMBS - 1 - l))), vi_set1(255)), (unsigned)(8 * r)));
+            }
+            _mm512_store_si512(out + l * plane, line);
+        }
+    }
+}
+
+/* b = W */
+static void split_fours(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    const ql_weight *w = ((const decoder *)g->b)->w;
+    alignas(64) float values[LIMB_VALUES * 16];
+    int64_t steps = k1 - k0, plane = plane_size(steps), first = 2 * k0, end = at_most(2 * k1, w->n);
+    for (int64_t j = j0; j < j1; j += 16) {
+        uint16_t *panel = panel_at(block, g, j - j0, steps);
+        if (j1 - j < 16) { memset(values, 0, sizeof values); }
+        ql_decode_forward_avx512(values, 16, w, first, end, j, at_most(j + 16, j1));
+        split_columns(panel + (j - j0) % SIDE / 16 * TILE, scales_of(panel, plane) + (j - j0) % SIDE, plane, values, 16, end - first,
+                      round_up(steps, SIDE));
+    }
+}
+
+/* ---- the products ---------------------------------------------------------------------------------------------------- */
+
+/* float32 matrices with a shorter side, those of adapters, would fill tiles with zeros */
+enum { NARROW = 64 };
+
+static int is_narrow(const ql_weight *w) { return w->format == QL_F32 && (w->n < NARROW || w->k < NARROW); }
+
+static int takes_limbs(const ql_weight *w) { return w->format == QL_F32 || ql_precise(); }
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (m <= QL_GEMV_ROWS) { /* W is read once: what is as exact as float32 costs no more */
         if (!ql_gemv_forward_amx(y, x, w, m, accumulate)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
         return;
     }
-    tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .pack_a = pack_x,
-                   .pack_b = pack_transposed, .m = m, .n = w->n, .k = w->k};
-    set_planes(&g, w);
-    decoder d = decoder_of(w, g.b_planes);
-    g.b = &d;
-    if (!tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
+    decoder d = decoder_of(w);
+    tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
+                   .pack_b = pack_transposed, .a_planes = 1, .b_planes = 1, .m = m, .n = w->n, .k = w->k};
+    if (takes_limbs(w)) {
+        g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+    }
+    if (is_narrow(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }
 
 void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
-    tile_gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n,
-                   .pack_a = pack_dy, .pack_b = pack_pairs, .m = m, .n = w->k, .k = w->n};
-    set_planes(&g, w);
-    decoder d = decoder_of(w, g.b_planes);
-    g.b = &d;
-    if (!tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
+    decoder d = decoder_of(w);
+    tile_gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = &d,
+                   .pack_a = pack_dy, .pack_b = pack_pairs, .a_planes = 1, .b_planes = 1, .m = m, .n = w->k, .k = w->n};
+    if (takes_limbs(w)) {
+        g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->n, 2), g.pack_a = split_dy, g.pack_b = split_fours;
+    }
+    if (is_narrow(w) || !tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
 }

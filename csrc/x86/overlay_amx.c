@@ -1,11 +1,10 @@
-/* overlay_amx.c: the AMX kernels, put over the AVX-512 table. float32 weights stay exact, on AVX-512. */
+/* overlay_amx.c: the AMX kernels, put over the AVX-512 table. */
 #include "overlay.h"
 
 void ql_overlay_amx(ql_backend *table) {
     table->gram_forward = ql_gram_forward_amx;
     table->attention_backward = ql_attention_backward_amx;
     for (int f = 0; f < QL_FORMAT_COUNT; f++) {
-        if (f == QL_F32) { continue; }
         table->linear_forward[f] = ql_linear_forward_amx;
         table->linear_backward_input[f] = ql_linear_backward_input_amx;
     }

@@ -1,24 +1,27 @@
-/* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: bf16 operands, float32 sums.
+/* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: operands of 16 bits, float32 sums.
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
- * two steps of a pair side by side. An operand has one plane, its values as bf16, or two, high and low, with high + low the
+ * two steps of a pair side by side. An operand is one plane, its values as bf16, or two, high and low, with high + low the
  * value to 2^-16; b has no more planes than a. The low plane of a meets the high one of b, the high one all of b: low low would be
- * another 2^-16 of a product at most. All tiles beyond an edge are filled with zeros.
+ * another 2^-16 of a product at most. Or both are three planes of limbs (limbs_amx.h), and a step is two values of k, a byte each: a row of
+ * a, a column of b has one scale for each block of k. All tiles beyond an edge are filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
  *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache;
  *                                                                of a symmetric product by pack_a, once a call
  *   sums      [32 rows][32 columns][2 x 2 tiles]                 between blocks of k, in the second-level cache
  *
+ * What is there for 32 rows or columns is a panel; one of limbs ends with the 32 scales.
+ *
  * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
- * first-level cache, meet all columns, 2 x 2 tiles at a time: four tile products for four tile loads. Tile products add in
- * the order of k, 32 steps of all planes at a time, and sums are kept as they are between blocks, so an element's value does not
- * depend on m, on the task or on the number of threads. */
+ * first-level cache, meet all columns, 2 x 2 tiles at a time (quad_amx.h). Tile products add in the order of k, 32 steps of all
+ * planes at a time, and sums are kept as they are between blocks, so an element's value does not depend on m, on the task or on
+ * the number of threads. */
 #ifndef QL_TILE_AMX_H
 #define QL_TILE_AMX_H
 
 #include "../quantlab.h"
-#include "bf16_amx.h"
+#include "quad_amx.h"
 
 #include <stdatomic.h>
 #include <string.h> /* memset */
@@ -26,12 +29,14 @@
 enum {
     BLOCK_STEPS = 512,        /* steps of k in a block, all planes together: 32 rows of a are 32 KiB, two thirds of the cache */
     SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
+    LIMB_STEPS = 192,         /* of a block of limbs, */
+    SHORT_LIMBS = 288,        /* steps that are one such block still: the sums of their products are far from the end of an int32 */
     MAX_WIDTH = 512,          /* columns of a task */
     MAX_SUMS = 512 * 512,     /* of a task, 1 MiB; also bounds its rows times its columns */
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
-    FETCH = 4                 /* cache lines of the next rows of a to fetch for each 32 steps */
+    SCALES = 2 * SIDE         /* elements of a panel that hold the scales of its limbs */
 };
 
 typedef struct tile_gemm tile_gemm;
@@ -48,6 +53,7 @@ struct tile_gemm {
     /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int a_planes, b_planes;
+    int limbs; /* the planes are limbs */
     int64_t m, n, k;
     int symmetric; /* b is the transpose of a: pack_a leaves the tiles of both, where packed_b is not NULL */
     /* filled by tile_gemm_run */
@@ -70,113 +76,6 @@ static inline int64_t round_up(int64_t count, int64_t size) { return pieces(coun
 
 /* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
 static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
-
-/* ---- the 2 x 2 tiles ------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const uint16_t *a, *b;
-    int64_t steps, plane; /* elements between the planes of an operand */
-    int a_planes, b_planes;
-    const float *before;  /* 2 x 2 tiles to add to, or NULL */
-    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
-    int64_t ld, down, right;
-    const char *fetch, *fetch_end; /* memory that is needed soon */
-    const char *line;              /* and what is written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
-    int64_t line_ld, lines;
-} quad;
-
-/* asks for a few lines of memory; called between tile products, which take much longer */
-static inline __attribute__((always_inline)) void fetch(quad *q) {
-    if (q->fetch < q->fetch_end) {
-        for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
-        q->fetch += 64 * FETCH;
-    }
-    for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
-        __builtin_prefetch(q->line, 1);
-        __builtin_prefetch(q->line + 64, 1);
-    }
-}
-
-/* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
- * NULL: past the first-level cache, where those of a stay for all columns */
-static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int rows, const int columns) {
-    if (b != NULL) { _tile_stream_loadd(6, b, 64); }
-    _tile_loadd(4, a, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (columns > 1) {
-        if (b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    if (rows > 1) {
-        _tile_loadd(5, a + TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        if (columns > 1) { _tile_dpbf16ps(3, 5, 7); }
-    }
-}
-
-/* the same with the tiles of a that are there, and another plane of b */
-static inline __attribute__((always_inline)) void multiply_same_rows(const uint16_t *b, const int rows, const int columns) {
-    _tile_stream_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (rows > 1) { _tile_dpbf16ps(2, 5, 6); }
-    if (columns > 1) {
-        _tile_stream_loadd(7, b + TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (rows > 1) { _tile_dpbf16ps(3, 5, 7); }
-    }
-}
-
-/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
-static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int a_planes, const int b_planes, const int rows,
-                                                                  const int columns) {
-    const uint16_t *a = q->a, *b = q->b;
-    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        if (a_planes > 1) { multiply_step(a + q->plane, b, rows, columns); }
-        multiply_step(a, a_planes > 1 ? NULL : b, rows, columns);
-        if (b_planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
-        fetch(q);
-    }
-}
-
-static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const int rows, const int columns) {
-    if (q->before == NULL) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, q->before, 64);
-        if (columns > 1) { _tile_loadd(1, q->before + QUAD / 4, 64); }
-        if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
-        if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
-    }
-    if (q->b_planes > 1) {
-        multiply_planes(q, 2, 2, rows, columns);
-    } else if (q->a_planes > 1) {
-        multiply_planes(q, 2, 1, rows, columns);
-    } else {
-        multiply_planes(q, 1, 1, rows, columns);
-    }
-    int64_t stride = q->ld * (int64_t)sizeof(float);
-    _tile_stored(0, q->after, stride);
-    if (columns > 1) { _tile_stored(1, q->after + q->right, stride); }
-    if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
-    if (rows > 1 && columns > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
-}
-
-static void multiply_quad(quad *q, int rows, int columns) {
-    MEMORY_BARRIER();
-    if (rows > 1 && columns > 1) {
-        multiply_tiles(q, 2, 2);
-    } else if (rows > 1) {
-        multiply_tiles(q, 2, 1);
-    } else if (columns > 1) {
-        multiply_tiles(q, 1, 2);
-    } else {
-        multiply_tiles(q, 1, 1);
-    }
-    MEMORY_BARRIER();
-}
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------ */
 
@@ -202,19 +101,25 @@ static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t
     }
 }
 
-/* panel p of a packed operand whose panels hold `planes` planes of `steps` steps */
-static inline uint16_t *panel_at(uint16_t *packed, int64_t p, int planes, int64_t steps) {
-    return packed + p * planes * plane_size(steps);
+/* elements of a panel that holds `planes` planes of `steps` steps */
+static inline int64_t panel_size(const tile_gemm *g, int planes, int64_t steps) {
+    return planes * plane_size(steps) + (g->limbs ? SCALES : 0);
 }
 
-/* the part of packed a that holds block [k0, k1) */
-static uint16_t *packed_block(const tile_gemm *g, int64_t k0) {
-    return g->packed_a + round_up(g->i1 - g->i0, SIDE) * round_up(k0, SIDE) * g->a_planes;
+/* the panel of column j in a block of b of `steps` steps */
+static inline uint16_t *panel_at(uint16_t *block, const tile_gemm *g, int64_t j, int64_t steps) {
+    return block + j / SIDE * panel_size(g, g->b_planes, steps);
+}
+
+/* the panel of packed a that holds row i and block [k0, k1); the blocks before it have block_k steps each */
+static inline uint16_t *panel_of_a(const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
+    int64_t before = pieces(g->i1 - g->i0, SIDE) * (k0 / g->block_k) * panel_size(g, g->a_planes, g->block_k);
+    return g->packed_a + before + (i - g->i0) / SIDE * panel_size(g, g->a_planes, k1 - k0);
 }
 
 /* the panel of packed b that holds column j and block [k0, k1) */
 static inline uint16_t *panel_of_b(const tile_gemm *g, int64_t j, int64_t k0, int64_t k1) {
-    return panel_at(g->packed_b + round_up(g->n, SIDE) * round_up(k0, SIDE) * g->b_planes, j / SIDE, g->b_planes, k1 - k0);
+    return panel_at(g->packed_b + pieces(g->n, SIDE) * (k0 / g->block_k) * panel_size(g, g->b_planes, g->block_k), g, j, k1 - k0);
 }
 
 static void pack_a_task(void *context, int64_t task) {
@@ -222,21 +127,21 @@ static void pack_a_task(void *context, int64_t task) {
     int64_t i = g->i0 + task * SIDE;
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
         int64_t k1 = at_most(k0 + g->block_k, g->k);
-        g->pack_a(panel_at(packed_block(g, k0), task, g->a_planes, k1 - k0), g, i, k0, k1, plane_size(k1 - k0));
+        g->pack_a(panel_of_a(g, i, k0, k1), g, i, k0, k1, plane_size(k1 - k0));
     }
 }
 
 /* 32 rows of a, one block of k, against all columns of the task */
-static void multiply_rows(const tile_gemm *g, const uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
+static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
                           int64_t k1) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
-    quad q = {.a = panel_at(packed_block(g, k0), (i - g->i0) / SIDE, g->a_planes, steps), .steps = steps,
-              .plane = plane_size(steps), .a_planes = g->a_planes, .b_planes = g->b_planes};
+    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps),
+              .a_planes = g->a_planes, .b_planes = g->b_planes, .limbs = g->limbs};
     q.fetch = (const char *)(q.a + g->a_planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->a_planes * q.plane);
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
-        q.b = block + (j - j0) / SIDE * g->b_planes * plane_size(steps);
+        q.b = panel_at(block, g, j - j0, steps);
         q.before = k0 > 0 ? sums : NULL;
         if (k1 == g->k && inside) {
             q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
@@ -270,7 +175,7 @@ static void tile_gemm_task(void *context, int64_t task) {
     configure_tiles(&before);
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
         int64_t k1 = at_most(k0 + g->block_k, g->k);
-        const uint16_t *panels = block;
+        uint16_t *panels = block;
         if (g->packed_b != NULL) {
             panels = panel_of_b(g, j0, k0, k1);
         } else {
@@ -297,6 +202,7 @@ static void choose_tasks(tile_gemm *g, int64_t threads) {
     const double enough = 0.9;
     int64_t rows = g->i1 - g->i0, most = MAX_WIDTH;
     if (rows > MAX_SUMS / MAX_WIDTH || g->planes * g->block_k > BLOCK_SIZE / MAX_WIDTH) { most = MAX_WIDTH / 2; }
+    most = at_most(most, BLOCK_SIZE / panel_size(g, g->b_planes, g->block_k) * SIDE);
     g->width = round_up(pieces(g->n, pieces(g->n, most)), SIDE);
     g->chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
     while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
@@ -309,10 +215,10 @@ static int tile_gemm_run(tile_gemm *g) {
     if (g->m < 1 || g->n < 1) { return 1; }
     g->planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
     g->workers = ql_threads();
-    int64_t most = g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS;
-    g->block_k = round_up(pieces(g->k, pieces(g->k, most / g->planes)), SIDE);
+    int64_t most = g->limbs ? (g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS) : (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
+    g->block_k = round_up(pieces(g->k, pieces(g->k, most)), SIDE);
     int64_t pass = at_most(g->m, PASS_ROWS);
-    int64_t a_size = round_up(pass, SIDE) * round_up(g->k, SIDE) * g->a_planes;
+    int64_t a_size = pieces(pass, SIDE) * pieces(g->k, g->block_k) * panel_size(g, g->a_planes, g->block_k);
     int64_t b_size = g->symmetric && g->m <= PASS_ROWS ? a_size : 0;
     g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
     int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */

@@ -1,0 +1,51 @@
+/* limbs_amx.h: floats as integers of 24 bits that have one scale, max|x| / MOST: about the rounding of float32 at the largest of them. An
+ * integer is three signed bytes, its limbs, the highest first; sums of their products are exact in int32. What holds an infinity or a NaN
+ * gets a scale that is none either, and its integers are 0. */
+#ifndef QL_LIMBS_AMX_H
+#define QL_LIMBS_AMX_H
+
+#include "vec_avx512.h"
+
+#include <string.h> /* memcpy */
+
+enum {
+    LIMBS = 3,
+    MOST = 127 << 16 /* its limbs are 127, 0, 0 */
+};
+
+typedef struct {
+    float scale;       /* of the integers */
+    float up, inverse; /* integer = x * up * inverse: the inverse alone of a small scale would not be finite */
+} limb_scale;
+
+/* the larger of `bits` and |x| as bits: so a NaN is the largest */
+static inline vi larger_bits(vi bits, vf x) { return _mm512_max_epi32(bits, vi_and(vf_as_vi(x), vi_set1(INT32_MAX))); }
+
+static inline limb_scale limb_scale_of(int32_t largest) {
+    float most;
+    memcpy(&most, &largest, sizeof most);
+    float up = most < 0x1p-64f ? 0x1p64f : 1.0f;
+    return (limb_scale){most / MOST, up, most > 0.0f ? MOST / (most * up) : 0.0f};
+}
+
+static inline vi to_integers(vf x, vf up, vf inverse) { return vi_from_vf(v_mul(v_mul(x, up), inverse)); }
+
+/* The lowest three bytes of each lane are the limbs, the lowest limb first: a limb of 128 and more is 256 less and the next one more. */
+static inline vi to_limbs(vi integers) { return _mm512_xor_si512(vi_add(integers, vi_set1(0x8080)), vi_set1(0x8080)); }
+
+/* Of the 16 fours of 64 values: where in a line of limbs four `i` stands. A 4 x 4 of them is transposed. */
+static inline int64_t place_of_four(int64_t i) { return i % 4 * 4 + i / 4; }
+
+/* limbs of 64 values to three lines of 64 bytes, `plane` elements of 16 bits apart */
+static inline void store_limbs(uint16_t *out, int64_t plane, const vi limbs[4]) {
+    const vi by_limb = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15));
+    vi four[4];
+    for (int q = 0; q < 4; q++) { four[q] = _mm512_shuffle_epi8(limbs[q], by_limb); }
+    vi high01 = _mm512_unpacklo_epi32(four[0], four[1]), high23 = _mm512_unpacklo_epi32(four[2], four[3]); /* limbs 0 and 1 */
+    vi low01 = _mm512_unpackhi_epi32(four[0], four[1]), low23 = _mm512_unpackhi_epi32(four[2], four[3]);   /* limb 2 */
+    _mm512_store_si512(out, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_store_si512(out + plane, _mm512_unpackhi_epi64(high01, high23));
+    _mm512_store_si512(out + 2 * plane, _mm512_unpacklo_epi64(low01, low23));
+}
+
+#endif

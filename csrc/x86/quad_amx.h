@@ -1,0 +1,188 @@
+/* quad_amx.h: 2 x 2 tiles of sums: the products of 32 rows of a and 32 columns of b over a block of k (tile_amx.h). */
+#ifndef QL_QUAD_AMX_H
+#define QL_QUAD_AMX_H
+
+#include "bf16_amx.h"
+#include "limbs_amx.h"
+
+#include <stdalign.h> /* alignas */
+
+enum { FETCH = 4 }; /* cache lines of the next rows of a to fetch for each 32 steps */
+
+typedef struct {
+    const uint16_t *a, *b;
+    int64_t steps, plane; /* elements between the planes of an operand */
+    int a_planes, b_planes, limbs;
+    const float *before;  /* 2 x 2 tiles to add to, or NULL */
+    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
+    int64_t ld, down, right;
+    const char *fetch, *fetch_end; /* memory that is needed soon */
+    const char *line;              /* and what is written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
+    int64_t line_ld, lines;
+} quad;
+
+/* asks for a few lines of memory; called between tile products, which take much longer */
+static inline __attribute__((always_inline)) void fetch(quad *q) {
+    if (q->fetch < q->fetch_end) {
+        for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
+        q->fetch += 64 * FETCH;
+    }
+    for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
+        __builtin_prefetch(q->line, 1);
+        __builtin_prefetch(q->line + 64, 1);
+    }
+}
+
+#define MULTIPLY(limbs, sum, a, b)        \
+    if (limbs) {                          \
+        _tile_dpbssd(sum, a, b);          \
+    } else {                              \
+        _tile_dpbf16ps(sum, a, b);        \
+    }
+
+/* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
+ * NULL: past the first-level cache, where those of a stay for all columns */
+static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int limbs, const int rows,
+                                                                const int columns) {
+    if (b != NULL) { _tile_stream_loadd(6, b, 64); }
+    _tile_loadd(4, a, 64);
+    MULTIPLY(limbs, 0, 4, 6);
+    if (columns > 1) {
+        if (b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
+        MULTIPLY(limbs, 1, 4, 7);
+    }
+    if (rows > 1) {
+        _tile_loadd(5, a + TILE, 64);
+        MULTIPLY(limbs, 2, 5, 6);
+        if (columns > 1) { MULTIPLY(limbs, 3, 5, 7); }
+    }
+}
+
+/* the same with the tiles of a that are there, and another plane of b */
+static inline __attribute__((always_inline)) void multiply_same_rows(const uint16_t *b, const int rows, const int columns) {
+    _tile_stream_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if (rows > 1) { _tile_dpbf16ps(2, 5, 6); }
+    if (columns > 1) {
+        _tile_stream_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (rows > 1) { _tile_dpbf16ps(3, 5, 7); }
+    }
+}
+
+/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int a_planes, const int b_planes, const int rows,
+                                                                  const int columns) {
+    const uint16_t *a = q->a, *b = q->b;
+    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        if (a_planes > 1) { multiply_step(a + q->plane, b, 0, rows, columns); }
+        multiply_step(a, a_planes > 1 ? NULL : b, 0, rows, columns);
+        if (b_planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
+        fetch(q);
+    }
+}
+
+static inline __attribute__((always_inline)) void zero_tiles(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* the tiles of sums to `out`, where they are `down` and `right` elements apart and their rows `ld` */
+static inline __attribute__((always_inline)) void store_tiles(void *out, int64_t ld, int64_t down, int64_t right, const int rows,
+                                                              const int columns) {
+    float *to = out; /* or integers: as wide */
+    int64_t stride = ld * (int64_t)sizeof *to;
+    _tile_stored(0, to, stride);
+    if (columns > 1) { _tile_stored(1, to + right, stride); }
+    if (rows > 1) { _tile_stored(2, to + down, stride); }
+    if (rows > 1 && columns > 1) { _tile_stored(3, to + down + right, stride); }
+}
+
+/* after = before + sums times the scales of their rows and columns; sums: of the products of limbs 0 0, of 0 1 and 1 0, of 0 2, 1 1 and
+ * 2 0, each 256 of the next. What is left out is 2^-23 of the product of the largest values at most. */
+static inline __attribute__((always_inline)) void scale_quad(const quad *q, const int32_t *sums, const int add, const int rows, const int columns) {
+    const float *row_scales = (const float *)(const void *)(q->a + LIMBS * q->plane);
+    const float *column_scales = (const float *)(const void *)(q->b + LIMBS * q->plane);
+    const vf unit = v_set1(65536.0f), next = v_set1(256.0f); /* unit: of the lowest sums */
+    for (int tile = 0; tile < 2 * rows; tile++) {
+        if (tile % 2 >= columns) { continue; }
+        const int32_t *from = sums + tile * (QUAD / 4);
+        const float *before = q->before + tile * (QUAD / 4), *scale = row_scales + tile / 2 * 16;
+        float *after = q->after + tile / 2 * q->down + tile % 2 * q->right;
+        vf scales = v_mul(v_load(column_scales + tile % 2 * 16), unit);
+        for (int64_t r = 0, ld = q->ld; r < 16; r++, from += 16, before += 16, after += ld) {
+            vf sum = v_fma(vi_to_vf(vi_load(from)), next, vi_to_vf(vi_load(from + QUAD)));
+            sum = v_fma(sum, next, vi_to_vf(vi_load(from + 2 * QUAD)));
+            sum = v_mul(v_mul(sum, v_set1(scale[r])), scales);
+            v_store(after, add ? v_add(v_load(before), sum) : sum);
+        }
+    }
+}
+
+/* products of limbs whose places add up to `group`, to integers of 2 x 2 tiles */
+static inline __attribute__((always_inline)) void multiply_group(quad *q, int32_t *sums, const int group, const int rows, const int columns) {
+    const uint16_t *a = q->a, *b = q->b;
+    const int64_t plane = q->plane;
+    zero_tiles();
+    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        multiply_step(a, b + group * plane, 1, rows, columns);
+        if (group > 0) { multiply_step(a + plane, b + (group - 1) * plane, 1, rows, columns); }
+        if (group > 1) { multiply_step(a + 2 * plane, b, 1, rows, columns); }
+        fetch(q);
+    }
+    store_tiles(sums, 16, QUAD / 2, QUAD / 4, rows, columns);
+}
+
+static inline __attribute__((always_inline)) void multiply_limbs(quad *q, const int rows, const int columns) {
+    alignas(64) int32_t sums[LIMBS * QUAD];
+    multiply_group(q, sums, 0, rows, columns);
+    multiply_group(q, sums + QUAD, 1, rows, columns);
+    multiply_group(q, sums + 2 * QUAD, 2, rows, columns);
+    MEMORY_BARRIER();
+    if (q->before != NULL) {
+        scale_quad(q, sums, 1, rows, columns);
+    } else {
+        scale_quad(q, sums, 0, rows, columns);
+    }
+}
+
+static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const int rows, const int columns) {
+    if (q->limbs) {
+        multiply_limbs(q, rows, columns);
+        return;
+    }
+    if (q->before == NULL) {
+        zero_tiles();
+    } else {
+        _tile_loadd(0, q->before, 64);
+        if (columns > 1) { _tile_loadd(1, q->before + QUAD / 4, 64); }
+        if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
+        if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
+    }
+    if (q->b_planes > 1) {
+        multiply_planes(q, 2, 2, rows, columns);
+    } else if (q->a_planes > 1) {
+        multiply_planes(q, 2, 1, rows, columns);
+    } else {
+        multiply_planes(q, 1, 1, rows, columns);
+    }
+    store_tiles(q->after, q->ld, q->down, q->right, rows, columns);
+}
+
+static void multiply_quad(quad *q, int rows, int columns) {
+    MEMORY_BARRIER();
+    if (rows > 1 && columns > 1) {
+        multiply_tiles(q, 2, 2);
+    } else if (rows > 1) {
+        multiply_tiles(q, 2, 1);
+    } else if (columns > 1) {
+        multiply_tiles(q, 1, 2);
+    } else {
+        multiply_tiles(q, 1, 1);
+    }
+    MEMORY_BARRIER();
+}
+
+#endif
