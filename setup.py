@@ -32,7 +32,7 @@ GROUPS = {
     "baseline": (BASELINE, [], BASELINE_PROBE),
     "avx2": (["csrc/x86/*_avx2.c"], AVX2, INTRINSICS + "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n"),
     "avx512": (["csrc/x86/*_avx512.c"], AVX512, INTRINSICS + "__m512 f(__m512 a) { return _mm512_add_ps(a, a); }\n"),
-    "amx": (["csrc/x86/*_amx.c"], AMX, INTRINSICS + "void f(void) { _tile_dpbf16ps(0, 1, 2); _tile_dpbssd(0, 1, 2); }\n"),
+    "amx": (["csrc/x86/*_amx.c"], AMX, INTRINSICS + "void f(void) { _tile_dpbf16ps(0, 1, 2); _tile_dpbssd(3, 4, 5); }"),
 }
 
 # -ffp-contract=off: a fused multiply-add appears only where a kernel asks for it, so results do not depend on flags.

@@ -36,8 +36,8 @@ int ql_threads(void);
 void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
 int ql_default_threads(void);
 
-/* Kernels that compute in bfloat16 split both operands into high and low parts: each is then rounded by at most 2^-16 of its
- * size, and not by 2^-8 */
+/* Kernels that compute in bfloat16 take integers of 24 bits instead, with a scale for each row and block of k; those that take such
+ * integers for float32 weights take float32 */
 int ql_precise(void);
 void ql_set_precise(int on);
 

@@ -83,7 +83,7 @@ static PyMethodDef methods[] = {
     {"threads", threads_get, METH_NOARGS, "threads() -> int"},
     {"set_threads", threads_set, METH_O, "set_threads(n); 0: the default"},
     {"precise", precise_get, METH_NOARGS, "precise() -> bool"},
-    {"set_precise", precise_set, METH_O, "set_precise(on): bfloat16 products of high and low parts"},
+    {"set_precise", precise_set, METH_O, "set_precise(on): products of 24-bit integers for bfloat16's, float32 for theirs"},
     {"op_table", op_table, METH_NOARGS, "op_table() -> {op: {format: variant}}"},
     {NULL, NULL, 0, NULL},
 };

@@ -1,5 +1,6 @@
 /* linear_amx.c: y = x W^T and dx = dy W on tiles: W is decoded to bf16 a block at a time, x is rounded to bf16. Where W is
- * float32, or ql_precise() is set, both become integers of three limbs, which come close to float32's accuracy. */
+ * float32, or ql_precise() is set, both become integers of three limbs: their products are off by about 2^-20 of a row's largest, where float32's
+ * own sums leave 2^-21. ql_precise() with a float32 W: float32 products, on AVX-512. */
 #include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "overlay.h"
 
@@ -193,12 +194,14 @@ static void split_fours(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t
 
 /* ---- the products ---------------------------------------------------------------------------------------------------- */
 
-/* float32 matrices with a shorter side, those of adapters, would fill tiles with zeros */
 enum { NARROW = 64 };
 
-static int is_narrow(const ql_weight *w) { return w->format == QL_F32 && (w->n < NARROW || w->k < NARROW); }
-
 static int takes_limbs(const ql_weight *w) { return w->format == QL_F32 || ql_precise(); }
+
+/* float32 products: of float32 matrices where they are asked for, and of those with a short side, adapters', which would fill tiles with zeros */
+static int takes_floats(const ql_weight *w) {
+    return w->format == QL_F32 && (ql_precise() || w->n < NARROW || w->k < NARROW);
+}
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (m <= QL_GEMV_ROWS) { /* W is read once: what is as exact as float32 costs no more */
@@ -211,7 +214,7 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
     if (takes_limbs(w)) {
         g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
     }
-    if (is_narrow(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
+    if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }
 
 void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
@@ -221,5 +224,5 @@ void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w
     if (takes_limbs(w)) {
         g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->n, 2), g.pack_a = split_dy, g.pack_b = split_fours;
     }
-    if (is_narrow(w) || !tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
+    if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
 }

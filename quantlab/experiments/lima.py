@@ -58,7 +58,7 @@ class LimaConfig(StudyConfig):
     fp16: str = "bf16"  # the variant that each part stands for: see `variants.py`
     bnb: str = "nf4"
     gptq: str = "gptq-4-r"
-    precise: bool = False  # bfloat16 kernels split their operands: float32's accuracy
+    precise: bool = False  # 24-bit integers for bfloat16: about float32's accuracy
     # conversations
     data: str | None = None  # a JSON-lines file or the folder of train.jsonl; None looks where datasets are looked for
     limit: int | None = None  # conversations, held-out ones included; None: all
