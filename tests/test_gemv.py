@@ -151,7 +151,7 @@ def test_nan_stays_in_its_row(isa: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(("format", "k", "bits"), [("affine", 60_001, 4), ("int8", 66_001, 8)])
 def test_weights_too_wide_for_a_kernel(isa: str, rng: np.random.Generator, format: str, k: int, bits: int) -> None:
-    """Too much for the stack, for the sums of bytes: other kernels compute them."""
+    """Too many columns for the sums of bytes of int8, which other kernels compute, and as many with 4 bits."""
     stored = ref.random_weight(rng, format, 3, k, group=64, bits=bits, perm=True)
     x = rng.standard_normal((4, k), dtype=np.float32)
     assert (np.abs(_core.linear(x, stored.core()) - ref.linear(x, stored)) <= bound(stored, x)).all()
@@ -159,7 +159,7 @@ def test_weights_too_wide_for_a_kernel(isa: str, rng: np.random.Generator, forma
 
 @pytest.mark.parametrize(("case", "k"), [("affine4", 18_432), ("affine8", 18_432), ("affine4", 28_672)])
 def test_the_kernel_does_not_depend_on_m(isa: str, rng: np.random.Generator, case: str, k: int) -> None:
-    """Nor does the room on the stack that it takes, wide as the matrix may be."""
+    """Nor does the memory that it works in, wide as the matrix may be."""
     if isa == "scalar":
         pytest.skip("the specification, too slow at this size")
     w, x = make(rng, case, 33, k).core(), rng.standard_normal((4, k), dtype=np.float32)

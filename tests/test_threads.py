@@ -156,6 +156,37 @@ def wait(pid: int) -> int:
     pytest.fail("the forked child hangs")
 
 
+def test_a_small_stack_is_enough() -> None:
+    """256 KiB, as threading.stack_size() or musl gives: what products work in does not stand there."""
+    code = """
+        import threading
+        import numpy as np
+        import quantlab as ql
+        from quantlab import _core
+
+        rng = np.random.default_rng(0)
+        w = rng.standard_normal((300, 6000), dtype=np.float32)
+        x, dy = rng.standard_normal((40, 6000), dtype=np.float32), rng.standard_normal((40, 300), dtype=np.float32)
+        weights = [ql.QuantWeight.from_array(w)]
+        weights += [ql.QuantWeight.from_float(w, config) for config in (ql.NF4Config(), ql.RTNConfig(3), ql.Int8Config())]
+
+        def products():
+            for isa, state in _core.isa_info().items():
+                if state["usable"] and isa != "scalar":
+                    for weight in weights:
+                        with ql.backend.use(isa=isa):
+                            for m in (1, 4, 40):
+                                ql.linear(x[:m], weight)
+                            _core.linear_backward_input(dy, weight.handle)
+
+        threading.stack_size(256 << 10)
+        thread = threading.Thread(target=products)
+        thread.start()
+        thread.join()
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=TIMEOUT).returncode == 0
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_computes() -> None:
     with ql.backend.use(threads=2):

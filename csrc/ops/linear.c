@@ -1,5 +1,6 @@
 /* linear.c: decode, linear forward and its input gradient, for every format: one specification, since a format is
  * only a way to ask for W[i, j]. Sums run over k (forward) or n (backward) in order, in float32. */
+#include "../core/sizes.h"
 #include "../formats/weight.h"
 
 enum { ROWS_PER_TASK = 16, INPUTS_PER_TASK = 64 }; /* rows or columns of W, rows of x: short tasks, for Ctrl-C */
@@ -18,7 +19,6 @@ typedef struct {
     int accumulate;
 } linear_context;
 
-static int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 static int64_t logical_column(const ql_weight *w, int64_t j) { return w->perm != NULL ? w->perm[j] : j; }
 

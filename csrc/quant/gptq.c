@@ -4,6 +4,7 @@
  * most 128 columns is brought up to date with all finished columns by one panel product, then its columns are quantized
  * one by one. Where a group begins, its scales need the weights that the finished columns leave it with: `forecast`
  * continues the recurrence with columns that are not rounded. */
+#include "../core/sizes.h"
 #include "gptq.h"
 
 #include "../core/bits.h"
@@ -64,9 +65,6 @@ enum {
     PANEL_ROWS = 28, /* copied together: rows of l may lie in a few sets of the cache */
     PADDED = QL_GPTQ_PANEL + 8
 };
-
-static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 /* columns of -L[first .. first + count, :first] become rows of `right` */
 static void pack_panel(void *context, int64_t i) {

@@ -7,6 +7,7 @@
 #ifndef QL_ATTENTION_PAIRS_H
 #define QL_ATTENTION_PAIRS_H
 
+#include "../core/sizes.h"
 #include "../quantlab.h"
 
 #include <string.h> /* memset */
@@ -29,9 +30,6 @@ typedef struct {
 
 /* adds what the pair gives to dq, dk and dv */
 static void pair_backward(const attention_context *c, const block_pair *pair);
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static inline int64_t round_up(int64_t count, int64_t size) { return (count + size - 1) / size * size; }
 
 /* Sequence s owns the blocks of queries [first_block(s), first_block(s + 1)): at least as many as it needs, found without
  * a list. */

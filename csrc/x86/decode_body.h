@@ -1,11 +1,10 @@
 /* decode_body.h: stored codes to float32, bit for bit what formats/weight.h says (a signalling float16 NaN becomes quiet).
  * A row is cut into runs of columns that share a scale; a run is decoded VL elements at a time. */
+#include "../core/sizes.h"
 #include "../formats/weight.h"
 #include "overlay.h"
 
 #include <string.h> /* memcpy */
-
-static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 static void decode_f16(float *out, const uint16_t *codes, int64_t count) {
     int64_t i = 0;

@@ -10,7 +10,9 @@
 #ifndef QL_GEMM_BODY_H
 #define QL_GEMM_BODY_H
 
+#include "../core/sizes.h"
 #include "../quantlab.h"
+#include "places.h"
 
 #include <stdalign.h> /* alignas */
 #include <string.h>   /* memcpy */
@@ -47,10 +49,9 @@ struct gemm {
     void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int64_t m, n, k;
     int64_t chunk, width;
+    float *blocks; /* (workers, BLOCKS * BLOCK) */
+    places workers;
 };
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 /* element (step, column) of a packed block: the next NR - column % NR elements follow it */
 static inline float *block_at(float *block, int64_t step, int64_t column) {
@@ -194,11 +195,12 @@ static void multiply_rows(const gemm *g, const float *blocks, int64_t i0, int64_
 
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
-    alignas(64) float blocks[BLOCKS * BLOCK];
     int64_t across = pieces(g->n, g->width);
     int64_t i0 = task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
     int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
     if (g->lower && j0 > i1 - 1) { return; }
+    int64_t worker = take_place(&g->workers);
+    float *blocks = g->blocks + worker * BLOCKS * BLOCK;
     for (int64_t k0 = 0, k1; k0 < g->k; k0 = k1) {
         k1 = at_most(k0 + BLOCKS * KC, g->k);
         for (int64_t k = k0; k < k1; k += KC) {
@@ -209,6 +211,7 @@ static void gemm_task(void *context, int64_t task) {
         }
         multiply_rows(g, blocks, i0, i1, j0, j1, k0, k1);
     }
+    leave_place(&g->workers, worker);
 }
 
 static int64_t task_count(const gemm *g) { return pieces(g->m, g->chunk) * pieces(g->n, g->width); }
@@ -219,16 +222,21 @@ static double balance(const gemm *g, int64_t threads) {
     return (double)tasks / (double)(pieces(tasks, threads) * threads);
 }
 
-/* Tasks as large as the number of threads allows. Few rows have little to reuse: then narrow blocks cost nothing. */
-static void gemm_run(gemm *g) {
+/* Tasks as large as the number of threads allows. Few rows have little to reuse: then narrow blocks cost nothing.
+ * 0: no memory for the blocks of b, nothing is written. */
+static int gemm_run(gemm *g) {
     const double enough = 0.9;
-    if (g->m < 1 || g->n < 1) { return; }
-    int64_t threads = ql_threads();
+    if (g->m < 1 || g->n < 1) { return 1; }
+    int64_t threads = ql_threads(), size = threads * BLOCKS * BLOCK;
+    g->blocks = ql_scratch((size_t)size * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
+    if (g->blocks == NULL) { return 0; }
+    g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
     g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : pieces(pieces(g->n, pieces(g->n, NB)), NR) * NR;
     g->chunk = at_most(g->m, MAX_CHUNK);
     while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = pieces(pieces(g->chunk, 2), MR) * MR; }
     while (balance(g, threads) < enough && g->width > NR) { g->width -= NR; }
     ql_parallel_for(task_count(g), gemm_task, g);
+    return 1;
 }
 
 #endif

@@ -4,6 +4,7 @@
  *
  * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits
  * for every m and every number of threads. */
+#include "../core/sizes.h"
 #include "../formats/packed.h"
 #include "overlay.h"
 #include "limbs_amx.h"
@@ -15,7 +16,6 @@
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
-    MAX_SCRATCH = 768 << 10, /* bytes of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     VECTORS = 8,             /* of rows of W at a time, in panels */
     AHEAD = 2048,            /* bytes of a stream: memory answers late */
@@ -34,9 +34,6 @@ typedef struct {
     void (*task)(void *context, int64_t i);
     int accumulate;
 } product;
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 /* of a panel of `bits` bits, as ql_packed_layout has them: rows, and codes of a row in a block; constants after inlining */
 static inline int rows_of(int bits) { return bits == 4 ? 32 : 64; }
@@ -373,9 +370,7 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     int panels = g.l.rows > 0;
     g.groups = (w->k + g.l.group - 1) / g.l.group;
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int64_t a_group = (LIMBS * (panels ? 1 : VL) + 2) * 4; /* bytes: see `run` */
-    int64_t scratch = QL_GEMV_ROWS * (LIMBS * g.ld + a_group * g.groups); /* whatever m is: the kernel must not depend on it */
-    int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP || scratch > MAX_SCRATCH;
+    int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;
@@ -388,19 +383,19 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     return 1;
 }
 
-static void run(product *g, const float *x) {
-    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL;
-    alignas(64) int8_t limbs[g->m * LIMBS * g->ld];
-    alignas(64) int32_t begin[LIMBS * numbers * lanes];
-    alignas(64) float scales[numbers], sums[numbers];
-    g->limbs = limbs, g->begin = begin, g->scales = scales, g->sums = sums;
+/* 0: no memory for x as integers */
+static int run(product *g, const float *x) {
+    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL, limbs = g->m * LIMBS * g->ld; /* ld: whole lines */
+    char *memory = ql_scratch((size_t)(limbs + (LIMBS * lanes + 2) * numbers * (int64_t)sizeof(float)));
+    if (memory == NULL) { return 0; }
+    g->limbs = (int8_t *)memory, g->begin = (int32_t *)(void *)(memory + limbs);
+    g->scales = (float *)(void *)(g->begin + LIMBS * numbers * lanes), g->sums = g->scales + numbers;
     split(g, x);
     ql_parallel_for(g->tasks, g->task, g);
+    return 1;
 }
 
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     product g;
-    if (!prepare(&g, y, w, m, accumulate)) { return 0; }
-    run(&g, x);
-    return 1;
+    return prepare(&g, y, w, m, accumulate) && run(&g, x);
 }

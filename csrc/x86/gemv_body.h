@@ -13,6 +13,7 @@
  * offset * sum of the group's activations. A group's sum is multiplied by its scale once.
  *
  * A row of y has the same bits for every m and every number of threads. */
+#include "../core/sizes.h"
 #include "../formats/packed.h"
 #include "overlay.h"
 
@@ -22,7 +23,6 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, format and rows are constants after inlining */
 
 enum {
-    MAX_SCRATCH = 192 << 10, /* floats of stack that one product may take */
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = 8192,            /* bytes: memory answers late; past the end it is the next weight, as often as not */
@@ -40,8 +40,6 @@ typedef struct {
     int64_t m, ldx, part; /* part: panels or rows of a task */
     int accumulate;
 } gemv;
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 /* ---- panels --------------------------------------------------------------------------------------------------- */
 
@@ -406,10 +404,13 @@ static void run_sums(const gemv *all, float *table) {
 
 typedef struct { int64_t x, sums, table; } scratch_sizes; /* floats, each a multiple of 16 */
 
-static void run(gemv *g, const float *x, const scratch_sizes *s) {
-    alignas(64) float scratch[s->x + s->sums + s->table + 16];
+/* 0: no memory to work in */
+static int run(gemv *g, const float *x, const scratch_sizes *s) {
+    int64_t size = s->x + s->sums + s->table;
+    float *scratch = size > 0 ? ql_scratch((size_t)size * sizeof *scratch) : NULL;
+    if (size > 0 && scratch == NULL) { return 0; }
     const ql_packed_layout *l = &g->l;
-    float *sums = scratch + s->x;
+    float *sums = size > 0 ? scratch + s->x : NULL;
     for (int64_t r = 0; r < g->m && s->x > 0; r++) { arrange(scratch + r * g->ldx, x + r * g->w->k, g->w, l); }
     g->x = s->x > 0 ? scratch : x;
     g->sums = s->sums > 0 ? sums : NULL;
@@ -423,6 +424,7 @@ static void run(gemv *g, const float *x, const scratch_sizes *s) {
         g->part = part_of(l->panels, 4 * l->panel);
         if (l->rows == 32) { run_nibbles(g); } else { run_sums(g, sums + s->sums); }
     }
+    return 1;
 }
 
 static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
@@ -441,7 +443,5 @@ int V_NAME(gemv_forward)(float *y, const float *x, const ql_weight *w, int64_t m
     }
     if (w->zeros != NULL) { s.sums = lines(m * g.l.groups); }
     if (g.l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g.l.columns; }
-    if (s.x + s.sums + s.table > MAX_SCRATCH) { return 0; }
-    run(&g, x, &s);
-    return 1;
+    return run(&g, x, &s);
 }

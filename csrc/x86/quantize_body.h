@@ -1,4 +1,5 @@
 /* quantize_body.h: absmax quantization to NF4, FP4 and INT8, bit for bit as ops/quantize.c specifies it. */
+#include "../core/sizes.h"
 #include "../formats/weight.h"
 #include "overlay.h"
 
@@ -15,8 +16,6 @@ typedef struct {
     ql_format format;
     int64_t count, group, blocks, blocks_per_task;
 } quantize_context;
-
-static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 static vf load_part(const float *x, int64_t lanes) { return lanes == VL ? v_load(x) : v_load_tail(x, lanes); }
 

@@ -20,10 +20,11 @@
 #ifndef QL_TILE_AMX_H
 #define QL_TILE_AMX_H
 
+#include "../core/sizes.h"
 #include "../quantlab.h"
+#include "places.h"
 #include "quad_amx.h"
 
-#include <stdatomic.h>
 #include <string.h> /* memset */
 
 enum {
@@ -66,13 +67,8 @@ struct tile_gemm {
     uint16_t *blocks;       /* (workers, BLOCK_SIZE) */
     float *sums;            /* (workers, sums_size) */
     int64_t sums_size;
-    atomic_int *busy;       /* (workers,) */
-    int64_t workers;
+    places workers;
 };
-
-static inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-static inline int64_t pieces(int64_t count, int64_t size) { return (count + size - 1) / size; }
-static inline int64_t round_up(int64_t count, int64_t size) { return pieces(count, size) * size; }
 
 /* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
 static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
@@ -155,20 +151,13 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
     }
 }
 
-/* a block and sums that no other task works in */
-static int64_t claim(const tile_gemm *g) {
-    for (int64_t w = 0;; w = w + 1 < g->workers ? w + 1 : 0) {
-        if (!atomic_exchange(&g->busy[w], 1)) { return w; }
-    }
-}
-
 static void tile_gemm_task(void *context, int64_t task) {
     const tile_gemm *g = context;
     int64_t across = pieces(g->n, g->width);
     int64_t i0 = g->i0 + task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->i1);
     int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
     if (g->lower && j0 > i1 - 1) { return; }
-    int64_t worker = claim(g), quads_a_row = pieces(g->width, SIDE);
+    int64_t worker = take_place(&g->workers), quads_a_row = pieces(g->width, SIDE);
     uint16_t *block = g->blocks + worker * BLOCK_SIZE;
     float *sums = g->sums + worker * g->sums_size;
     tile_config before;
@@ -187,7 +176,7 @@ static void tile_gemm_task(void *context, int64_t task) {
         }
     }
     restore_tiles(&before);
-    atomic_store(&g->busy[worker], 0);
+    leave_place(&g->workers, worker);
 }
 
 static int64_t task_count(const tile_gemm *g) { return pieces(g->i1 - g->i0, g->chunk) * pieces(g->n, g->width); }
@@ -214,26 +203,25 @@ static void choose_tasks(tile_gemm *g, int64_t threads) {
 static int tile_gemm_run(tile_gemm *g) {
     if (g->m < 1 || g->n < 1) { return 1; }
     g->planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
-    g->workers = ql_threads();
+    int64_t workers = ql_threads();
     int64_t most = g->limbs ? (g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS) : (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
     g->block_k = round_up(pieces(g->k, pieces(g->k, most)), SIDE);
     int64_t pass = at_most(g->m, PASS_ROWS);
     int64_t a_size = pieces(pass, SIDE) * pieces(g->k, g->block_k) * panel_size(g, g->a_planes, g->block_k);
     int64_t b_size = g->symmetric && g->m <= PASS_ROWS ? a_size : 0;
     g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
-    int64_t busy_size = round_up(g->workers, 16); /* whole cache lines */
-    char *memory = ql_scratch((size_t)(a_size + b_size + g->workers * BLOCK_SIZE) * sizeof *g->packed_a +
-                              (size_t)(g->workers * g->sums_size) * sizeof *g->sums + (size_t)busy_size * sizeof *g->busy);
+    int64_t held_size = round_up(workers, 16); /* whole cache lines */
+    char *memory = ql_scratch((size_t)(a_size + b_size + workers * BLOCK_SIZE) * sizeof *g->packed_a +
+                              (size_t)(workers * g->sums_size) * sizeof *g->sums + (size_t)held_size * sizeof(atomic_int));
     if (memory == NULL) { return 0; }
     g->packed_a = (uint16_t *)(void *)memory;
     g->packed_b = b_size > 0 ? g->packed_a + a_size : NULL;
     g->blocks = g->packed_a + a_size + b_size;
-    g->sums = (float *)(void *)(g->blocks + g->workers * BLOCK_SIZE);
-    g->busy = (atomic_int *)(void *)(g->sums + g->workers * g->sums_size);
-    for (int64_t w = 0; w < g->workers; w++) { atomic_init(&g->busy[w], 0); }
+    g->sums = (float *)(void *)(g->blocks + workers * BLOCK_SIZE);
+    g->workers = make_places((atomic_int *)(void *)(g->sums + workers * g->sums_size), workers);
     for (g->i0 = 0; g->i0 < g->m; g->i0 = g->i1) {
         g->i1 = at_most(g->i0 + PASS_ROWS, g->m);
-        choose_tasks(g, g->workers);
+        choose_tasks(g, workers);
         ql_parallel_for(pieces(g->i1 - g->i0, SIDE), pack_a_task, g);
         ql_parallel_for(task_count(g), tile_gemm_task, g);
     }
