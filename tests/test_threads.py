@@ -168,7 +168,8 @@ def test_a_small_stack_is_enough() -> None:
         w = rng.standard_normal((300, 6000), dtype=np.float32)
         x, dy = rng.standard_normal((40, 6000), dtype=np.float32), rng.standard_normal((40, 300), dtype=np.float32)
         weights = [ql.QuantWeight.from_array(w)]
-        weights += [ql.QuantWeight.from_float(w, config) for config in (ql.NF4Config(), ql.RTNConfig(3), ql.Int8Config())]
+        configs = ql.NF4Config(), ql.RTNConfig(3), ql.Int8Config()
+        weights += [ql.QuantWeight.from_float(w, config) for config in configs]
 
         def products():
             for isa, state in _core.isa_info().items():
