@@ -42,7 +42,8 @@ static void pack_b(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, 
 }
 
 /* a tile of a^T: the pairs of steps of a tile of b, transposed */
-static void pack_a(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
+static void pack_a(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
+    int64_t plane = plane_size(k1 - k0);
     alignas(64) uint16_t pairs[2 * TILE];
     for (int64_t s = k0; s < k1; s += SIDE) {
         for (int half = 0; half < 2; half++) {
@@ -64,7 +65,7 @@ void ql_gram_forward_amx(float *h, const float *a, const float *b, int64_t t, in
     for (int64_t s = 0; s < t; s += MAX_TOKENS) {
         int64_t tokens = at_most(t - s, MAX_TOKENS);
         tile_gemm g = {.c = h, .ldc = kb, .accumulate = 1, .lower = lower, .a = a + s * ka, .lda = ka, .b = b + s * kb, .ldb = kb,
-                       .pack_a = pack_a, .pack_b = pack_b, .a_planes = 2, .b_planes = 2, .m = ka, .n = kb, .k = tokens,
+                       .pack_a = pack_a, .pack_b = pack_b, .planes = 2, .m = ka, .n = kb, .k = tokens,
                        .symmetric = a == b && ka == kb};
         if (!tile_gemm_run(&g)) { ql_gram_forward_avx512(h, a + s * ka, b + s * kb, tokens, ka, kb, lower); }
     }

@@ -1,6 +1,6 @@
 /* linear_amx.c: y = x W^T and dx = dy W on tiles: W is decoded to bf16 a block at a time, x is rounded to bf16. Where W is
- * float32, or ql_precise() is set, both become integers of three limbs: their products are off by about 2^-20 of a row's largest, where float32's
- * own sums leave 2^-21. ql_precise() with a float32 W: float32 products, on AVX-512. */
+ * float32, or ql_precise() is set, both become integers of three limbs, which leaves an error of about 2^-20 of a result;
+ * float32's own sums leave 2^-21. ql_precise() with a float32 W: float32 products, on AVX-512. */
 #include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "overlay.h"
 
@@ -29,13 +29,11 @@ static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *column
     }
 }
 
-static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
-    (void)plane;
+static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     pack_rows(panel, g, ((const decoder *)g->b)->w->perm, i, k0, k1);
 }
 
-static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
-    (void)plane;
+static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     pack_rows(panel, g, NULL, i, k0, k1);
 }
 
@@ -101,29 +99,30 @@ static float split_row(uint16_t *out, int64_t step, int64_t plane, const float *
 static inline float *scales_of(uint16_t *panel, int64_t plane) { return (float *)(void *)(panel + LIMBS * plane); }
 
 /* rows of x or dy, which have `count` values */
-static void split_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1, int64_t plane,
-                       int64_t count) {
+static void split_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1, int64_t count) {
+    int64_t plane = plane_size(k1 - k0);
+    float *scales = scales_of(panel, plane);
     for (int64_t r = 0; r < SIDE; r++) {
         int64_t end = i + r < g->m ? at_most(2 * k1, count) : 2 * k0;
         uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
         if (end > 2 * k0) {
-            scales_of(panel, plane)[r] = split_row(out, 2 * TILE, plane, (const float *)g->a + (i + r) * g->lda, columns, 2 * k0, end);
+            scales[r] = split_row(out, 2 * TILE, plane, (const float *)g->a + (i + r) * g->lda, columns, 2 * k0, end);
             continue;
         }
-        scales_of(panel, plane)[r] = 0.0f; /* rows beyond the last */
+        scales[r] = 0.0f; /* rows beyond the last */
         for (int64_t s = k0; s < k1; s += SIDE, out += 2 * TILE) {
             for (int l = 0; l < LIMBS; l++) { _mm512_store_si512(out + l * plane, _mm512_setzero_si512()); }
         }
     }
 }
 
-static void split_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
+static void split_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     const ql_weight *w = ((const decoder *)g->b)->w;
-    split_rows(panel, g, w->perm, i, k0, k1, plane, w->k);
+    split_rows(panel, g, w->perm, i, k0, k1, w->k);
 }
 
-static void split_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane) {
-    split_rows(panel, g, NULL, i, k0, k1, plane, ((const decoder *)g->b)->w->n);
+static void split_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
+    split_rows(panel, g, NULL, i, k0, k1, ((const decoder *)g->b)->w->n);
 }
 
 /* b = W^T: 16 rows of W at a time are split, then their fours of values are transposed */
@@ -166,12 +165,16 @@ static void split_columns(uint16_t *tiles, float *scales, int64_t plane, const f
     }
     for (int64_t s = 0; s < 2 * steps; s += 4) { /* the columns of dy are in the order of store_limbs */
         vi limbs[4];
-        for (int r = 0; r < 4; r++) { limbs[r] = s + r < count ? to_limbs(to_integers(v_load(values + (s + r) * ld), v_load(up), v_load(inverse))) : vi_set1(0); }
+        for (int r = 0; r < 4; r++) {
+            vf row = s + r < count ? v_load(values + (s + r) * ld) : v_zero();
+            limbs[r] = to_limbs(to_integers(row, v_load(up), v_load(inverse)));
+        }
         uint16_t *out = tiles + s / (2 * SIDE) * 2 * TILE + place_of_four(s % (2 * SIDE) / 4) * SIDE;
         for (int l = 0; l < LIMBS; l++) {
             vi line = vi_set1(0);
-            for (int r = 0; r < 4; r++) {
-                line = _mm512_or_si512(line, vi_shl(vi_and(vi_shr(limbs[r], (unsigned)(8 * (LIMBS - 1 - l))), vi_set1(255)), (unsigned)(8 * r)));
+            for (unsigned r = 0; r < 4; r++) {
+                vi byte = vi_and(vi_shr(limbs[r], 8u * (unsigned)(LIMBS - 1 - l)), vi_set1(255));
+                line = _mm512_or_si512(line, vi_shl(byte, 8 * r));
             }
             _mm512_store_si512(out + l * plane, line);
         }
@@ -198,7 +201,8 @@ enum { NARROW = 64 };
 
 static int takes_limbs(const ql_weight *w) { return w->format == QL_F32 || ql_precise(); }
 
-/* float32 products: of float32 matrices where they are asked for, and of those with a short side, adapters', which would fill tiles with zeros */
+/* float32 products: of float32 matrices where they are asked for, and of those with a short side, adapters', which would fill
+ * tiles with zeros */
 static int takes_floats(const ql_weight *w) {
     return w->format == QL_F32 && (ql_precise() || w->n < NARROW || w->k < NARROW);
 }
@@ -210,9 +214,9 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
     }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
-                   .pack_b = pack_transposed, .a_planes = 1, .b_planes = 1, .m = m, .n = w->n, .k = w->k};
+                   .pack_b = pack_transposed, .planes = 1, .m = m, .n = w->n, .k = w->k};
     if (takes_limbs(w)) {
-        g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }
@@ -220,9 +224,9 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
 void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
     decoder d = decoder_of(w);
     tile_gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = &d,
-                   .pack_a = pack_dy, .pack_b = pack_pairs, .a_planes = 1, .b_planes = 1, .m = m, .n = w->k, .k = w->n};
+                   .pack_a = pack_dy, .pack_b = pack_pairs, .planes = 1, .m = m, .n = w->k, .k = w->n};
     if (takes_limbs(w)) {
-        g.limbs = 1, g.a_planes = g.b_planes = LIMBS, g.k = pieces(w->n, 2), g.pack_a = split_dy, g.pack_b = split_fours;
+        g.planes = LIMBS, g.k = pieces(w->n, 2), g.pack_a = split_dy, g.pack_b = split_fours;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
 }

@@ -12,7 +12,7 @@ enum { FETCH = 4 }; /* cache lines of the next rows of a to fetch for each 32 st
 typedef struct {
     const uint16_t *a, *b;
     int64_t steps, plane; /* elements between the planes of an operand */
-    int a_planes, b_planes, limbs;
+    int planes; /* LIMBS: limbs */
     const float *before;  /* 2 x 2 tiles to add to, or NULL */
     float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
     int64_t ld, down, right;
@@ -71,13 +71,12 @@ static inline __attribute__((always_inline)) void multiply_same_rows(const uint1
 }
 
 /* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
-static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int a_planes, const int b_planes, const int rows,
-                                                                  const int columns) {
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int rows, const int columns) {
     const uint16_t *a = q->a, *b = q->b;
     for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        if (a_planes > 1) { multiply_step(a + q->plane, b, 0, rows, columns); }
-        multiply_step(a, a_planes > 1 ? NULL : b, 0, rows, columns);
-        if (b_planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
+        if (planes > 1) { multiply_step(a + q->plane, b, 0, rows, columns); }
+        multiply_step(a, planes > 1 ? NULL : b, 0, rows, columns);
+        if (planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
         fetch(q);
     }
 }
@@ -149,7 +148,7 @@ static inline __attribute__((always_inline)) void multiply_limbs(quad *q, const 
 }
 
 static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const int rows, const int columns) {
-    if (q->limbs) {
+    if (q->planes == LIMBS) {
         multiply_limbs(q, rows, columns);
         return;
     }
@@ -161,12 +160,10 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
         if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
         if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
     }
-    if (q->b_planes > 1) {
-        multiply_planes(q, 2, 2, rows, columns);
-    } else if (q->a_planes > 1) {
-        multiply_planes(q, 2, 1, rows, columns);
+    if (q->planes > 1) {
+        multiply_planes(q, 2, rows, columns);
     } else {
-        multiply_planes(q, 1, 1, rows, columns);
+        multiply_planes(q, 1, rows, columns);
     }
     store_tiles(q->after, q->ld, q->down, q->right, rows, columns);
 }

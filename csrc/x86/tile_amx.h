@@ -1,10 +1,10 @@
 /* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: operands of 16 bits, float32 sums.
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
- * two steps of a pair side by side. An operand is one plane, its values as bf16, or two, high and low, with high + low the
- * value to 2^-16; b has no more planes than a. The low plane of a meets the high one of b, the high one all of b: low low would be
- * another 2^-16 of a product at most. Or both are three planes of limbs (limbs_amx.h), and a step is two values of k, a byte each: a row of
- * a, a column of b has one scale for each block of k. All tiles beyond an edge are filled with zeros.
+ * two steps of a pair side by side. Both operands are one plane, their values as bf16, or two, high and low, with high + low the
+ * value to 2^-16: low low, another 2^-16 of a product at most, is left out. Or both are three planes of limbs (limbs_amx.h), and a
+ * step is two values of k, a byte each: a row of a, a column of b has one scale for each block of k. All tiles beyond an edge are
+ * filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
  *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache;
@@ -49,17 +49,15 @@ struct tile_gemm {
     int lower; /* only elements with row >= column are written */
     const void *a, *b; /* what pack_a and pack_b read */
     int64_t lda, ldb;
-    /* the tiles of rows [i, i + 32) and steps [k0, k1) of a, plane after plane `a_plane` apart; k0 is a multiple of 32 */
-    void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1, int64_t plane);
+    /* the tiles of rows [i, i + 32) and steps [k0, k1) of a, planes plane_size(k1 - k0) apart; k0 is a multiple of 32 */
+    void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1);
     /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
-    int a_planes, b_planes;
-    int limbs; /* the planes are limbs */
+    int planes; /* LIMBS: limbs */
     int64_t m, n, k;
     int symmetric; /* b is the transpose of a: pack_a leaves the tiles of both, where packed_b is not NULL */
     /* filled by tile_gemm_run */
     int64_t i0, i1;         /* the rows of this pass */
-    int planes;             /* the larger of both */
     int64_t block_k;        /* steps of a block of k, a multiple of 32 */
     int64_t chunk, width;
     uint16_t *packed_a;
@@ -97,25 +95,25 @@ static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t
     }
 }
 
-/* elements of a panel that holds `planes` planes of `steps` steps */
-static inline int64_t panel_size(const tile_gemm *g, int planes, int64_t steps) {
-    return planes * plane_size(steps) + (g->limbs ? SCALES : 0);
+/* elements of a panel of `steps` steps */
+static inline int64_t panel_size(const tile_gemm *g, int64_t steps) {
+    return g->planes * plane_size(steps) + (g->planes == LIMBS ? SCALES : 0);
 }
 
 /* the panel of column j in a block of b of `steps` steps */
 static inline uint16_t *panel_at(uint16_t *block, const tile_gemm *g, int64_t j, int64_t steps) {
-    return block + j / SIDE * panel_size(g, g->b_planes, steps);
+    return block + j / SIDE * panel_size(g, steps);
 }
 
 /* the panel of packed a that holds row i and block [k0, k1); the blocks before it have block_k steps each */
 static inline uint16_t *panel_of_a(const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
-    int64_t before = pieces(g->i1 - g->i0, SIDE) * (k0 / g->block_k) * panel_size(g, g->a_planes, g->block_k);
-    return g->packed_a + before + (i - g->i0) / SIDE * panel_size(g, g->a_planes, k1 - k0);
+    int64_t before = pieces(g->i1 - g->i0, SIDE) * (k0 / g->block_k) * panel_size(g, g->block_k);
+    return g->packed_a + before + (i - g->i0) / SIDE * panel_size(g, k1 - k0);
 }
 
 /* the panel of packed b that holds column j and block [k0, k1) */
 static inline uint16_t *panel_of_b(const tile_gemm *g, int64_t j, int64_t k0, int64_t k1) {
-    return panel_at(g->packed_b + pieces(g->n, SIDE) * (k0 / g->block_k) * panel_size(g, g->b_planes, g->block_k), g, j, k1 - k0);
+    return panel_at(g->packed_b + pieces(g->n, SIDE) * (k0 / g->block_k) * panel_size(g, g->block_k), g, j, k1 - k0);
 }
 
 static void pack_a_task(void *context, int64_t task) {
@@ -123,7 +121,7 @@ static void pack_a_task(void *context, int64_t task) {
     int64_t i = g->i0 + task * SIDE;
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
         int64_t k1 = at_most(k0 + g->block_k, g->k);
-        g->pack_a(panel_of_a(g, i, k0, k1), g, i, k0, k1, plane_size(k1 - k0));
+        g->pack_a(panel_of_a(g, i, k0, k1), g, i, k0, k1);
     }
 }
 
@@ -131,9 +129,8 @@ static void pack_a_task(void *context, int64_t task) {
 static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
                           int64_t k1) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
-    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps),
-              .a_planes = g->a_planes, .b_planes = g->b_planes, .limbs = g->limbs};
-    q.fetch = (const char *)(q.a + g->a_planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->a_planes * q.plane);
+    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes};
+    q.fetch = (const char *)(q.a + g->planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->planes * q.plane);
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
@@ -191,7 +188,7 @@ static void choose_tasks(tile_gemm *g, int64_t threads) {
     const double enough = 0.9;
     int64_t rows = g->i1 - g->i0, most = MAX_WIDTH;
     if (rows > MAX_SUMS / MAX_WIDTH || g->planes * g->block_k > BLOCK_SIZE / MAX_WIDTH) { most = MAX_WIDTH / 2; }
-    most = at_most(most, BLOCK_SIZE / panel_size(g, g->b_planes, g->block_k) * SIDE);
+    most = at_most(most, BLOCK_SIZE / panel_size(g, g->block_k) * SIDE);
     g->width = round_up(pieces(g->n, pieces(g->n, most)), SIDE);
     g->chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
     while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
@@ -202,12 +199,12 @@ static void choose_tasks(tile_gemm *g, int64_t threads) {
 /* 0: no memory for the packed operands, nothing is written */
 static int tile_gemm_run(tile_gemm *g) {
     if (g->m < 1 || g->n < 1) { return 1; }
-    g->planes = g->a_planes > g->b_planes ? g->a_planes : g->b_planes;
     int64_t workers = ql_threads();
-    int64_t most = g->limbs ? (g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS) : (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
+    int64_t most = (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
+    if (g->planes == LIMBS) { most = g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS; }
     g->block_k = round_up(pieces(g->k, pieces(g->k, most)), SIDE);
     int64_t pass = at_most(g->m, PASS_ROWS);
-    int64_t a_size = pieces(pass, SIDE) * pieces(g->k, g->block_k) * panel_size(g, g->a_planes, g->block_k);
+    int64_t a_size = pieces(pass, SIDE) * pieces(g->k, g->block_k) * panel_size(g, g->block_k);
     int64_t b_size = g->symmetric && g->m <= PASS_ROWS ? a_size : 0;
     g->sums_size = g->k > g->block_k ? MAX_SUMS : MAX_WIDTH * SIDE;
     int64_t held_size = round_up(workers, 16); /* whole cache lines */
