@@ -196,8 +196,8 @@ static void load_rows(attention_rows *a, const attention_context *c, int64_t seq
 
 static void store_rows(attention_rows *a, const attention_context *c) {
     for (int64_t r = 0; r < a->count; r += VL) {
-        vf sum = v_load(a->sum + r);
-        for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * ROWS + r, v_div(v_load(a->ot + i * ROWS + r), sum)); }
+        vf inverse = v_div(v_set1(1.0f), v_load(a->sum + r));
+        for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * ROWS + r, v_mul(v_load(a->ot + i * ROWS + r), inverse)); }
     }
     for (int64_t r = 0; r < a->count; r += 4) {
         int64_t rows = a->count - r < 4 ? a->count - r : 4, i = 0;
