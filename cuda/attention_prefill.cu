@@ -75,6 +75,7 @@ __device__ __forceinline__ void write_rows(bf16 *to, int64_t step, int valid, bf
                                            int64_t lse_step, int ordered) {
     constexpr int stride = D + 8, chunks = D / 8;
     int lane = threadIdx.x % WARP, row = lane / 4, column = 2 * (lane % 4);
+    __syncwarp(); /* all lanes have read these rows */
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
