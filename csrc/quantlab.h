@@ -36,8 +36,8 @@ int ql_threads(void);
 void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
 int ql_default_threads(void);
 
-/* Kernels that compute in bfloat16 take integers of 24 bits instead, with a scale for each row and block of k; those that take such
- * integers for float32 weights take float32 */
+/* Products with W (linear) that compute in bfloat16 take integers of 24 bits instead, with a scale for each row and block of k; those that take
+ * such integers for a float32 W take float32 */
 int ql_precise(void);
 void ql_set_precise(int on);
 

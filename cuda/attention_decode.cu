@@ -50,6 +50,21 @@ static __device__ __forceinline__ chunk_work look_up(const attention_args<bf16> 
     return w;
 }
 
+/* row `row` of keys and of values, and the queries of the group */
+template <int D, int Keys>
+__device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf16 *from_k, const bf16 *from_v, int64_t row,
+                                                     int64_t step, bf16 *q, const bf16 *from_q, int group) {
+    if (threadIdx.x < 2 * (D / 8) && row < Keys) {
+        bool key = threadIdx.x < D / 8;
+        int column = threadIdx.x % (D / 8) * 8;
+        copy_async_16(shared_address((key ? k : v) + row * (D + 8) + column), (key ? from_k : from_v) + row * step + column, true);
+    }
+    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
+        int head = i / (D / 8), column = i % (D / 8) * 8;
+        copy_async_16(shared_address(q + head * (D + 8) + column), from_q + (head < group ? head * D : 0) + column, head < group);
+    }
+}
+
 /* the block's chunk of `left` keys, the first tile of which is on its way */
 template <int D, int Keys>
 __device__ __forceinline__ void attend_chunk(float (&out)[(D / 8 + WARPS - 1) / WARPS][4], float (&maximum)[2], float (&sum)[2],

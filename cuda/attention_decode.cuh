@@ -11,7 +11,7 @@
 enum { WARPS = 4, THREADS = WARPS * WARP, ROWS = 16, FEW_KEYS = 32 };
 
 /* keys of a chunk: few tiles while the sequence is short, so that it meets many SMs; at most 32 chunks up to 16k keys */
-static __host__ __device__ inline int64_t chunk_keys(int64_t keys) {
+static __host__ __device__ constexpr int64_t chunk_keys(int64_t keys) {
     return keys <= 1024 ? 64 : keys <= 4096 ? 128 : keys <= 8192 ? 256 : 512;
 }
 static __host__ __device__ inline int64_t chunk_count(int64_t keys) {
@@ -30,21 +30,6 @@ template <int D, int Keys> __device__ __forceinline__ void load_tile(bf16 *to, c
         if (row == skip) { continue; }
         copy_async_16(shared_address(to + row * (D + 8) + chunk * 8), from + (row < valid ? row : 0) * step + chunk * 8,
                       row < valid);
-    }
-}
-
-/* row `row` of keys and of values, and the queries of the group */
-template <int D, int Keys>
-__device__ __forceinline__ void load_row_and_queries(bf16 *k, bf16 *v, const bf16 *from_k, const bf16 *from_v, int64_t row,
-                                                     int64_t step, bf16 *q, const bf16 *from_q, int group) {
-    if (threadIdx.x < 2 * (D / 8) && row < Keys) {
-        bool key = threadIdx.x < D / 8;
-        int column = threadIdx.x % (D / 8) * 8;
-        copy_async_16(shared_address((key ? k : v) + row * (D + 8) + column), (key ? from_k : from_v) + row * step + column, true);
-    }
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        int head = i / (D / 8), column = i % (D / 8) * 8;
-        copy_async_16(shared_address(q + head * (D + 8) + column), from_q + (head < group ? head * D : 0) + column, head < group);
     }
 }
 
@@ -140,7 +125,7 @@ __device__ __forceinline__ void store_pair(const attention_args<bf16> &args, int
     *(uint32_t *)(args.out + query * args.hq * D + (args.ordered ? ordered_column(at) : at)) = pack_bf16(__fdividef(values.x, total), __fdividef(values.y, total));
 }
 
-/* Calls send(row, column, values) for each two columns of this lane, and state(row, maximum, sum) once a row of the block. */
+/* Calls send(row, column, values, sum) for each two columns of this lane, and state(row, maximum, sum) once a row of the block. */
 template <int D, typename Send, typename State>
 __device__ __forceinline__ void each_pair(const float (&out)[(D / 8 + WARPS - 1) / WARPS][4], const float (&maximum)[2],
                                           const float (&sum)[2], int group, Send send, State state) {

@@ -9,7 +9,8 @@
 #include "attention_decode.cuh"
 
 enum { KEYS = 64, STAGES = 3, BARRIERS = 64 /* bytes */, MULTIPROCESSOR_MEMORY = 228 << 10, RESERVED = 1 << 10 /* of a block */ };
-enum { MOST_KEYS = 1024 /* up to which a chunk is a tile */ };
+enum { MOST_KEYS = 1024 };
+static_assert(chunk_keys(MOST_KEYS) == KEYS, "up to MOST_KEYS a chunk is a tile");
 
 #ifdef QL_HAS_BULK_COPY
 
@@ -179,7 +180,15 @@ template <int D, int Halves> __global__ void __launch_bounds__(THREADS) attentio
 #endif
 }
 
+/* A build without code for sm_90a has an empty kernel: it needs few registers. */
+template <int D> static bool built() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, attention_decode_many_kernel<D, 1>) == cudaSuccess && attributes.numRegs > 32;
+}
+
 template <int D> static bool launch_many(const attention_args<bf16> &args) {
+    static const bool there = built<D>();
+    if (!there) { return false; }
     int items = args.b * args.hkv, group = args.hq / args.hkv, halves = group > 8 ? 2 : 1;
     int bytes = BARRIERS + STAGES * (group + 2 * KEYS) * (D + 8) * (int)sizeof(bf16) + 2 * 8 * halves * score_stride<KEYS>() * (int)sizeof(float);
     int places = ql_cuda_multiprocessors() * (MULTIPROCESSOR_MEMORY / (bytes + RESERVED));

@@ -1,5 +1,5 @@
 /* fused.cu: the fused slots that are products: norm + q, k, v + rotary embedding; norm + gate, up + SwiGLU; product + residual.
- * Up to one to four thousand tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then
+ * Up to 1,024, 2,048 or 4,096 tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then
  * an elementwise kernel. */
 #include "linear.cuh"
 

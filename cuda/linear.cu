@@ -1,4 +1,4 @@
-/* linear.cu: the slots linear_forward and linear_backward_input. Up to one or two thousand tokens: kernels on the packed weight. More: cuBLAS
+/* linear.cu: the slots linear_forward and linear_backward_input. Up to 1,024 or 2,048 tokens: kernels on the packed weight. More: cuBLAS
  * on the decoded weight. Both take activations as bfloat16 and sum in float32; float32 weights are multiplied in float32. */
 #include "linear.cuh"
 

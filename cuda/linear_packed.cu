@@ -5,7 +5,7 @@
 
 #include <string.h>
 
-enum { RESERVED = 1 << 10, RING_TOKENS = 16, GROUP_TOKENS = 64, MOST_TOKENS = 4096 };
+enum { RESERVED = 1 << 10, RING_TOKENS = 16, GROUP_TOKENS = 64 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -270,17 +270,19 @@ static bool is_packed(const ql_weight *w) {
 
 /* Tokens up to which a product on the packed weight is faster than one on the weight decoded for cuBLAS, as measured on an H100. SwiGLU spares
  * gate's and up's way through memory, a table takes longer to decode; rows of bfloat16 cuBLAS takes as they are, other rows of floats not. */
-static int64_t most_tokens(const ql_packed *p, ql_output output) {
-    if (ql_cuda_capability() < 90) { return 16; }
-    if (p->kind >= QL_ROWS_F32) { return p->kind == QL_ROWS_BF16 ? 16 : 32; }
+static int64_t most_tokens(const ql_weight *w, ql_output output) {
+    if (ql_cuda_capability() < 90 || w->format == QL_BF16) { return 16; }
+    if (w->format == QL_F32 || w->format == QL_F16) { return 32; }
     if (!has_groups()) { return GROUP_TOKENS; }
-    return output == QL_OUT_SWIGLU ? MOST_TOKENS : p->kind == QL_UNITS_TABLE ? 1024 : 2048;
+    return output == QL_OUT_SWIGLU ? 4096 : w->format == QL_NF4 || w->format == QL_FP4 ? 1024 : 2048;
 }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (t <= RING_TOKENS || t > MOST_TOKENS || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) { return 0; }
+    if (t <= RING_TOKENS || t > most_tokens(w, QL_OUT_FLOAT_ADD) || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
+        return 0;
+    }
     const ql_packed *p = ql_packed_of(w);
-    if (p->kind >= QL_ROWS_F32 || t > most_tokens(p, QL_OUT_FLOAT_ADD) || (int64_t)p->units * p->columns != w->k) { return 0; }
+    if (p->kind >= QL_ROWS_F32 || (int64_t)p->units * p->columns != w->k) { return 0; }
     const small_family *family = family_of(p);
     ql_product product = {w, NULL, NULL, QL_OUT_FLOAT_ADD, 0, {}, {}};
     small_args a;
@@ -294,9 +296,9 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
 
 bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     bool together = true;
-    if (m < 1 || m > MOST_TOKENS) { return false; }
+    if (m < 1) { return false; }
     for (int i = 0; i < count; i++) {
-        if (!is_packed(products[i].w) || m > most_tokens(ql_packed_of(products[i].w), products[i].output)) { return false; }
+        if (m > most_tokens(products[i].w, products[i].output) || !is_packed(products[i].w)) { return false; }
         together = together && alike(products[0].w, products[i].w);
     }
     if (together) { return launch_products(products, count, x, rotation, m); }

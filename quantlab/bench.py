@@ -119,10 +119,9 @@ def flush_caches() -> None:
 def limits(case: Case) -> tuple[float, float]:
     """Seconds that memory and computation need at least for a case."""
     roof, on_tiles = roofs(), variant(case) == "amx"
-    limbs = (
-        on_tiles and case.op.startswith("linear") and case.format == "f32"
-    )  # six byte products, each half of a bfloat16's
-    return case.nbytes / roof.read, case.flops * (3 if limbs else 1) / (roof.tile if on_tiles else roof.fma)
+    # float32 on tiles: six products of bytes, each half of a bfloat16's
+    factor = 3 if on_tiles and case.op.startswith("linear") and case.format == "f32" else 1
+    return case.nbytes / roof.read, case.flops * factor / (roof.tile if on_tiles else roof.fma)
 
 
 def is_cold(case: Case) -> bool:

@@ -179,11 +179,14 @@ def test_a_small_stack_is_enough() -> None:
                             for m in (1, 4, 40):
                                 ql.linear(x[:m], weight)
                             _core.linear_backward_input(dy, weight.handle)
+            done.append(True)
 
+        done = []
         threading.stack_size(256 << 10)
         thread = threading.Thread(target=products)
         thread.start()
         thread.join()
+        assert done
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=TIMEOUT).returncode == 0
 

@@ -131,7 +131,8 @@ def quantized(base):
 
 @pytest.mark.parametrize("base", BASES)
 def test_quantized_bases(isa, base):
-    """The gradient beside the values that the base's codes stand for; AMX splits floats in two bfloat16 (2^-16)."""
+    """The gradient beside the values that the base's codes stand for; on AMX, attention's backward splits floats in two
+    bfloat16 (2^-16)."""
     setting, (wanted_loss, wanted) = quantized(base)
     with ql.backend.use(precise=True):
         loss, gradient = setting.accumulate()

@@ -19,13 +19,12 @@ typedef struct {
     int accumulate;
 } linear_context;
 
-static int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
 static int64_t logical_column(const ql_weight *w, int64_t j) { return w->perm != NULL ? w->perm[j] : j; }
 
 static void forward_rows(void *context, int64_t task) {
     const linear_context *c = context;
     const ql_weight *w = c->w;
-    int64_t inputs = blocks(c->m, INPUTS_PER_TASK);
+    int64_t inputs = pieces(c->m, INPUTS_PER_TASK);
     int64_t i0 = task / inputs * ROWS_PER_TASK, i1 = at_most(i0 + ROWS_PER_TASK, w->n);
     int64_t r0 = task % inputs * INPUTS_PER_TASK, r1 = at_most(r0 + INPUTS_PER_TASK, c->m);
     for (int64_t i = i0; i < i1; i++) {
@@ -42,13 +41,13 @@ static void forward_rows(void *context, int64_t task) {
 
 void ql_linear_forward_scalar(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     linear_context context = {y, x, w, m, accumulate};
-    ql_parallel_for(blocks(w->n, ROWS_PER_TASK) * blocks(m, INPUTS_PER_TASK), forward_rows, &context);
+    ql_parallel_for(pieces(w->n, ROWS_PER_TASK) * pieces(m, INPUTS_PER_TASK), forward_rows, &context);
 }
 
 static void backward_columns(void *context, int64_t task) {
     const linear_context *c = context;
     const ql_weight *w = c->w;
-    int64_t inputs = blocks(c->m, INPUTS_PER_TASK);
+    int64_t inputs = pieces(c->m, INPUTS_PER_TASK);
     int64_t j0 = task / inputs * ROWS_PER_TASK, j1 = at_most(j0 + ROWS_PER_TASK, w->k);
     int64_t r0 = task % inputs * INPUTS_PER_TASK, r1 = at_most(r0 + INPUTS_PER_TASK, c->m);
     for (int64_t j = j0; j < j1; j++) {
@@ -65,5 +64,5 @@ static void backward_columns(void *context, int64_t task) {
 
 void ql_linear_backward_input_scalar(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
     linear_context context = {dx, dy, w, m, accumulate};
-    ql_parallel_for(blocks(w->k, ROWS_PER_TASK) * blocks(m, INPUTS_PER_TASK), backward_columns, &context);
+    ql_parallel_for(pieces(w->k, ROWS_PER_TASK) * pieces(m, INPUTS_PER_TASK), backward_columns, &context);
 }

@@ -4,10 +4,10 @@
  * most 128 columns is brought up to date with all finished columns by one panel product, then its columns are quantized
  * one by one. Where a group begins, its scales need the weights that the finished columns leave it with: `forecast`
  * continues the recurrence with columns that are not rounded. */
-#include "../core/sizes.h"
 #include "gptq.h"
 
 #include "../core/bits.h"
+#include "../core/sizes.h"
 #include "scale.h"
 
 #include <math.h>   /* isfinite */

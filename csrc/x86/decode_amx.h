@@ -11,6 +11,7 @@
 #include "tile_amx.h"
 
 #include <stdalign.h> /* alignas */
+#include <string.h>   /* memset */
 
 /* how 32 codes lie in 16 bytes: code j starts in byte pick[2j], bit shift[j]; what is above it in the index is ignored,
  * for the table repeats every 2^bits of its 32 entries */

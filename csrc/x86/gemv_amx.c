@@ -2,14 +2,14 @@
  * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and
  * instruction, so that arithmetic takes less time than memory.
  *
- * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits
- * for every m and every number of threads. */
+ * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are
+ * unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every
+ * number of threads. */
 #include "../core/sizes.h"
 #include "../formats/packed.h"
-#include "overlay.h"
 #include "limbs_amx.h"
+#include "overlay.h"
 
-#include <stdalign.h>
 #include <string.h> /* memcpy */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, rows and format are constants after inlining */
@@ -97,8 +97,8 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
     }
-    g->scales[at] = scale.scale;
-    g->sums[at] = total * scale.scale;
+    g->scales[at] = scale.most / MOST;
+    g->sums[at] = total * g->scales[at];
 }
 
 static void split(product *g, const float *x) {

@@ -1,6 +1,6 @@
 /* limbs_amx.h: floats as integers of 24 bits that have one scale, max|x| / MOST: about the rounding of float32 at the largest of them. An
  * integer is three signed bytes, its limbs, the highest first; sums of their products are exact in int32. What holds an infinity or a NaN
- * gets a scale that is none either, and its integers are 0. */
+ * has that for its largest, and its integers are 0: products with it are NaN. */
 #ifndef QL_LIMBS_AMX_H
 #define QL_LIMBS_AMX_H
 
@@ -14,7 +14,7 @@ enum {
 };
 
 typedef struct {
-    float scale;       /* of the integers */
+    float most;        /* max|x|; the scale itself would lose digits where it is denormal */
     float up, inverse; /* integer = x * up * inverse: the inverse alone of a small scale would not be finite */
 } limb_scale;
 
@@ -25,7 +25,7 @@ static inline limb_scale limb_scale_of(int32_t largest) {
     float most;
     memcpy(&most, &largest, sizeof most);
     float up = most < 0x1p-64f ? 0x1p64f : 1.0f;
-    return (limb_scale){most / MOST, up, most > 0.0f ? MOST / (most * up) : 0.0f};
+    return (limb_scale){most, up, most > 0.0f ? MOST / (most * up) : 0.0f};
 }
 
 static inline vi to_integers(vf x, vf up, vf inverse) { return vi_from_vf(v_mul(v_mul(x, up), inverse)); }

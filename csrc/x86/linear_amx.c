@@ -1,10 +1,13 @@
 /* linear_amx.c: y = x W^T and dx = dy W on tiles: W is decoded to bf16 a block at a time, x is rounded to bf16. Where W is
- * float32, or ql_precise() is set, both become integers of three limbs, which leaves an error of about 2^-20 of a result;
- * float32's own sums leave 2^-21. ql_precise() with a float32 W: float32 products, on AVX-512. */
+ * float32, or ql_precise() is set, both become integers of three limbs: off by 2^-24 of the largest of a row's block of k, which
+ * is about 2^-20 of a result (of float32's own sums: 2^-21) where the largest are not a thousand times the rest. ql_precise()
+ * with a float32 W: float32 products, on AVX-512. */
 #include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "overlay.h"
 
 #include "decode_amx.h"
+
+#include <string.h> /* memset */
 
 /* elements [s, s + VL) of a row, those from `end` on 0; columns: where each of them is, or NULL */
 static inline vf load_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
@@ -82,7 +85,7 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
 enum { LIMB_VALUES = 2 * SHORT_LIMBS }; /* of a row in a block */
 
 /* Values [j, end) of a row as limbs: each 64 to a line of a tile (store_limbs), the lines `step` elements apart. Zeros follow up to a
- * multiple of 64. Returns their scale. */
+ * multiple of 64. Returns the largest of them. */
 static float split_row(uint16_t *out, int64_t step, int64_t plane, const float *row, const int32_t *columns, int64_t j, int64_t end) {
     vi largest = vi_set1(0);
     for (int64_t c = j; c < end; c += VL) { largest = larger_bits(largest, load_steps(row, columns, c, end)); }
@@ -93,23 +96,24 @@ static float split_row(uint16_t *out, int64_t step, int64_t plane, const float *
         for (int q = 0; q < 4; q++) { limbs[q] = to_limbs(to_integers(load_steps(row, columns, c + q * VL, end), up, inverse)); }
         store_limbs(out, plane, limbs);
     }
-    return scale.scale;
+    return scale.most;
 }
 
-static inline float *scales_of(uint16_t *panel, int64_t plane) { return (float *)(void *)(panel + LIMBS * plane); }
+/* where a panel of limbs keeps the largest value of each row or column */
+static inline float *most_of(uint16_t *panel, int64_t plane) { return (float *)(void *)(panel + LIMBS * plane); }
 
 /* rows of x or dy, which have `count` values */
 static void split_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1, int64_t count) {
     int64_t plane = plane_size(k1 - k0);
-    float *scales = scales_of(panel, plane);
+    float *most = most_of(panel, plane);
     for (int64_t r = 0; r < SIDE; r++) {
         int64_t end = i + r < g->m ? at_most(2 * k1, count) : 2 * k0;
         uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
         if (end > 2 * k0) {
-            scales[r] = split_row(out, 2 * TILE, plane, (const float *)g->a + (i + r) * g->lda, columns, 2 * k0, end);
+            most[r] = split_row(out, 2 * TILE, plane, (const float *)g->a + (i + r) * g->lda, columns, 2 * k0, end);
             continue;
         }
-        scales[r] = 0.0f; /* rows beyond the last */
+        most[r] = 0.0f; /* rows beyond the last */
         for (int64_t s = k0; s < k1; s += SIDE, out += 2 * TILE) {
             for (int l = 0; l < LIMBS; l++) { _mm512_store_si512(out + l * plane, _mm512_setzero_si512()); }
         }
@@ -134,8 +138,8 @@ static void split_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, in
     int64_t steps = k1 - k0, plane = plane_size(steps), first = 2 * k0, end = at_most(2 * k1, w->k);
     for (int64_t j = j0; j < j1; j += 16) {
         uint16_t *panel = panel_at(block, g, j - j0, steps);
-        float *scales = scales_of(panel, plane) + (j - j0) % SIDE;
-        if (j1 - j < 16) { memset(rows, 0, sizeof rows), memset(scales, 0, 16 * sizeof *scales); }
+        float *most = most_of(panel, plane) + (j - j0) % SIDE;
+        if (j1 - j < 16) { memset(rows, 0, sizeof rows), memset(most, 0, 16 * sizeof *most); }
         for (int64_t r = 0; r < at_most(16, j1 - j); r++) {
             const float *row = values;
             if (w->format == QL_F32) {
@@ -143,7 +147,7 @@ static void split_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, in
             } else {
                 ql_decode_forward_avx512(values, LIMB_VALUES, w, j + r, j + r + 1, first, end);
             }
-            scales[r] = split_row(rows[0] + r * LD, SIDE, 16 * LD, row, NULL, 0, end - first);
+            most[r] = split_row(rows[0] + r * LD, SIDE, 16 * LD, row, NULL, 0, end - first);
         }
         for (int l = 0; l < LIMBS; l++) {
             uint16_t *out = panel + l * plane + (j - j0) % SIDE / 16 * TILE;
@@ -153,7 +157,7 @@ static void split_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, in
 }
 
 /* 16 columns of a block of W, (count, ld): four rows are a line of a tile */
-static void split_columns(uint16_t *tiles, float *scales, int64_t plane, const float *values, int64_t ld, int64_t count, int64_t steps) {
+static void split_columns(uint16_t *tiles, float *most, int64_t plane, const float *values, int64_t ld, int64_t count, int64_t steps) {
     vi largest = vi_set1(0);
     for (int64_t s = 0; s < count; s++) { largest = larger_bits(largest, v_load(values + s * ld)); }
     alignas(64) int32_t bits[VL];
@@ -161,7 +165,7 @@ static void split_columns(uint16_t *tiles, float *scales, int64_t plane, const f
     vi_store(bits, largest);
     for (int c = 0; c < VL; c++) {
         limb_scale scale = limb_scale_of(bits[c]);
-        scales[c] = scale.scale, up[c] = scale.up, inverse[c] = scale.inverse;
+        most[c] = scale.most, up[c] = scale.up, inverse[c] = scale.inverse;
     }
     for (int64_t s = 0; s < 2 * steps; s += 4) { /* the columns of dy are in the order of store_limbs */
         vi limbs[4];
@@ -190,7 +194,7 @@ static void split_fours(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t
         uint16_t *panel = panel_at(block, g, j - j0, steps);
         if (j1 - j < 16) { memset(values, 0, sizeof values); }
         ql_decode_forward_avx512(values, 16, w, first, end, j, at_most(j + 16, j1));
-        split_columns(panel + (j - j0) % SIDE / 16 * TILE, scales_of(panel, plane) + (j - j0) % SIDE, plane, values, 16, end - first,
+        split_columns(panel + (j - j0) % SIDE / 16 * TILE, most_of(panel, plane) + (j - j0) % SIDE, plane, values, 16, end - first,
                       round_up(steps, SIDE));
     }
 }

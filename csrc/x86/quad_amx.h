@@ -99,22 +99,22 @@ static inline __attribute__((always_inline)) void store_tiles(void *out, int64_t
     if (rows > 1 && columns > 1) { _tile_stored(3, to + down + right, stride); }
 }
 
-/* after = sums times the scales of their rows and columns, and + before where `add` is set; sums: of the products of limbs 0 0, of
+/* after = sums times the largest values of their rows and columns, and + before where `add` is set; sums: of the products of limbs 0 0, of
  * 0 1 and 1 0, of 0 2, 1 1 and 2 0, each 256 of the next. What is left out is 2^-23 of the product of the largest values at most. */
 static inline __attribute__((always_inline)) void scale_quad(const quad *q, const int32_t *sums, const int add, const int rows,
                                                              const int columns) {
-    const float *row_scales = (const float *)(const void *)(q->a + LIMBS * q->plane);
-    const float *column_scales = (const float *)(const void *)(q->b + LIMBS * q->plane);
+    const float *row_most = (const float *)(const void *)(q->a + LIMBS * q->plane);
+    const float *column_most = (const float *)(const void *)(q->b + LIMBS * q->plane);
     const float *before = q->before;
-    const vf unit = v_set1(65536.0f), next = v_set1(256.0f); /* unit: of the lowest sums */
+    const vf unit = v_set1(65536.0f / ((float)MOST * MOST)), next = v_set1(256.0f); /* unit: of the lowest sums */
     for (int tile = 0; tile < 2 * rows; tile++) {
         if (tile % 2 >= columns) { continue; }
         float *after = q->after + tile / 2 * q->down + tile % 2 * q->right;
-        vf scales = v_mul(v_load(column_scales + tile % 2 * 16), unit);
+        vf columns_most = v_load(column_most + tile % 2 * 16);
         for (int64_t r = 0, ld = q->ld, at = tile * (QUAD / 4); r < 16; r++, at += 16, after += ld) {
             vf sum = v_fma(vi_to_vf(vi_load(sums + at)), next, vi_to_vf(vi_load(sums + QUAD + at)));
             sum = v_fma(sum, next, vi_to_vf(vi_load(sums + 2 * QUAD + at)));
-            sum = v_mul(v_mul(sum, v_set1(row_scales[tile / 2 * 16 + r])), scales);
+            sum = v_mul(v_mul(sum, unit), v_mul(columns_most, v_set1(row_most[tile / 2 * 16 + r])));
             v_store(after, add ? v_add(v_load(before + at), sum) : sum);
         }
     }

@@ -1,17 +1,18 @@
-/* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: operands of 16 bits, float32 sums.
+/* tile_amx.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, on AMX tiles: operands of 16 bits or of
+ * three bytes, float32 sums.
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
  * two steps of a pair side by side. Both operands are one plane, their values as bf16, or two, high and low, with high + low the
  * value to 2^-16: low low, another 2^-16 of a product at most, is left out. Or both are three planes of limbs (limbs_amx.h), and a
- * step is two values of k, a byte each: a row of a, a column of b has one scale for each block of k. All tiles beyond an edge are
- * filled with zeros.
+ * step is two values of k, a byte each: a row of a, a column of b has one scale for each block of k, in which sums are int32. All
+ * tiles beyond an edge are filled with zeros.
  *
  *   packed a  [block of k][32 rows][plane][32 steps][2 tiles]    by pack_a, once a call, in scratch memory
  *   block     [32 columns][plane][32 steps][2 tiles]             by pack_b, a block of k at a time, in the second-level cache;
  *                                                                of a symmetric product by pack_a, once a call
  *   sums      [32 rows][32 columns][2 x 2 tiles]                 between blocks of k, in the second-level cache
  *
- * What is there for 32 rows or columns is a panel; one of limbs ends with the 32 scales.
+ * What is there for 32 rows or columns is a panel; one of limbs ends with the largest value of each.
  *
  * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
  * first-level cache, meet all columns, 2 x 2 tiles at a time (quad_amx.h). Tile products add in the order of k, 32 steps of all
@@ -25,8 +26,6 @@
 #include "places.h"
 #include "quad_amx.h"
 
-#include <string.h> /* memset */
-
 enum {
     BLOCK_STEPS = 512,        /* steps of k in a block, all planes together: 32 rows of a are 32 KiB, two thirds of the cache */
     SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
@@ -37,7 +36,7 @@ enum {
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
-    SCALES = 2 * SIDE         /* elements of a panel that hold the scales of its limbs */
+    SCALES = 2 * SIDE         /* elements of a panel of limbs that hold the largest values */
 };
 
 typedef struct tile_gemm tile_gemm;
@@ -130,7 +129,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
                           int64_t k1) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
     quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes};
-    q.fetch = (const char *)(q.a + g->planes * q.plane), q.fetch_end = (const char *)(q.a + 2 * g->planes * q.plane);
+    q.fetch = (const char *)(q.a + panel_size(g, steps)), q.fetch_end = (const char *)(q.a + 2 * panel_size(g, steps));
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);

@@ -97,6 +97,13 @@ def test_few_tokens(config, intermediate: int) -> None:
     check_few_tokens(cpu, (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 64, 65), (3, 8, 20, 40))
 
 
+@pytest.mark.parametrize("config", [ql.RTNConfig(4, 32), ql.NF4Config(64)], ids=str)
+def test_many_tokens(config) -> None:
+    """Where some products of a layer decode the weight on the way, others for cuBLAS (linear_packed.cu, most_tokens)."""
+    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, intermediate_size=256), config, progress=False)
+    check_few_tokens(cpu, (1025, 2049, 2500), ())
+
+
 @pytest.mark.parametrize("head_dim", [40, 80, 96])
 @pytest.mark.parametrize("floats", [(), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",)], ids=str)
 def test_columns_in_the_order_of_the_product(head_dim: int, floats: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Parity is measured in float32 or as near to it as the kernels come: bfloat16 products of high and low parts."""
+"""Parity is measured in float32 or as near to it as the kernels come: `precise`."""
 
 from __future__ import annotations
 
