@@ -99,7 +99,7 @@ def test_few_tokens(config, intermediate: int) -> None:
 
 @pytest.mark.parametrize("config", [ql.RTNConfig(4, 32), ql.NF4Config(64)], ids=str)
 def test_many_tokens(config) -> None:
-    """Where some products of a layer decode the weight on the way, others for cuBLAS (linear_packed.cu, most_tokens)."""
+    """Some products of a layer decode the weight on the way, others for cuBLAS (linear_packed.cu, most_tokens)."""
     cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, intermediate_size=256), config, progress=False)
     check_few_tokens(cpu, (1025, 2049, 2500), ())
 
