@@ -36,8 +36,8 @@ GROUPS = {
 }
 
 # -ffp-contract=off: a fused multiply-add appears only where a kernel asks for it, so results do not depend on flags.
-# -fstack-clash-protection: a task keeps more than a MiB on the stack (csrc/core/parallel.c); in a thread with less it
-# must not step over the guard page.
+# -fstack-clash-protection: a task keeps up to some 140 KiB on the stack; in a thread with less it must not step over
+# the guard page.
 COMMON = ["-std=c11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
           "-fstack-clash-protection", "-Wall", "-Wextra", "-Wpedantic"]  # fmt: skip
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]

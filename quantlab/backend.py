@@ -20,12 +20,12 @@ def use(
     """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
 
     isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N": where single ops
-    (`linear`, `dequantize`, …) run; a model has a device of its own. precise: on amx,
-    products with weights that are not float32 take integers of 24 bits (a scale for some hundred values of a row), not
-    bfloat16, which costs up to four times the time and brings the error of a result from about 2^-8 to about 2^-20
-    (more where a few values of a row are a thousand times the rest; an infinity makes its row NaN). Those with float32
-    weights take float32, not such integers, and leave about 2^-21. Not set: False. The choice holds for the whole
-    process, so two Python threads should not make different ones at the same time.
+    (`linear`, `dequantize`, …) run; a model has a device of its own. precise: on amx, products with weights that are
+    not float32 take integers of 24 bits (a scale for some hundred values of a row), not bfloat16, which costs up to
+    four times the time and brings the error of a result from about 2^-8 to about 2^-20 (more where a few values of a
+    row are a thousand times the rest; an infinity makes its row NaN). Those with float32 weights take float32, not such
+    integers, and leave about 2^-21. Not set: False. The choice holds for the whole process, so two Python threads
+    should not make different ones at the same time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.

@@ -33,7 +33,7 @@ enum {
     PAUSES_PER_LOOK = 64, /* at the clock; a pause is 10 to 70 ns */
     MAX_THREADS = 4096,
     MAX_RUNS = 64, /* more threads share them */
-    STACK_BYTES = 4 << 20 /* of a worker; a task of a product keeps 1.2 MB there */
+    STACK_BYTES = 4 << 20 /* of a worker; a task keeps less than 256 KiB there */
 };
 
 #define NO_TASK UINT32_MAX /* more than any count */

@@ -77,10 +77,9 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
     vf up = v_set1(scale.up), inverse = v_set1(scale.inverse);
     vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
     for (int64_t c = j; c < end; c += VL) {
-        vi rest = to_integers(load_columns(x, perm, c, end), up, inverse);
-        for (int l = LIMBS - 1; l >= 0; l--) {
-            vi limb = _mm512_srai_epi32(vi_shl(rest, 24), 24);
-            rest = _mm512_srai_epi32(vi_sub(rest, limb), 8);
+        vi limbs = to_limbs(to_integers(load_columns(x, perm, c, end), up, inverse));
+        for (int l = 0; l < LIMBS; l++) {
+            vi limb = _mm512_srai_epi32(vi_shl(limbs, 8u * (unsigned)(1 + l)), 24);
             sum[l] = vi_add(sum[l], limb);
             int8_t *out = g->limbs + (r * LIMBS + l) * g->ld + to + c - j;
             _mm_storeu_si128((__m128i *)(void *)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(limb), order));
@@ -368,7 +367,7 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     if (w->format != QL_INT8 && w->format != QL_AFFINE) { return 0; }
     product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
     int panels = g.l.rows > 0;
-    g.groups = (w->k + g.l.group - 1) / g.l.group;
+    g.groups = pieces(w->k, g.l.group);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
     int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
@@ -376,7 +375,7 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;
     g.part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), at_once);
     if (g.part < 1) { g.part = at_once; }
-    g.tasks = (count + g.part - 1) / g.part;
+    g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
     g.task = panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
     *of = g;

@@ -378,8 +378,8 @@ static void run_rows(gemv *g) {
     void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
         [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
     int64_t bytes = g->w->k * (g->w->format == QL_F32 ? 4 : g->w->format == QL_F16 || g->w->format == QL_BF16 ? 2 : 1);
-    g->part = (part_of(g->w->n, bytes) + VL - 1) / VL * VL; /* whichever rows are left over are the last of W */
-    ql_parallel_for((g->w->n + g->part - 1) / g->part, tasks[g->w->format], g);
+    g->part = round_up(part_of(g->w->n, bytes), VL); /* whichever rows are left over are the last of W */
+    ql_parallel_for(pieces(g->w->n, g->part), tasks[g->w->format], g);
 }
 
 static void run_nibbles(gemv *g) {
@@ -388,7 +388,7 @@ static void run_nibbles(gemv *g) {
         values[i] = g->w->format == QL_NF4 ? ql_nf4_values[i] : g->w->format == QL_FP4 ? ql_fp4_values[i] : (float)(i - 8);
     }
     g->table = values;
-    ql_parallel_for((g->l.panels + g->part - 1) / g->part, nibble_task, g);
+    ql_parallel_for(pieces(g->l.panels, g->part), nibble_task, g);
 }
 
 /* one row of x after the other, since each has its own tables */
@@ -398,7 +398,7 @@ static void run_sums(const gemv *all, float *table) {
         sums_table(table, all->x + r * all->ldx, all->l.columns, all->w->bits);
         g.y += r * all->w->n, g.m = 1, g.table = table;
         g.sums = all->sums == NULL ? NULL : all->sums + r * all->l.groups;
-        ql_parallel_for((g.l.panels + g.part - 1) / g.part, sums_task, &g);
+        ql_parallel_for(pieces(g.l.panels, g.part), sums_task, &g);
     }
 }
 
@@ -427,7 +427,7 @@ static int run(gemv *g, const float *x, const scratch_sizes *s) {
     return 1;
 }
 
-static int64_t lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+static int64_t lines(int64_t floats) { return round_up(floats, 16); }
 
 int V_NAME(gemv_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
@@ -435,7 +435,7 @@ int V_NAME(gemv_forward)(float *y, const float *x, const ql_weight *w, int64_t m
     int in_place = w->format == QL_AFFINE ? w->bits == 8 : w->format != QL_NF4 && w->format != QL_FP4;
     g.codes = in_place ? w->codes : packed;
     if (m < 1 || m > QL_GEMV_ROWS || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
-    if (g.l.rows == 0) { g.l.groups = (w->k + g.l.group - 1) / g.l.group; }
+    if (g.l.rows == 0) { g.l.groups = pieces(w->k, g.l.group); }
     scratch_sizes s = {0};
     if (w->perm != NULL || (g.l.rows > 0 && g.l.columns != w->k)) {
         g.ldx = g.l.rows > 0 ? lines(g.l.columns) : lines(w->k);

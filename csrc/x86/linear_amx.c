@@ -156,10 +156,10 @@ static void split_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, in
     }
 }
 
-/* 16 columns of a block of W, (count, ld): four rows are a line of a tile */
-static void split_columns(uint16_t *tiles, float *most, int64_t plane, const float *values, int64_t ld, int64_t count, int64_t steps) {
+/* a block of W, (count, 16): four rows are a line of a tile */
+static void split_columns(uint16_t *tiles, float *most, int64_t plane, const float *values, int64_t count, int64_t steps) {
     vi largest = vi_set1(0);
-    for (int64_t s = 0; s < count; s++) { largest = larger_bits(largest, v_load(values + s * ld)); }
+    for (int64_t s = 0; s < count; s++) { largest = larger_bits(largest, v_load(values + s * VL)); }
     alignas(64) int32_t bits[VL];
     alignas(64) float up[VL], inverse[VL];
     vi_store(bits, largest);
@@ -170,7 +170,7 @@ static void split_columns(uint16_t *tiles, float *most, int64_t plane, const flo
     for (int64_t s = 0; s < 2 * steps; s += 4) { /* the columns of dy are in the order of store_limbs */
         vi limbs[4];
         for (int r = 0; r < 4; r++) {
-            vf row = s + r < count ? v_load(values + (s + r) * ld) : v_zero();
+            vf row = s + r < count ? v_load(values + (s + r) * VL) : v_zero();
             limbs[r] = to_limbs(to_integers(row, v_load(up), v_load(inverse)));
         }
         uint16_t *out = tiles + s / (2 * SIDE) * 2 * TILE + place_of_four(s % (2 * SIDE) / 4) * SIDE;
@@ -194,7 +194,7 @@ static void split_fours(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t
         uint16_t *panel = panel_at(block, g, j - j0, steps);
         if (j1 - j < 16) { memset(values, 0, sizeof values); }
         ql_decode_forward_avx512(values, 16, w, first, end, j, at_most(j + 16, j1));
-        split_columns(panel + (j - j0) % SIDE / 16 * TILE, most_of(panel, plane) + (j - j0) % SIDE, plane, values, 16, end - first,
+        split_columns(panel + (j - j0) % SIDE / 16 * TILE, most_of(panel, plane) + (j - j0) % SIDE, plane, values, end - first,
                       round_up(steps, SIDE));
     }
 }

@@ -3,6 +3,7 @@
 #ifndef QL_NARROW_BODY_H
 #define QL_NARROW_BODY_H
 
+#include "../core/sizes.h"
 #include "../quantlab.h"
 
 enum {
@@ -59,6 +60,6 @@ static void narrow_task(void *context, int64_t task) {
     }
 }
 
-static void narrow_run(narrow *g) { ql_parallel_for((g->m + ROWS_PER_TASK - 1) / ROWS_PER_TASK, narrow_task, g); }
+static void narrow_run(narrow *g) { ql_parallel_for(pieces(g->m, ROWS_PER_TASK), narrow_task, g); }
 
 #endif
