@@ -19,6 +19,7 @@ static ql_norm_ahead norm_ahead(const ql_norm *norm, int64_t t, int64_t n) {
     if (norm == NULL || norm->memory == NULL || t < 2 || t > ql_cuda_norm_ahead_tokens() || n % NORM_BLOCK != 0) { return ahead; }
     ahead.gain = norm->gain, ahead.halves = (bf16 *)norm->memory, ahead.squares = (float *)(ahead.halves + t * n);
     for (ahead.line = 8; ahead.line < t; ahead.line *= 2) {}
+    ahead.ordered = ql_cuda_orders(t);
     return ahead;
 }
 

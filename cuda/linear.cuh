@@ -65,6 +65,8 @@ bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activ
 
 /* tokens that one launch of them takes on this device; 0: a norm is not prepared here */
 int ql_cuda_norm_ahead_tokens(void);
+/* whether t normed tokens are handed over in the order of the fragments (ordered_column) */
+bool ql_cuda_orders(int64_t t);
 
 /* ---- products of many tokens (linear_large.cu) ----------------------------------------------------------------------- */
 

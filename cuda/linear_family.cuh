@@ -17,9 +17,9 @@ typedef struct {
 } small_kernel;
 
 typedef struct {
-    void (*function)(small_args);
+    void (*function)(small_args, ql_tensor_map);
     uint32_t (*bytes)(int stages, int record, int units); /* of shared memory */
-    int tokens, groups;                                                /* most tokens; warpgroups that multiply */
+    int tokens, groups;                                   /* most tokens; warpgroups that multiply */
 } group_kernel;
 
 typedef struct {

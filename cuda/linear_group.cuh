@@ -4,8 +4,7 @@
  *
  * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
  * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
- * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies (the finishing warps bring the
- * first ones, while it brings activations). Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
+ * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies. Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
  * first those of the block's warpgroups, in order, then, dealt out to the blocks of the cluster, those of its blocks, and store them.
  *
  *   shared: barriers | norms | table | activations (columns / 64, tokens, 64) bf16 | sums of an item, of all warpgroups of the
@@ -18,12 +17,13 @@
 #define QL_CUDA_LINEAR_GROUP_CUH
 
 #include "linear_small.cuh"
+#include "tensor_map.h"
 #include "wgmma.cuh"
 
-enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 12, GROUP_BLOCK = 64 /* columns of a swizzled row */, GROUP_PIECES = 3 };
+enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 12, GROUP_BLOCK = 64 /* columns of a swizzled row */ };
 
 struct group_layout {
-    uint32_t full, sums_full, sums_free, received_full, received_free; /* barriers, 8 bytes each */
+    uint32_t full, sums_full, sums_free, received_full, received_free, x_full; /* barriers, 8 bytes each; x_full: of each unit of the block */
     uint32_t norms, table, x, sums, received, stages, bytes;
 };
 
@@ -41,7 +41,8 @@ __host__ __device__ inline group_layout group_layout_of(int stages, int record, 
     constexpr int warps = Groups * GROUP_WARPS, line = Tokens8 > 4 ? 64 : 8 * Tokens8; /* of the norms: a power of two */
     group_layout l;
     l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * GROUP_WARPS;
-    l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.norms = l.received_free + 8 * GROUP_WARPS;
+    l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.x_full = l.received_free + 8 * GROUP_WARPS;
+    l.norms = (l.x_full + 8 * units + 15) / 16 * 16;
     l.table = (l.norms + norms_bytes(GROUP_WARPS, line) + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
     l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
@@ -64,55 +65,51 @@ struct group_place {
 /* ---- weights: each warp for itself ---------------------------------------------------------------------------- */
 
 __device__ __forceinline__ small_tile group_tile(const small_args &a, int tile) { return locate_tile(a, min(tile, a.tiles - 1)); }
-__device__ __forceinline__ small_range group_units(const group_place &p, int group, int groups) {
-    small_range r = small_units_of(p.k.end - p.k.first, group, groups);
-    return {p.k.first + r.first, p.k.first + r.end};
+/* of the warpgroup's columns */
+template <int Groups> __device__ __forceinline__ small_range group_units(const group_place &p, int group) {
+    int units = p.k.end - p.k.first;
+    return {p.k.first + units * group / Groups, p.k.first + units * (group + 1) / Groups};
 }
 /* of warp `warp` of those that multiply */
 __device__ __forceinline__ uint32_t group_stage_full(const group_place &p, int warp, int stage) {
     return p.base + p.l.full + 8 * (warp * GROUP_MAX_STAGES + stage);
 }
+/* activations of unit `unit` of K */
+__device__ __forceinline__ uint32_t group_x_full(const group_place &p, int unit) { return p.base + p.l.x_full + 8 * (unit - p.k.first); }
 template <int Together> __device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
     return p.base + p.l.stages + (warp * a.stages + stage) * 2 * Together * a.record;
 }
 
+/* What a warp fetches next. All lanes follow it, so that it stays in uniform registers; one issues the copies. */
 struct group_fetch {
-    int item, unit; /* what comes next */
+    int item, unit;
     const uint8_t *upper, *lower;
 };
 
-__device__ __forceinline__ void group_seek(group_fetch &f, const small_args &a, const group_place &p, int member) {
-    small_tile tile = group_tile(a, f.item * GROUP_WARPS + member);
+__device__ __forceinline__ void group_seek(group_fetch &f, const small_args &a, const group_place &p) {
+    small_tile tile = group_tile(a, f.item * GROUP_WARPS + p.member);
     f.upper = tile.upper + (int64_t)f.unit * a.record, f.lower = tile.lower + (int64_t)f.unit * a.record;
 }
+__device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine) {
+    group_fetch f = {mine.first < mine.end ? p.first : p.items, mine.first, NULL, NULL};
+    if (f.item < p.items) { group_seek(f, a, p); }
+    return f;
+}
 
-/* the next units, of `mine`, of tile `member` of the item to stage `stage` of the warp; by one lane */
-template <int Together>
-__device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p, small_range mine, int member, int warp, int stage) {
+/* the next units, of `mine`, of the warp's tile of the item to stage `stage` */
+template <int Together> __device__ __forceinline__ void group_fetch_stage(group_fetch &f, const small_args &a, const group_place &p, small_range mine, int warp, int stage) {
     if (f.item >= p.items) { return; }
     uint32_t full = group_stage_full(p, warp, stage), to = group_stage<Together>(a, p, warp, stage);
     uint32_t bytes = (Together > 1 ? min(Together, mine.end - f.unit) : 1) * a.record;
-    barrier_arrive_expect(full, 2 * bytes);
-    copy_bulk(to, f.upper, bytes, full);
-    copy_bulk(to + Together * a.record, f.lower, bytes, full);
+    if (one_lane()) {
+        barrier_arrive_expect(full, 2 * bytes);
+        copy_bulk(to, f.upper, bytes, full);
+        copy_bulk(to + Together * a.record, f.lower, bytes, full);
+    }
     f.upper += bytes, f.lower += bytes, f.unit += Together;
     if (f.unit < mine.end) { return; }
     f.unit = mine.first, f.item += p.step;
-    if (f.item < p.items) { group_seek(f, a, p, member); }
-}
-
-/* where a warp's fetching stands after its first `stages` copies; with Fetch they are made, by one lane */
-template <int Together, bool Fetch> __device__ __forceinline__ group_fetch group_fetch_first(const small_args &a, const group_place &p, small_range mine, int member, int warp) {
-    group_fetch f = {mine.first < mine.end ? p.first : p.items, mine.first, NULL, NULL};
-    if (Fetch) {
-        if (f.item < p.items) { group_seek(f, a, p, member); }
-        for (int i = 0; i < a.stages; i++) { group_fetch_stage<Together>(f, a, p, mine, member, warp, i); }
-        return f;
-    }
-    int copies = (mine.end - mine.first + Together - 1) / Together; /* of an item */
-    if (copies > 0) { f.item += a.stages / copies * p.step, f.unit += a.stages % copies * Together; }
-    if (f.item < p.items) { group_seek(f, a, p, member); }
-    return f;
+    if (f.item < p.items) { group_seek(f, a, p); }
 }
 
 /* ---- activations ------------------------------------------------------------------------------------------------ */
@@ -145,37 +142,18 @@ template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_
     block_barrier(1 + p.group, GROUP_THREADS);
 }
 
-/* units of a piece of activations that stand in the order of the fragments */
-__device__ __forceinline__ int group_step(small_range mine) { return (mine.end - mine.first + GROUP_PIECES - 1) / GROUP_PIECES; }
-
-/* The same of columns that stand in the order of the fragments (ordered_column), by asynchronous copies, so that the products start with the
- * first of GROUP_PIECES pieces of `step` units. */
+/* The same of columns that stand in the order of the fragments (ordered_column), by tensor copies, so that the products start with the first
+ * unit; by one lane. */
 template <typename Codes, int Tokens8>
-__device__ __forceinline__ void group_begin_x(const small_args &a, const group_place &p, uint32_t to, small_range mine, int step) {
-    constexpr int chunks = Codes::columns / 8, count = chunks * 8 * Tokens8; /* of 16 bytes; of a unit */
-    for (int piece = 0, u = mine.first; piece < GROUP_PIECES; piece++) {
-        for (int end = min(u + step, mine.end); u < end; u++, to += Codes::columns * 16 * Tokens8) {
-#pragma unroll 4
-            for (int i = p.member * WARP + p.lane; i < count; i += GROUP_THREADS) {
-                int token = i / chunks, chunk = i % chunks;
-                const bf16 *from = a.x + (int64_t)(token < a.m ? token : 0) * a.x_line + u * Codes::columns + chunk * 8;
-                copy_async_16(to + (chunk / 8 * 8 * Tokens8 + token) * 128 + (chunk % 8 ^ token % 8) * 16, from, token < a.m);
-            }
-        }
-        copy_async_commit();
+__device__ __forceinline__ void group_fetch_x(const group_place &p, const ql_tensor_map *map, small_range mine) {
+    constexpr uint32_t block_bytes = 8 * Tokens8 * GROUP_BLOCK * 2, blocks = Codes::columns / GROUP_BLOCK;
+#pragma unroll 1
+    for (int u = mine.first; u < mine.end; u++) {
+        uint32_t full = group_x_full(p, u), to = p.base + p.l.x + (u - p.k.first) * blocks * block_bytes;
+        barrier_arrive_expect(full, blocks * block_bytes);
+#pragma unroll
+        for (int i = 0; i < blocks; i++) { copy_tensor(to + i * block_bytes, map, u * Codes::columns + i * GROUP_BLOCK, 0, full); }
     }
-}
-/* until piece `piece` is there */
-__device__ __forceinline__ void group_await_x(const group_place &p, int piece) {
-    if (piece == 0) {
-        copy_async_wait<GROUP_PIECES - 1>();
-    } else if (piece == 1) {
-        copy_async_wait<GROUP_PIECES - 2>();
-    } else {
-        copy_async_wait<0>();
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    block_barrier(1 + p.group, GROUP_THREADS);
 }
 
 /* ---- one unit of four tiles --------------------------------------------------------------------------------------- */
@@ -226,7 +204,6 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
             s.scale_u = half_bits_to_float(load_shared<uint16_t>(upper + place + 16 * part));
             s.scale_l = half_bits_to_float(load_shared<uint16_t>(lower + place + 16 * part));
         }
-        products_wait<0>(); /* what was decoded while they ran is ready */
         products_begin();
 #pragma unroll
         for (int i = 0; i < Batch; i++) {
@@ -234,6 +211,7 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
             multiply_units<Tokens8>(s.product, fragment[i], x + (step / 4 * (1024 * Tokens8) + step % 4 * 32) / 16, step % part_steps > 0);
         }
         products_commit();
+        products_wait<1>(); /* those ahead of them, whose fragments are decoded next */
     }
 }
 
@@ -247,7 +225,7 @@ template <int Tokens8> __device__ __forceinline__ int group_first(const group_pl
 /* bytes that the other blocks send of a tile; the barrier waits for as many */
 template <int Tokens8> __device__ __forceinline__ uint32_t group_inbound(const group_place &p) {
     int first = group_first<Tokens8>(p), cluster = 1 << p.shift;
-    return first < Tokens8 ? (Tokens8 - first + cluster - 1) / cluster * (cluster - 1) * CHUNK : 0;
+    return first < Tokens8 ? ((Tokens8 - first + cluster - 1) >> p.shift) * (cluster - 1) * CHUNK : 0;
 }
 /* where the sum of block `rank` of the fragment is received, counted from the base */
 template <int Tokens8> __device__ __forceinline__ uint32_t group_received(const group_place &p, int nt, int rank) {
@@ -373,15 +351,21 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
     p.shift = __ffs(cluster) - 1, p.rank = cluster_rank(), p.lane = threadIdx.x % WARP;
     p.group = warp / GROUP_WARPS, p.member = warp % GROUP_WARPS;
     p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x >> p.shift, p.step = gridDim.x >> p.shift;
-    p.k = small_units_of(a.units, p.rank, cluster);
+    p.k = small_units_of(a.units, p.rank, p.shift);
     p.base = (shared_address(shared) + 1023) & ~1023u;
-    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) / cluster);
-    if (p.group < Groups && p.lane < a.stages) { barrier_init(group_stage_full(p, warp, p.lane), 1); }
-    if (p.group == Groups && p.lane == 0) {
-        int others = min(Tokens8, 1 << p.shift) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0); /* that add fragments of the tile: one at least */
-        barrier_init(group_barrier(p, p.l.sums_full), warp_arrivals(Groups)), barrier_init(group_barrier(p, p.l.sums_free), warp_arrivals(1));
-        barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), others);
-        barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p));
+    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) >> p.shift);
+    if (one_lane()) { /* of each warp: places that differ by lane would be set one after the other */
+#pragma unroll 1
+        for (int i = warp; i < p.k.end - p.k.first; i += (Groups + 1) * GROUP_WARPS) { barrier_init(p.base + p.l.x_full + 8 * i, 1); }
+        if (p.group < Groups) {
+#pragma unroll 1
+            for (int i = 0; i < a.stages; i++) { barrier_init(group_stage_full(p, warp, i), 1); }
+        } else {
+            int others = min(Tokens8, cluster) - (group_first<Tokens8>(p) < Tokens8 ? 1 : 0); /* that add fragments of the tile: one at least */
+            barrier_init(group_barrier(p, p.l.sums_full), warp_arrivals(Groups)), barrier_init(group_barrier(p, p.l.sums_free), warp_arrivals(1));
+            barrier_init(group_barrier(p, p.l.received_full), 1), barrier_init(group_barrier(p, p.l.received_free), others);
+            barrier_arrive_expect(group_barrier(p, p.l.received_full), group_inbound<Tokens8>(p));
+        }
     }
     barrier_init_fence();
     return p;
@@ -389,11 +373,9 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
 
 /* the part of the warpgroup's columns in all items of the cluster */
 template <typename Codes, int Tokens8, int Parts, int Groups>
-__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, small_range mine, uint32_t x, uint32_t table) {
-    int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member, step = group_step(mine), piece = 0;
-    int awaited = a.ordered ? mine.first : mine.end; /* the unit that the next piece of activations begins with */
+__device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, group_fetch fetch, small_range mine, uint32_t x, uint32_t table) {
+    int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member;
     constexpr int together = group_together<Codes, Tokens8>();
-    group_fetch fetch = group_fetch_first<together, false>(a, p, mine, p.member, warp);
     for (int item = p.first; item < p.items; item += p.step, count++) {
         group_state<Tokens8, group_batch<Codes, Parts>()> s = {};
         uint32_t x_here = (uint32_t)descriptor(x, 16);
@@ -402,13 +384,13 @@ __device__ __forceinline__ void group_multiply(const small_args &a, const group_
             int end = together > 1 ? min(first + together, mine.end) : first + 1;
 #pragma unroll 1
             for (int u = first; u < end; u++) {
-                if (u == awaited && count == 0) { group_await_x(p, piece++), awaited += step; }
+                if (count == 0 && a.ordered) { barrier_wait(group_x_full(p, u), 0); }
                 if (u == first) { barrier_wait(group_stage_full(p, warp, stage), phase); }
                 group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + together * a.record, x_here, table, p.lane);
                 upper += a.record, x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
             }
             __syncwarp();
-            if (p.lane == 0) { group_fetch_stage<together>(fetch, a, p, mine, p.member, warp, stage); }
+            group_fetch_stage<together>(fetch, a, p, mine, warp, stage);
             if (++stage == a.stages) { stage = 0, phase ^= 1; }
         }
         group_scale(s);
@@ -417,41 +399,48 @@ __device__ __forceinline__ void group_multiply(const small_args &a, const group_
 }
 
 /* The block has 4 Groups warps that multiply and 4 that finish. */
-template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __forceinline__ void group_body(const small_args &a) {
+template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __forceinline__ void group_body(const small_args &a, const ql_tensor_map *map) {
     extern __shared__ __align__(128) uint8_t shared[];
     group_place p = group_start<Codes, Tokens8, Groups>(a, shared);
-    small_range mine = group_units(p, p.group, Groups);
+    small_range mine = group_units<Groups>(p, p.group < Groups ? p.group : p.member); /* a finishing warp's: of the activations it brings */
     uint32_t table = p.base + p.l.table, x = p.base + p.l.x + (mine.first - p.k.first) * (Codes::columns * 16 * Tokens8);
-    if (Codes::table) { fill_table((uint32_t *)(shared + (table - shared_address(shared))), a.values); }
+    bool multiplies = p.group < Groups, brings_x = !multiplies && a.ordered && p.member < Groups;
+    constexpr int together = group_together<Codes, Tokens8>();
+    group_fetch fetch = {};
+    if (multiplies) { fetch = group_fetch_first(a, p, mine); }
+    if (brings_x && one_lane()) { prefetch_tensor_map(map); }
     cluster_arrive();
     __syncthreads();
     ql_cuda_start_next();
-    if (p.group == Groups) { /* the first weights: a lane a warpgroup's tile of the warp's number */
-        if (p.lane < Groups) { group_fetch_first<group_together<Codes, Tokens8>(), true>(a, p, group_units(p, p.lane, Groups), p.member, p.lane * GROUP_WARPS + p.member); }
-        __syncwarp();
+    if (!multiplies) {
         ql_cuda_wait_previous();
+        if (brings_x && one_lane()) { group_fetch_x<Codes, Tokens8>(p, map, mine); }
         small_norms norms = {1.0f, a.made.halves != NULL ? p.base + p.l.norms : 0};
         if (norms.each != 0) { make_norms(norms.each, a.made, a.k, a.eps, p.member, GROUP_WARPS, p.lane, 1 + Groups); }
         cluster_wait();
         group_finish<Tokens8, Groups>(a, p, norms);
         return;
     }
-    ql_cuda_wait_previous();
-    if (a.ordered) {
-        group_begin_x<Codes, Tokens8>(a, p, x, mine, group_step(mine));
-    } else {
+#pragma unroll 1
+    for (int i = 0; i < a.stages; i++) { group_fetch_stage<together>(fetch, a, p, mine, p.group * GROUP_WARPS + p.member, i); }
+    if (Codes::table) { /* while the first weights are on their way */
+        fill_table(table, a, threadIdx.x, Groups * GROUP_THREADS);
+        block_barrier(2 + Groups, Groups * GROUP_THREADS);
+    }
+    if (!a.ordered) {
+        ql_cuda_wait_previous();
         group_load_x<Tokens8>(a, p, x, mine.first * Codes::columns, (mine.end - mine.first) * Codes::columns);
     }
     cluster_wait();
-    group_multiply<Codes, Tokens8, Parts, Groups>(a, p, mine, x, table);
+    group_multiply<Codes, Tokens8, Parts, Groups>(a, p, fetch, mine, x, table);
 }
 
 #endif
 
 template <typename Codes, int Tokens8, int Parts, int Groups>
-__global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(const __grid_constant__ small_args a) {
+__global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(const __grid_constant__ small_args a, const __grid_constant__ ql_tensor_map map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    group_body<Codes, Tokens8, Parts, Groups>(a);
+    group_body<Codes, Tokens8, Parts, Groups>(a, &map);
 #else
     __trap(); /* not chosen: linear_packed.cu */
 #endif

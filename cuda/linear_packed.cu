@@ -3,9 +3,13 @@
 #include "linear.cuh"
 #include "linear_family.cuh"
 
+#include "../csrc/formats/nf4.h"
+
 #include <string.h>
 
-enum { RESERVED = 1 << 10, RING_TOKENS = 16, GROUP_TOKENS = 64 };
+/* RING_TOKENS, GROUP_TOKENS: the most that such kernels take. PLAIN_TOKENS: more of them are handed from product to product in the order of the
+ * fragments where linear_group.cuh can be used. */
+enum { RESERVED = 1 << 10, PLAIN_TOKENS = 8, RING_TOKENS = 16, GROUP_TOKENS = 64 };
 
 static const small_family *family_of(const ql_packed *p) {
     switch (p->kind) {
@@ -113,6 +117,7 @@ static bool has_groups(void) {
 }
 
 int ql_cuda_norm_ahead_tokens(void) { return has_groups() ? GROUP_TOKENS : ql_cuda_capability() < 90 ? 0 : RING_TOKENS; }
+bool ql_cuda_orders(int64_t t) { return t > PLAIN_TOKENS && has_groups(); }
 
 /* a way to launch a kernel of linear_group.cuh */
 typedef struct {
@@ -156,8 +161,10 @@ static group_plan best_plan(const small_args *a, const group_kernel *kernels, in
 static bool launch_groups(small_args *a, const group_kernel *kernels, int columns) {
     group_plan best = best_plan(a, kernels, columns);
     if (best.cost == 0) { return false; }
+    ql_tensor_map map = {}; /* of columns in order */
+    if (a->ordered && !ql_cuda_tensor_map(&map, a->x, a->m, a->x_line, a->x_line, best.kernel->tokens)) { return true; } /* the failure is kept */
     a->stages = best.stages;
-    void *arguments[] = {a};
+    void *arguments[] = {a, &map};
     ql_cuda_launch_pointers((const void *)best.kernel->function, dim3((unsigned)(best.clusters * best.cluster)),
                             dim3((unsigned)(best.kernel->groups + 1) * GROUP_THREADS), best.shared, true, (unsigned)best.cluster, arguments);
     return true;
@@ -176,7 +183,8 @@ static bool launch_rings(small_args *a, const small_kernel *kernels, int first, 
     return false;
 }
 
-/* As measured on an H100: rings up to 8 tokens, and up to 16 where a block holds the activations of all of K. */
+/* As measured on an H100: rings up to 8 tokens; more in the order of the fragments go to groups, others up to 16 to a ring where a block holds the
+ * activations of all of K. Rings know the plain order alone. */
 static bool launch(small_args *a, const ql_packed *p) {
     if (p->kind >= QL_ROWS_F32) { return ql_cuda_launch_dense(a, p->kind); }
     const small_family *family = family_of(p);
@@ -189,8 +197,8 @@ static bool launch(small_args *a, const ql_packed *p) {
     }
     if (a->m > GROUP_TOKENS) { return ql_cuda_launch_wide(a, family->wide, p->columns); }
     const small_kernel *rings = exact ? family->ring : family->any;
-    if (launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
-    return (a->m > 8 && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || launch_rings(a, rings, 2, 8);
+    if (!a->ordered && launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
+    return (a->m > 8 && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || (!a->ordered && launch_rings(a, rings, 2, 8));
 }
 
 /* the activations of `a`: as they are, or converted; a single token in float32 is left to the kernel. False: memory is out */
@@ -198,7 +206,7 @@ static bool set_activations(small_args *a, const ql_activations *x, const ql_wei
     int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
     a->k = (int)w->k, a->x_line = (int)line;
     if (x->made.halves != NULL && w->perm == NULL && line == w->k && ql_packed_of(w)->kind < QL_ROWS_F32) {
-        a->made = x->made, a->eps = x->eps, a->ordered = x->made.line > RING_TOKENS;
+        a->made = x->made, a->eps = x->eps, a->ordered = x->made.ordered;
         return a->x = x->made.halves, true;
     }
     bool wide = m > GROUP_TOKENS && has_groups(); /* these kernels take no other order */
@@ -232,6 +240,13 @@ static void move_to_token(small_args *a, const small_args *all, int64_t first, i
     }
 }
 
+/* what one bfloat16 can hold of a table's values; FP4 in twelfths, which are exact (the factor makes up for it) */
+static void set_values(uint16_t *values, int format) {
+    static const float nf4[16] = QL_NF4_VALUES;
+    static const float fp4_twelfths[16] = {0.0f, 0.0625f, 8.0f, 12.0f, 4.0f, 6.0f, 2.0f, 3.0f, -0.0f, -0.0625f, -8.0f, -12.0f, -4.0f, -6.0f, -2.0f, -3.0f};
+    for (int i = 0; i < 16; i++) { values[i] = __bfloat16_as_ushort(__float2bfloat16_rn(format == QL_FP4 ? fp4_twelfths[i] : nf4[i])); }
+}
+
 /* products [0, count) side by side, some tokens at a time */
 static bool launch_products(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
     const ql_weight *w = products[0].w;
@@ -245,7 +260,8 @@ static bool launch_products(const ql_product *products, int count, const ql_acti
         all.tiles += all.part[parts++].tiles;
         i += products[i].output == QL_OUT_SWIGLU;
     }
-    all.units = p->units, all.record = p->record, all.parts = p->parts, all.zeros = p->zeros, all.values = p->values;
+    all.units = p->units, all.record = p->record, all.parts = p->parts, all.zeros = p->zeros;
+    if (p->kind == QL_UNITS_TABLE) { set_values(all.values, w->format); }
     all.next = products[0].next;
     if (rotation != NULL) { all.cos = rotation->cos, all.sin = rotation->sin, all.positions = rotation->positions, all.d = (int)rotation->d; }
     if (!set_activations(&all, x, w, m)) { return true; } /* the failure is kept */
@@ -278,7 +294,7 @@ static int64_t most_tokens(const ql_weight *w, ql_output output) {
 }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (t <= RING_TOKENS || t > most_tokens(w, QL_OUT_FLOAT_ADD) || !has_groups() || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
+    if (!ql_cuda_orders(t) || t > most_tokens(w, QL_OUT_FLOAT_ADD) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
         return 0;
     }
     const ql_packed *p = ql_packed_of(w);

@@ -35,7 +35,7 @@ struct small_args {
     float eps;
     const float *cos, *sin;     /* SMALL_ROPE: (positions, d / 2) */
     const int32_t *positions;   /* (m,) */
-    const uint8_t *values;      /* codes of a table: 16 bfloat16 */
+    uint16_t values[16];        /* codes of a table: bfloat16 */
     int tiles;                  /* of all parts */
     int units;                  /* along k */
     int k, x_line;

@@ -59,12 +59,12 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
     }
 }
 
-/* a table for byte -> pair of bf16, a copy a lane; values: 16 bf16 */
-__device__ __forceinline__ void fill_table(uint32_t *table, const uint8_t *values) {
-    const uint16_t *value = (const uint16_t *)values;
-    for (int i = threadIdx.x; i < 256 * WARP; i += blockDim.x) {
-        int byte = i / WARP;
-        table[i] = (uint32_t)value[byte & 15] | (uint32_t)value[byte >> 4] << 16;
+/* a table in shared memory for byte -> pair of bf16, a copy a lane, by threads 0 to `threads` - 1; a thread stores copies of four lanes at once */
+__device__ __forceinline__ void fill_table(uint32_t table, const small_args &a, int thread, int threads) {
+    for (int i = thread; i < 256 * WARP / 4; i += threads) {
+        int byte = i / (WARP / 4);
+        uint32_t pair = (uint32_t)a.values[byte & 15] | (uint32_t)a.values[byte >> 4] << 16;
+        store_shared(table + i * 16, make_uint4(pair, pair, pair, pair));
     }
 }
 
@@ -112,7 +112,7 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
 #pragma unroll
     for (int i = 0; i < Units; i++) { load_unit<Codes, Parts>(u[i], a, tile, warp + i * warps, lane); }
     if (Codes::table) {
-        fill_table((uint32_t *)shared, a.values);
+        fill_table(table, a, threadIdx.x, blockDim.x);
         __syncthreads();
     }
     ql_cuda_start_next();
@@ -185,14 +185,11 @@ __host__ __device__ inline small_layout small_ring_layout(int stages, int record
 
 #ifdef QL_HAS_BULK_COPY
 
-/* the units of K of one block of a cluster */
+/* the units of K of one block of a cluster of 2^shift */
 struct small_range {
     int first, end;
 };
-__host__ __device__ inline small_range small_units_of(int units, int rank, int cluster) {
-    small_range r = {units * rank / cluster, units * (rank + 1) / cluster};
-    return r;
-}
+__device__ __forceinline__ small_range small_units_of(int units, int rank, int shift) { return {units * rank >> shift, units * (rank + 1) >> shift}; }
 
 /* units of K whose activations arrive together: whole stages */
 template <int Warps, int Units> __device__ __forceinline__ int small_chunk(small_range k) {
@@ -407,26 +404,29 @@ template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Un
 __device__ __forceinline__ void small_ring_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    int cluster = cluster_size(), rank = cluster_rank(), first = blockIdx.x / cluster, step = gridDim.x / cluster;
-    small_range k = small_units_of(a.units, rank, cluster);
-    int owned = cluster > 1 ? ((a.tiles + step - 1) / step + cluster - 1) / cluster : 0;
-    small_layout l = small_ring_layout<Codes, Tokens8, Single, Warps, Units>(a.stages, a.record, (a.units + cluster - 1) / cluster, cluster, owned);
+    int cluster = cluster_size(), shift = __ffs(cluster) - 1, rank = cluster_rank(), first = blockIdx.x >> shift, step = gridDim.x >> shift;
+    small_range k = small_units_of(a.units, rank, shift);
+    int owned = cluster > 1 ? ((a.tiles + step - 1) / step + cluster - 1) >> shift : 0;
+    small_layout l = small_ring_layout<Codes, Tokens8, Single, Warps, Units>(a.stages, a.record, (a.units + cluster - 1) >> shift, cluster, owned);
     uint32_t base = shared_address(shared);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < WARP && one_lane()) {
         small_init_barriers<Warps, Tokens8>(base, l, a.stages, owned, (uint32_t)(cluster * Tokens8 * fragment_bytes<Single>()));
     }
-    if (Codes::table) { fill_table((uint32_t *)(shared + l.table), a.values); }
     if (cluster > 1) { cluster_arrive(); }
     __syncthreads();
     if (cluster > 1) { cluster_wait(); }
     ql_cuda_start_next();
     if (warp == Warps) {
-        if (lane == 0) { small_produce<Warps, Units>(a, base, l, k, first, step); }
+        if (one_lane()) { small_produce<Warps, Units>(a, base, l, k, first, step); }
         __syncwarp();
         ql_cuda_wait_previous();
         return;
     }
     bool makes = Single && a.floats != NULL;
+    if (Codes::table && warp < Warps) { /* while the first weights are on their way */
+        fill_table(base + l.table, a, threadIdx.x, Warps * WARP);
+        block_barrier(2, Warps * WARP);
+    }
     ql_cuda_wait_previous();
     if (warp < Warps && makes) { small_make_x<Codes, Warps>(a, base, l, k, warp, lane); }
     if (warp == Warps + 1 && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }

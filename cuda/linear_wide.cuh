@@ -199,7 +199,6 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_body
     extern __shared__ __align__(128) uint8_t shared[];
     wide_place p = wide_start<Codes, Tokens8>(a, shared);
     uint32_t table = p.base + p.l.table;
-    if (Codes::table) { fill_table((uint32_t *)(shared + (table - shared_address(shared))), a.values); }
     cluster_arrive();
     __syncthreads();
     ql_cuda_start_next();
@@ -211,6 +210,10 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_body
         if (p.warp == WIDE_TILES && p.lane == 0) { wide_fetch_x<Codes, Tokens8>(a, p, map); }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        if (Codes::table) { /* while the first weights are on their way */
+            fill_table(table, a, threadIdx.x, WIDE_TILES * WARP);
+            block_barrier(2, WIDE_TILES * WARP);
+        }
         cluster_wait();
         ql_cuda_wait_previous();
         wide_multiply<Codes, Tokens8>(a, p, table);

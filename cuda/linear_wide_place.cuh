@@ -60,7 +60,7 @@ __device__ __forceinline__ bool wide_take(const small_args &a, wide_place &p, in
     p.item = alone ? blockIdx.x + turn * gridDim.x : shared + together * clusters;
     p.last = together + 1 >= 0 && shared + (together + 1) * clusters >= p.items;
     p.shift = alone ? 0 : p.cluster, p.rank = alone ? 0 : p.block;
-    p.k = small_units_of(a.units, p.rank, 1 << p.shift);
+    p.k = small_units_of(a.units, p.rank, p.shift);
     return p.item < p.items;
 }
 

@@ -10,17 +10,18 @@ enum { NORM_COLUMNS = 16, NORM_BLOCK = 32 };
 /* of m tokens x (m, n), n a multiple of NORM_BLOCK */
 typedef struct {
     const float *gain; /* (n,) */
-    bf16 *halves;      /* (m, n): x gain, not yet divided by the root mean square of its row, in the order of normed_column; NULL: nothing is left */
+    bf16 *halves;      /* (m, n): x gain, not yet divided by the root mean square of its row; NULL: nothing is left */
     float *squares;    /* (n / NORM_COLUMNS, line): sums of squares of a token's columns */
     int line;          /* a power of two from 8 on, at least m */
+    int ordered;       /* whether halves has each column at its ordered_column */
 } ql_norm_ahead;
 
-/* The place of column j among those in the order of the fragments of linear_group.cuh, which multiplies more than 16 tokens: of NORM_BLOCK,
+/* The place of column j among those in the order of the fragments of linear_group.cuh, which multiplies more than 8 tokens: of NORM_BLOCK,
  * pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
 __device__ __forceinline__ int ordered_column(int j) { return (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1); }
 
 /* the place of column j in its row of halves */
-__device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) { return ahead.line <= 16 ? j : ordered_column(j); }
+__device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) { return ahead.ordered ? ordered_column(j) : j; }
 
 /* squares of columns 16 tile .. of tokens `token` and token + 1, of which a lane has s0 and s1 of some; lane l: token l % 4 * 2 of 8 */
 __device__ __forceinline__ void put_squares(const ql_norm_ahead &ahead, int tile, int token, float s0, float s1, int lane) {

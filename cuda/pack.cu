@@ -11,14 +11,9 @@ struct pack_args {
     ql_packed p;
     uint8_t *records;
     float *factor;
-    uint8_t *values;
 };
 
-/* what one bfloat16 can hold of a table entry; FP4 in twelfths, which are exact */
-static __constant__ const float nf4_table[16] = QL_NF4_VALUES;
-static __constant__ const float fp4_twelfths[16] = {0.0f, 0.0625f, 8.0f, 12.0f, 4.0f, 6.0f, 2.0f, 3.0f, -0.0f, -0.0625f, -8.0f, -12.0f, -4.0f, -6.0f, -2.0f, -3.0f};
-
-/* what the sums lack beside the scales: INT8 and FP4 have values of 1/127 and 1/12 */
+/* what the sums lack beside the scales: INT8 has values of 1/127, FP4 is multiplied in twelfths (linear_packed.cu) */
 static __device__ float format_factor(ql_format format) {
     return format == QL_INT8 ? QL_INT8_STEP : format == QL_FP4 ? 1.0f / 12.0f : 1.0f;
 }
@@ -59,10 +54,6 @@ static __global__ void find_factor(const pack_args a, int64_t scales) {
         exponent = largest > 0.0f ? min(max(15 - exponent, -100), 100) : 0;
         a.factor[0] = ldexpf(format_factor(a.w.format), -exponent);
         a.factor[1] = ldexpf(1.0f, exponent);
-    }
-    if (threadIdx.x < 16) {
-        float value = a.w.format == QL_FP4 ? fp4_twelfths[threadIdx.x] : nf4_table[threadIdx.x];
-        ((bf16 *)a.values)[threadIdx.x] = __float2bfloat16_rn(value);
     }
 }
 
@@ -192,13 +183,13 @@ ql_status ql_cuda_pack(ql_weight *w) {
     if (packed == NULL) { return ql_cuda_refuse(QL_ENOMEM, "out of memory"); }
     size_t records = (size_t)a.p.rows8 * (size_t)a.p.units * (size_t)a.p.record, start = (records + 255) / 256 * 256;
     void *memory = NULL;
-    ql_status status = ql_cuda_alloc(&memory, start + 64);
+    ql_status status = ql_cuda_alloc(&memory, start + 16);
     if (status != QL_OK) {
         free(packed);
         return status;
     }
-    a.w = *w, a.records = (uint8_t *)memory, a.factor = (float *)(a.records + start), a.values = a.records + start + 16;
-    a.p.records = a.records, a.p.factor = a.factor, a.p.values = a.values, a.p.memory = memory;
+    a.w = *w, a.records = (uint8_t *)memory, a.factor = (float *)(a.records + start);
+    a.p.records = a.records, a.p.factor = a.factor, a.p.memory = memory;
     *packed = a.p;
     w->packed = packed;
     unsigned warps = 8, blocks = (unsigned)(((int64_t)a.p.rows8 * a.p.units + warps - 1) / warps);

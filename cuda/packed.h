@@ -20,7 +20,6 @@ typedef struct {
     ql_units_kind kind;
     const uint8_t *records; /* unit (r, b) at (r * units + b) * record; rows8 * units of them */
     const float *factor;    /* what sums are multiplied by */
-    const uint8_t *values;  /* QL_UNITS_TABLE: 16 bfloat16 */
     int rows8, units;       /* units of 8 rows, an even number; units along k */
     int columns, record, parts, zeros;
     void *memory; /* that unpack releases */

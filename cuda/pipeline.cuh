@@ -54,6 +54,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
                  : "memory");
 }
 
+/* true in one lane of a whole warp, always the same; what only that lane does the compiler issues once, without a loop over lanes */
+__device__ __forceinline__ bool one_lane() {
+    uint32_t chosen;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(chosen));
+    return chosen != 0;
+}
+
 /* ---- bulk copies from global memory: addresses and bytes are multiples of 16 ------------------------------------- */
 
 /* what is read once should be the first to leave the L2 cache */
@@ -79,6 +86,8 @@ __device__ __forceinline__ void copy_tensor(uint32_t to, const void *map, int co
                  "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+/* brings what the copies are told of the matrix near: its first use would wait for it */
+__device__ __forceinline__ void prefetch_tensor_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 /* From shared to global memory: what was written there is fenced (fence.proxy.async) and waited for by the thread that copies. A thread's copies
  * since the last commit are a group; `pending` groups may be on their way after a wait: not yet read, or not yet done. */
 __device__ __forceinline__ void store_bulk(void *to, uint32_t from, uint32_t bytes) {

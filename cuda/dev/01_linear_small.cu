@@ -7,6 +7,7 @@
  * weights), each with its best variant. all.csv: every measurement. -DQL_ONLY_GROUPS: linear_group.cuh alone. */
 #include "../linear_group.cuh"
 #include "../linear_small.cuh"
+#include "maps.cuh"
 
 #include <algorithm>
 #include <cmath>
@@ -87,8 +88,8 @@ struct shape {
 struct problem {
     shape *s;
     int m;
-    bf16 *x;
-    float *y;   /* (m, n) */
+    bf16 *x, *ordered; /* ordered: each column at its ordered_column, as linear_group.cuh takes them */
+    float *y;          /* (m, n) */
     float *factor;
     std::vector<int> rows;   /* checked */
     std::vector<double> ref; /* (rows, m) */
@@ -168,11 +169,14 @@ static problem make_problem(shape *s, int m) {
     problem p;
     p.s = s, p.m = m;
     std::vector<float> x((size_t)m * s->k);
-    std::vector<uint16_t> halves(x.size());
+    std::vector<uint16_t> halves(x.size()), ordered(x.size());
     srand(m + s->n);
     for (size_t i = 0; i < x.size(); i++) { x[i] = from_bf16(halves[i] = to_bf16(rand() / (float)RAND_MAX * 2 - 1)); }
     CHECK(cudaMalloc(&p.x, halves.size() * 2));
     CHECK(cudaMemcpy(p.x, halves.data(), halves.size() * 2, cudaMemcpyHostToDevice));
+    for (size_t i = 0; i < x.size(); i++) { ordered[i & ~31 | (i & 6) << 2 | (i >> 2 & 6) | i & 1] = halves[i]; } /* as norm_ahead.cuh says */
+    CHECK(cudaMalloc(&p.ordered, halves.size() * 2));
+    CHECK(cudaMemcpy(p.ordered, ordered.data(), halves.size() * 2, cudaMemcpyHostToDevice));
     CHECK(cudaMalloc(&p.y, (size_t)m * s->n * 4));
     float one = 1.0f;
     CHECK(cudaMalloc(&p.factor, 4));
@@ -211,7 +215,8 @@ static small_args arguments(const problem &p, int copy) {
     q.upper = p.s->weights + (size_t)copy * p.s->bytes, q.lower = q.upper + (size_t)units * RECORD;
     q.factor = q.factor_lower = p.factor;
     q.out = p.y, q.tiles = p.s->n / 16, q.divisor = 1, q.multiplier = 2, q.lower_rows = 8, q.n = p.s->n, q.output = SMALL_FLOAT;
-    a.x = p.x, a.values = (const uint8_t *)p.s->weights, a.tiles = q.tiles, a.units = units, a.k = a.x_line = p.s->k, a.record = RECORD, a.parts = GROUP_PARTS, a.m = p.m;
+    for (int i = 0; i < 16; i++) { a.values[i] = 0x3f80 + i; } /* of a table: any */
+    a.x = p.x, a.tiles = q.tiles, a.units = units, a.k = a.x_line = p.s->k, a.record = RECORD, a.parts = GROUP_PARTS, a.m = p.m;
     return a;
 }
 
@@ -277,7 +282,9 @@ static void launch(const setting &c, const problem &p, int copy) {
     attribute[1].id = cudaLaunchAttributeClusterDimension;
     attribute[1].val.clusterDim.x = c.cluster, attribute[1].val.clusterDim.y = 1, attribute[1].val.clusterDim.z = 1;
     config.attrs = attribute, config.numAttrs = c.cluster > 1 ? 2 : 1;
-    void *pointers[] = {&a};
+    ql_tensor_map map = {};
+    if (v.groups > 0) { a.x = p.ordered, a.ordered = 1, map = map_of(p.ordered, p.m, p.s->k, 8 * v.tokens8); }
+    void *pointers[] = {&a, &map};
     CHECK(cudaLaunchKernelExC(&config, v.kernel, pointers));
 }
 

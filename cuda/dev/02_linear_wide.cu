@@ -6,23 +6,10 @@
  * Without tokens the products are checked, no more (compute-sanitizer). -DQL_RACECHECK: as README.md of the folder above says. */
 #include "../linear_wide.cuh"
 #include "harness.cuh"
+#include "maps.cuh"
 
 enum { SHARED_MEMORY = 227 << 10 };
 static const int RECORD = record_bytes<codes_4bit>(1, 0), COLUMNS = codes_4bit::columns;
-
-typedef int (*encode_tiled)(ql_tensor_map *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *, const uint32_t *, int, int, int, int);
-
-/* as libraries.cu makes it */
-static ql_tensor_map map_of(const bf16 *x, int m, int k, int tokens) {
-    void *found = NULL;
-    ql_tensor_map map;
-    cudaDriverEntryPointQueryResult result;
-    must(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result), "cuTensorMapEncodeTiled");
-    uint64_t sizes[] = {(uint64_t)k, (uint64_t)m}, strides[] = {(uint64_t)k * sizeof(bf16)};
-    uint32_t box[] = {64, (uint32_t)tokens}, steps[] = {1, 1};
-    if (((encode_tiled)found)(&map, 9, 2, (void *)x, sizes, strides, box, steps, 0, 3, 3, 0) != 0) { exit(2); }
-    return map;
-}
 
 /* codes: any bits; scales: float16 from 1 to 1.25 */
 static __global__ void fill_records(uint32_t *words, int64_t count) {
