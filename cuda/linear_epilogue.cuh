@@ -62,35 +62,6 @@ __device__ __forceinline__ small_target small_aim(const small_args &a, const sma
     return to;
 }
 
-/* v0 and v1: sums of row and row_lower, token i of the lines. What the next norm needs of them: the sum of their squares */
-__device__ __forceinline__ float small_store(const small_args &a, const small_part &p, const small_lines &lines, const small_target &to, int i,
-                                             float v0, float v1) {
-    if (lines.at[i] == NULL) { return 0.0f; }
-    v0 = to.old[2 * i] + v0 * (to.factor * lines.norm[i]), v1 = to.old[2 * i + 1] + v1 * (to.factor_lower * lines.norm[i]);
-    if (p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD) {
-        float *out = (float *)lines.at[i];
-        if (to.row < p.n) { out[to.row] = v0; }
-        if (to.row_lower < p.n) { out[to.row_lower] = v1; }
-        if (a.next.halves == NULL) { return 0.0f; }
-        bf16 *next = a.next.halves + (int64_t)(lines.token + i) * p.n;
-        next[normed_column(a.next, to.row)] = __float2bfloat16_rn(v0 * to.gain);
-        next[normed_column(a.next, to.row_lower)] = __float2bfloat16_rn(v1 * to.gain_lower);
-        return v0 * v0 + v1 * v1;
-    }
-    bf16 *out = (bf16 *)lines.at[i];
-    if (p.output == SMALL_SWIGLU) {
-        if (to.row < p.n) { out[p.ordered ? ordered_column(to.row) : to.row] = __float2bfloat16_rn(silu_fast(v0) * v1); }
-        return 0.0f;
-    }
-    if (p.output == SMALL_ROPE) {
-        float2 turned = rope_pair(v0, v1, to.angle[i].x, to.angle[i].y);
-        v0 = turned.x, v1 = turned.y;
-    }
-    if (to.row < p.n) { out[to.row] = __float2bfloat16_rn(v0); }
-    if (to.row_lower < p.n) { out[to.row_lower] = __float2bfloat16_rn(v1); }
-    return 0.0f;
-}
-
 /* A fragment is what the warps of a block hand over of 16 rows and 8 tokens: 16 bytes a lane as the mma leaves it; of a single
  * token 16 floats, rows 0 .. 15. */
 template <bool Single> __host__ __device__ constexpr int fragment_bytes() { return Single ? 64 : CHUNK; }
@@ -148,15 +119,64 @@ __device__ __forceinline__ small_target aim_fragment(const small_args &a, const 
     if (a.adapted && 8 * nt < a.m) { add_terms<Single>(to, a, tile, lane, nt); }
     return to;
 }
-template <bool Single>
-__device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_lines &lines, const small_target &to, float4 c) {
+/* v: sums of a lane's tokens, of row and row_lower; what the next norm needs is left beside them */
+template <int Tokens>
+__device__ __forceinline__ void store_values(const small_args &a, const small_tile &tile, const small_lines &lines, const small_target &to, float (&v)[Tokens][2]) {
     const small_part &p = a.part[tile.part];
-    if (Single) {
-        small_store(a, p, lines, to, 0, c.x, __shfl_down_sync(QL_FULL_WARP, c.x, 8));
+    bool upper = to.row < p.n, lower = to.row_lower < p.n;
+#pragma unroll
+    for (int i = 0; i < Tokens; i++) {
+        v[i][0] = to.old[2 * i] + v[i][0] * (to.factor * lines.norm[i]), v[i][1] = to.old[2 * i + 1] + v[i][1] * (to.factor_lower * lines.norm[i]);
+    }
+    if (p.output == SMALL_FLOAT || p.output == SMALL_FLOAT_ADD) {
+#pragma unroll
+        for (int i = 0; i < Tokens; i++) {
+            float *out = (float *)lines.at[i];
+            if (out != NULL && upper) { out[to.row] = v[i][0]; }
+            if (out != NULL && lower) { out[to.row_lower] = v[i][1]; }
+        }
+        if (Tokens == 1 || a.next.halves == NULL) { return; } /* a single token is normed on the way */
+        bf16 *next = a.next.halves + (int64_t)lines.token * p.n;
+        int column = to.row, column_lower = to.row_lower;
+        float squares[2] = {};
+        if (a.next.ordered) { column = ordered_column(column), column_lower = ordered_column(column_lower); }
+#pragma unroll
+        for (int i = 0; i < Tokens; i++) {
+            if (lines.at[i] == NULL) { continue; }
+            next[i * p.n + column] = __float2bfloat16_rn(v[i][0] * to.gain), next[i * p.n + column_lower] = __float2bfloat16_rn(v[i][1] * to.gain_lower);
+            squares[i] = v[i][0] * v[i][0] + v[i][1] * v[i][1];
+        }
+        if (lines.token / 8 * 8 < a.next.line) { put_squares(a.next, tile.unit / 2, lines.token, squares[0], squares[1], threadIdx.x % WARP); }
         return;
     }
-    float s0 = small_store(a, p, lines, to, 0, c.x, c.z), s1 = small_store(a, p, lines, to, 1, c.y, c.w);
-    if (a.next.halves != NULL && lines.token / 8 * 8 < a.next.line) { put_squares(a.next, tile.unit / 2, lines.token, s0, s1, threadIdx.x % WARP); }
+    if (p.output == SMALL_SWIGLU) {
+        int column = p.ordered ? ordered_column(to.row) : to.row;
+#pragma unroll
+        for (int i = 0; i < Tokens; i++) {
+            if (lines.at[i] != NULL && upper) { ((bf16 *)lines.at[i])[column] = __float2bfloat16_rn(silu_fast(v[i][0]) * v[i][1]); }
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < Tokens; i++) {
+        bf16 *out = (bf16 *)lines.at[i];
+        if (p.output == SMALL_ROPE) {
+            float2 turned = rope_pair(v[i][0], v[i][1], to.angle[i].x, to.angle[i].y);
+            v[i][0] = turned.x, v[i][1] = turned.y;
+        }
+        if (out != NULL && upper) { out[to.row] = __float2bfloat16_rn(v[i][0]); }
+        if (out != NULL && lower) { out[to.row_lower] = __float2bfloat16_rn(v[i][1]); }
+    }
+}
+template <bool Single>
+__device__ __forceinline__ void store_fragment(const small_args &a, const small_tile &tile, const small_lines &lines, const small_target &to, float4 c) {
+    if constexpr (Single) {
+        float v[1][2] = {{c.x, __shfl_down_sync(QL_FULL_WARP, c.x, 8)}};
+        store_values(a, tile, lines, to, v);
+    } else {
+        float v[2][2] = {{c.x, c.z}, {c.y, c.w}};
+        store_values(a, tile, lines, to, v);
+    }
 }
 
 #endif

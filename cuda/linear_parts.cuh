@@ -27,23 +27,25 @@ struct small_part {
     ql_low_rank_term term[2];           /* what an adapter adds to the upper unit's rows, and to the lower's */
 };
 
+/* What a block asks for as it starts stands at the head: arguments come in lines, and each is waited for. */
 struct small_args {
+    int tiles;                  /* of all parts */
+    int units;                  /* along k */
+    int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
+    int m, stages;
+    int ordered;                /* whether x has each column at its ordered_column */
+    int k, x_line;
+    int d;
+    int alone;                  /* linear_wide.cuh: items that each block takes alone */
+    int adapted;                /* whether a part has a term */
+    float eps;
     small_part part[3];
     const bf16 *x;              /* (m, x_line) activations, zeros beyond k; not yet normed where made.halves is not NULL; or NULL and: */
     const float *floats, *gain; /* (k,) of a single token, normed where gain is not NULL */
     const int32_t *perm;        /* (k,) or NULL: stored column j is column perm[j] of floats */
-    float eps;
     const float *cos, *sin;     /* SMALL_ROPE: (positions, d / 2) */
     const int32_t *positions;   /* (m,) */
     uint16_t values[16];        /* codes of a table: bfloat16 */
-    int tiles;                  /* of all parts */
-    int units;                  /* along k */
-    int k, x_line;
-    int record, parts, zeros;   /* bytes of a record, scales a row and unit, whether there are zero points */
-    int m, d, stages;
-    int alone;                  /* linear_wide.cuh: items that each block takes alone */
-    int ordered;                /* whether x has each column at its ordered_column */
-    int adapted;                /* whether a part has a term */
     ql_norm_ahead made, next;   /* of the norm of x; for the norm of what part 0 adds to, (m, n) */
 };
 

@@ -20,9 +20,6 @@ typedef struct {
  * pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
 __device__ __forceinline__ int ordered_column(int j) { return (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1); }
 
-/* the place of column j in its row of halves */
-__device__ __forceinline__ int normed_column(const ql_norm_ahead &ahead, int j) { return ahead.ordered ? ordered_column(j) : j; }
-
 /* squares of columns 16 tile .. of tokens `token` and token + 1, of which a lane has s0 and s1 of some; lane l: token l % 4 * 2 of 8 */
 __device__ __forceinline__ void put_squares(const ql_norm_ahead &ahead, int tile, int token, float s0, float s1, int lane) {
 #pragma unroll

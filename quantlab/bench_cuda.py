@@ -96,14 +96,17 @@ PRODUCTS = {
 }
 
 
-def few_tokens(format: str, product: str, m: int) -> list[Record]:
+def fused(format: str, product: str, m: int) -> list[Record]:
+    """A product as the model calls it, with its rotation, SwiGLU or residual, on bfloat16 activations: few tokens
+    beside the time to read the weights, many beside cuBLAS' product alone of all its matrices side by side."""
     op, parts = PRODUCTS[product]
     weights = [weight(format, *SHAPES[part]) for part in parts]
     sizes: dict[str, Any] = {"hq": HEADS, "hkv": HEADS, "d": HEAD_DIM} if op == "qkv" else {}
     samples = _core.cuda_bench(op, tuple(w.handle for w in weights), SAMPLES, m=m, **sizes)
     nbytes, count = sum(w.nbytes for w in weights), sum(w.shape[0] * w.shape[1] for w in weights)
-    shape = f"{product} m{m}"
-    return [record("product", format, shape, samples, nbytes, 2 * m * count, ("read", roof("read", nbytes)))]
+    k = weights[0].shape[1]
+    beside = ("read", roof("read", nbytes)) if m in FEW else ("matmul", matmul("matmul", m, count // k, k))
+    return [record("product", format, f"{product} m{m}", samples, nbytes, 2 * m * count, beside)]
 
 
 def many_tokens(format: str, part: str, m: int, backward: bool) -> list[Record]:
@@ -249,7 +252,9 @@ def steps_of(llama: LlamaForCausalLM, prompts: list[np.ndarray], tokens: int) ->
 def product_jobs() -> Iterator[Job]:
     for format in FORMATS:
         for product in PRODUCTS:
-            yield from (partial(few_tokens, format, product, m) for m in FEW)
+            yield from (partial(fused, format, product, m) for m in FEW)
+            if format in ("affine4", "nf4"):
+                yield from (partial(fused, format, product, m) for m in MANY)
 
 
 def linear_jobs(backward: bool) -> Iterator[Job]:
