@@ -3,12 +3,13 @@
  * as it is between blocks of one chunk each, and nothing is joined across blocks. A tile is a chunk, and they are added up in their order: the bits are
  * the same.
  *
- * Tile t + STAGES - 1 replaces tile t - 1 once all warps have made their scores of tile t: those lie where the scores of t - 2 were.
+ * Tile t + Stages - 1 replaces tile t - 1 once all warps have made their scores of tile t: those lie where the scores of t - 2 were. Three stages, or, where
+ * the blocks of a multiprocessor have many items anyway, two, which leave room for one block more.
  *
  *   shared: barriers of the stages | stages of: Q (group, d + 8), where a sequence begins | K (64, d + 8) | V (64, d + 8); scores (2, 8 halves, 68) float */
 #include "attention_decode.cuh"
 
-enum { KEYS = 64, STAGES = 3, BARRIERS = 64 /* bytes */, MULTIPROCESSOR_MEMORY = 228 << 10, RESERVED = 1 << 10 /* of a block */ };
+enum { KEYS = 64, BARRIERS = 64 /* bytes */, MULTIPROCESSOR_MEMORY = 228 << 10, RESERVED = 1 << 10 /* of a block */ };
 enum { MOST_KEYS = 1024 };
 static_assert(chunk_keys(MOST_KEYS) == KEYS, "up to MOST_KEYS a chunk is a tile");
 
@@ -96,11 +97,11 @@ template <int D> __device__ __forceinline__ void load_stage(bf16 *shared, int st
 }
 
 /* The first tiles; false: there is none. The newest key alone comes from the kernel ahead, and the queries (attention_decode.cu). */
-template <int D> __device__ __forceinline__ bool load_first(bf16 *shared, const attention_args<bf16> &args, tile_cursor &c, int group) {
+template <int D, int Stages> __device__ __forceinline__ bool load_first(bf16 *shared, const attention_args<bf16> &args, tile_cursor &c, int group) {
     bool any = c.item < args.b * args.hkv;
     tile_stage<D> first(shared, 0, group);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) { barrier_init(first.full + 8 * i, THREADS); }
+        for (int i = 0; i < Stages; i++) { barrier_init(first.full + 8 * i, THREADS); }
     }
     __syncthreads();
     if (any) { load_keys<D>(first, args, c, true); }
@@ -110,7 +111,7 @@ template <int D> __device__ __forceinline__ bool load_first(bf16 *shared, const 
     load_newest<D>(first, args, c), load_queries<D>(first, args, c, group);
     first.arrive();
     next_tile(c, args);
-    for (int i = 1; i < STAGES - 1; i++) { load_stage<D>(shared, i, args, c, group); }
+    for (int i = 1; i < Stages - 1; i++) { load_stage<D>(shared, i, args, c, group); }
     return true;
 }
 
@@ -140,16 +141,16 @@ template <int D, int Halves> __device__ __forceinline__ void add_tile(row_state<
 #endif
 
 /* Halves: 1 where a group has at most 8 heads */
-template <int D, int Halves> __global__ void __launch_bounds__(THREADS) attention_decode_many_kernel(attention_args<bf16> args) {
+template <int D, int Halves, int Stages> __global__ void __launch_bounds__(THREADS) attention_decode_many_kernel(attention_args<bf16> args) {
 #ifdef QL_HAS_BULK_COPY
     constexpr int stride = D + 8;
     extern __shared__ __align__(128) bf16 shared[];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = args.hq / args.hkv, items = args.b * args.hkv;
-    float *scores = (float *)tile_stage<D>(shared, STAGES, group).q;
+    float *scores = (float *)tile_stage<D>(shared, Stages, group).q;
     tile_cursor ahead = {(int)blockIdx.x, 0, 0, 0, 0, 0};
     seek_item(ahead, args);
     tile_cursor now = ahead;
-    if (!load_first<D>(shared, args, ahead, group)) { return; }
+    if (!load_first<D, Stages>(shared, args, ahead, group)) { return; }
 
     uint32_t queries[D / 16][4];
     row_state<D> all;
@@ -165,9 +166,9 @@ template <int D, int Halves> __global__ void __launch_bounds__(THREADS) attentio
             mine, [&](uint32_t (&a)[4], int i) { a[0] = queries[i][0], a[1] = queries[i][1], a[2] = queries[i][2], a[3] = queries[i][3]; },
             shared_address(tile.k + (warp * 16 + lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8), now.keys - now.done, args.scale);
         __syncthreads(); /* all scores are there, and the tile before has been read */
-        load_stage<D>(shared, stage > 0 ? stage - 1 : STAGES - 1, args, ahead, group);
+        load_stage<D>(shared, stage > 0 ? stage - 1 : Stages - 1, args, ahead, group);
         add_tile<D, Halves>(all, mine, tile.v);
-        if (++stage == STAGES) { stage = 0, phase ^= 1; }
+        if (++stage == Stages) { stage = 0, phase ^= 1; }
         now.done += KEYS;
         if (now.done < now.keys) { continue; }
         each_pair<D>(
@@ -180,33 +181,33 @@ template <int D, int Halves> __global__ void __launch_bounds__(THREADS) attentio
 #endif
 }
 
-/* A build without code for sm_90a has an empty kernel: it needs few registers. */
-template <int D> static bool built() {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attention_decode_many_kernel<D, 1>) == cudaSuccess && attributes.numRegs > 32;
+template <int D, int Stages> static void launch_staged(const attention_args<bf16> &args) {
+    int items = args.b * args.hkv, group = args.hq / args.hkv, halves = group > 8 ? 2 : 1;
+    int bytes = BARRIERS + Stages * (group + 2 * KEYS) * (D + 8) * (int)sizeof(bf16) + 2 * 8 * halves * score_stride<KEYS>() * (int)sizeof(float);
+    int places = ql_cuda_multiprocessors() * (MULTIPROCESSOR_MEMORY / (bytes + RESERVED));
+    ql_cuda_launch(halves > 1 ? attention_decode_many_kernel<D, 2, Stages> : attention_decode_many_kernel<D, 1, Stages>,
+                   dim3((unsigned)(items < places ? items : places)), dim3(THREADS), (size_t)bytes, true, args);
 }
 
-template <int D> static bool launch_many(const attention_args<bf16> &args) {
-    static const bool there = built<D>();
-    if (!there) { return false; }
-    int items = args.b * args.hkv, group = args.hq / args.hkv, halves = group > 8 ? 2 : 1;
-    int bytes = BARRIERS + STAGES * (group + 2 * KEYS) * (D + 8) * (int)sizeof(bf16) + 2 * 8 * halves * score_stride<KEYS>() * (int)sizeof(float);
-    int places = ql_cuda_multiprocessors() * (MULTIPROCESSOR_MEMORY / (bytes + RESERVED));
-    ql_cuda_launch(halves > 1 ? attention_decode_many_kernel<D, 2> : attention_decode_many_kernel<D, 1>,
-                   dim3((unsigned)(items < places ? items : places)), dim3(THREADS), (size_t)bytes, true, args);
-    return true;
+template <int D> static void launch_many(const attention_args<bf16> &args) {
+    enum { MANY_ITEMS = 6 /* of a multiprocessor, as measured on an H100 */ };
+    if (args.b * args.hkv >= MANY_ITEMS * ql_cuda_multiprocessors()) {
+        launch_staged<D, 2>(args);
+    } else {
+        launch_staged<D, 3>(args);
+    }
 }
 
 bool ql_attention_decode_many(const attention_args<bf16> &args, int64_t max_keys) {
-    if (max_keys <= FEW_KEYS || max_keys > MOST_KEYS || ql_cuda_capability() != 90) { return false; }
+    if (max_keys <= FEW_KEYS || max_keys > MOST_KEYS || ql_cuda_capability() < 90) { return false; }
     if ((int64_t)args.b * args.hkv < ql_cuda_multiprocessors()) { return false; }
     attention_args<bf16> scaled = args;
     scaled.scale *= 1.4426950408889634f; /* log2 e: weights are powers of two */
     switch (args.d) {
-    case 64: return launch_many<64>(scaled);
-    case 80: return launch_many<80>(scaled);
-    case 96: return launch_many<96>(scaled);
-    case 128: return launch_many<128>(scaled);
+    case 64: return launch_many<64>(scaled), true;
+    case 80: return launch_many<80>(scaled), true;
+    case 96: return launch_many<96>(scaled), true;
+    case 128: return launch_many<128>(scaled), true;
     }
     return false;
 }

@@ -335,16 +335,10 @@ __global__ void __launch_bounds__(THREADS, 1) attention_wgmma_kernel(attention_a
 #endif
 }
 
-/* A build without code for sm_90a has an empty kernel: it needs few registers. */
-template <int D> static bool built() {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, attention_wgmma_kernel<D>) == cudaSuccess && attributes.numRegs > 64;
-}
-
 template <int D> static bool launch(attention_args<bf16> args, int64_t max_queries) {
     int64_t query_tiles = (max_queries + ROWS - 1) / ROWS, items = query_tiles * args.hq * args.b;
     int64_t blocks = ql_cuda_multiprocessors();
-    static const bool there = built<D>();
+    static const bool there = ql_cuda_is_built((const void *)attention_wgmma_kernel<D>);
     if (!there || items > 0x7fffffff - blocks) { return false; }
     args.scale *= 1.4426950408889634f; /* log2 e: weights are powers of two */
     ql_cuda_launch(attention_wgmma_kernel<D>, dim3((unsigned)(items < blocks ? items : blocks)), dim3(THREADS),

@@ -94,8 +94,14 @@ static ql_status call_end(void) {
 ql_cuda_device *ql_cuda_current(void) { return current; }
 cudaStream_t ql_cuda_stream(void) { return current->stream; }
 int ql_cuda_multiprocessors(void) { return current->properties.multiProcessorCount; }
-int ql_cuda_capability(void) { return 10 * current->properties.major + current->properties.minor; }
+int ql_cuda_capability(void) { return current->capability; }
 int ql_cuda_recording(void) { return current->recording; }
+
+int ql_cuda_is_built(const void *kernel) {
+    enum { EMPTY = 32 /* registers that an empty kernel does not need */ };
+    cudaFuncAttributes attributes;
+    return current->capability == 90 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.numRegs > EMPTY;
+}
 
 static __global__ void nothing(void) {}
 
@@ -135,7 +141,7 @@ void ql_cuda_launch_pointers(const void *kernel, dim3 grid, dim3 block, size_t s
     cudaLaunchConfig_t config = {};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = current->stream;
     config.attrs = attributes;
-    if (pdl && current->properties.major >= 9) {
+    if (pdl && current->capability >= 90) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -258,6 +264,15 @@ static ql_status open_device(ql_cuda_device *device, int index) {
         return ql_fail(QL_ECUDA, "%s has compute capability %d.%d, at least 8.0 is needed", device->properties.name,
                        device->properties.major, device->properties.minor);
     }
+    int capability = 10 * device->properties.major + device->properties.minor;
+    cudaFuncAttributes attributes; /* of any kernel: what it was compiled for */
+    error = cudaFuncGetAttributes(&attributes, nothing);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+        (void)cudaGetLastError();
+        return ql_fail(QL_ECUDA, "this build has no code for %s: build again with QL_CUDA_ARCHS=%d", device->properties.name, capability);
+    }
+    if (error != cudaSuccess) { return explain(error); }
+    device->capability = capability < attributes.ptxVersion ? capability : attributes.ptxVersion;
     device->index = index;
     if ((error = cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking)) != cudaSuccess) { return explain(error); }
     for (int i = 0; i < QL_MARKS; i++) {

@@ -85,7 +85,8 @@ extern "C" const struct ql_gptq_device ql_cuda_gptq;
 
 cudaStream_t ql_cuda_stream(void);
 int ql_cuda_multiprocessors(void);
-int ql_cuda_capability(void); /* 80, 90, …: 10 major + minor */
+int ql_cuda_capability(void); /* 80, 90, …: 10 major + minor, of the device or of the code that this build has for it, the lesser */
+int ql_cuda_is_built(const void *kernel); /* whether this build has code of a kernel for sm_90a for the device: the kernel is empty otherwise */
 int ql_cuda_recording(void);
 int ql_cuda_max_clusters(int cluster); /* clusters of 1, 2, 4 or 8 blocks, of one block an SM, that run at the same time (sm_90) */
 

@@ -107,12 +107,10 @@ static bool launch_registers(const small_kernel *k, small_args *a, bool table) {
     return true;
 }
 
-/* whether this build and device have the kernels of linear_group.cuh: without code for sm_90a they are empty */
+/* whether this build and device have the kernels of linear_group.cuh */
 static bool has_groups(void) {
     if (ql_cuda_capability() != 90) { return false; }
-    cudaFuncAttributes attributes;
-    static const bool built =
-        cudaFuncGetAttributes(&attributes, (const void *)ql_small_4bit.group[0].function) == cudaSuccess && attributes.numRegs > 32;
+    static const bool built = ql_cuda_is_built((const void *)ql_small_4bit.group[0].function);
     return built;
 }
 

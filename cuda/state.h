@@ -8,7 +8,7 @@ enum { QL_CUDA_DEVICES = 16, QL_STAGES = 2, QL_KERNELS = 256 };
 static const size_t QL_STAGE_BYTES = (size_t)16 << 20; /* of pinned memory, twice: uploads go through it */
 
 typedef struct {
-    int index, opened, clusters[4]; /* of 1, 2, 4, 8 blocks that fill an SM each, as many as run at once; 0: not asked for yet */
+    int index, opened, capability, clusters[4]; /* clusters of 1, 2, 4, 8 blocks that fill an SM each, as many as run at once; 0: not asked for yet */
     ql_backend table;
     cudaDeviceProp properties;
     cudaStream_t stream;

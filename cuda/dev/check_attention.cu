@@ -167,6 +167,8 @@ static void check_many() {
         check("many decode, short", problem<bf16>(queries, short_past, 8, 8, d), 1000);
         check("many decode", problem<bf16>(queries, past, 16, 4, d), 1000);
         check("many decode, group of 16", problem<bf16>(queries, past, 64, 4, d), 1000);
+        check("many decode, two stages", problem<bf16>(queries, short_past, 16, 16, d), 1000);
+        check("many decode, two stages, group of 16", problem<bf16>(queries, short_past, 144, 9, d), 1000);
     }
     std::vector<int64_t> lengths;
     for (int64_t i = 0; i < 40; i++) { lengths.push_back(i * 97 % 1000); }

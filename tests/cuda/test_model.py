@@ -170,6 +170,8 @@ MANY = {
     "heads of 96": (4, 4, 96, 36),
     "heads of 128": (8, 4, 128, 40),
     "groups of 16": (32, 2, 64, 70),
+    "two stages": (32, 32, 64, 26),
+    "two stages, heads of 128": (16, 16, 128, 50),
 }
 
 
