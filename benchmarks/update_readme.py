@@ -178,10 +178,11 @@ def pivot(records: list[dict[str, Any]], row: Any, column: Any) -> str:
     return markdown_table(["", *columns], rows)
 
 
-CUDA_TABLES = {
-    "product": "Few tokens: microseconds of a layer's fused products (share of the time to read the weight once)",
-    "linear": "Many tokens: microseconds of a product (share of cuBLAS' in bfloat16)",
-    "linear_backward_input": "The same for the gradient of the input",
+CUDA_TABLES = {  # by op and roof
+    "product read": "Few tokens: microseconds of a layer's fused products (share of the time to read the weight once)",
+    "product matmul": "Many tokens: the same (share of cuBLAS' product of all its matrices in bfloat16 alone)",
+    "linear matmul": "A product of float32 rows, rounded on the way: microseconds (share of cuBLAS' in bfloat16)",
+    "linear_backward_input matmul": "The same for the gradient of the input",
 }
 
 
@@ -189,7 +190,9 @@ def cuda_section(path: Path, records: list[dict[str, Any]], details: bool) -> st
     """The model and, of the details, the products by tokens and the other ops, on a GPU."""
     by_op: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        by_op.setdefault("model" if record["op"].startswith("model") else record["op"], []).append(record)
+        table = f"{record['op']} {record['roof']}"
+        op = table if table in CUDA_TABLES else record["op"]
+        by_op.setdefault("model" if op.startswith("model") else op, []).append(record)
     first, commits = records[0], ", ".join(dict.fromkeys(record["commit"] for record in records))
     parts = [f"### On a GPU: {first['machine']}, {first['model']}, random weights, commits {commits}"]
     if "model" in by_op:

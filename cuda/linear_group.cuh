@@ -331,7 +331,7 @@ template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(
                 barrier_wait(group_barrier(p, p.l.received_full), count & 1);
             }
 #pragma unroll
-            for (int j = 0; j < aimed; j++) { sums[j] = group_add<Tokens8>(p, min(first + (i + j) * cluster, Tokens8 - 1)); }
+            for (int j = 0; j < aimed; j++) { sums[j] = group_add<Tokens8>(p, first + (first + (i + j) * cluster < Tokens8 ? i + j : i) * cluster); } /* another's is not read */
             /* before the stores; at the end nobody waits for it, and the other blocks may have ended */
             if (first + (i + aimed) * cluster >= Tokens8 && item + p.step < p.items) { group_release<Tokens8>(p); }
 #pragma unroll
