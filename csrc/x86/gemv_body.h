@@ -25,7 +25,7 @@
 enum {
     TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
-    AHEAD = 8192,            /* bytes: memory answers late; past the end it is the next weight, as often as not */
+    AHEAD = V_AVX512 ? 2048 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
 };
 
