@@ -267,6 +267,10 @@ def test_the_seed_preset(tiny, tmp_path):
         ({"target_modules": ()}, "target_modules: got"),
         ({"device": "gpu"}, "device: got 'gpu', accepted are cpu, cuda, cuda:N"),
         ({"colour": 1}, "no field 'colour'"),
+        ({"batches": 8}, "batches: got 8, expected a list, each an integer"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules: got .*, expected a list, each text"),
+        ({"precise": 1}, "precise: got 1, expected True or False"),
+        ({"max_length": "512"}, "max_length: got '512', expected an integer or None"),
     ],
 )
 def test_bad_settings_are_named(fields, message):

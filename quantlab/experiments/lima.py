@@ -92,9 +92,9 @@ class LimaConfig(StudyConfig):
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first field that cannot be."""
+        super().__post_init__()
         for name in ("batches", "target_modules"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        super().__post_init__()
         counts = ("held_out", "batch_size", "accumulation", "evaluations", "prompt_tokens", "new_tokens")
         check_counts(self, *counts, "answer_tokens", "logging_steps", "save_steps")
         check_counts(self, "repeats", least=2)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from quantlab.cuda import device_number
 from quantlab.tracking import event_sink
@@ -54,6 +56,7 @@ class StudyConfig:
     wandb: str = "off"  # off, offline, online: needs the extra `wandb`
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, self.CELLS, tuple(dict.fromkeys(getattr(self, self.CELLS))))
         if not getattr(self, self.CELLS):
             raise ValueError(f"{self.CELLS}: got none, expected at least one")
@@ -104,6 +107,35 @@ class StudyConfig:
     def variant(self, name: str) -> Variant:
         """A variant by its name, with this study's settings of GPTQ and RTN."""
         return parse_variant(name, self.group_size, self.sym, self.desc_act, self.damp_percent)
+
+
+_KINDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is float:
+        return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_kinds(config: StudyConfig) -> None:
+    """Raises ValueError naming the first field whose value is not of the kind that it is declared as: a file of
+    settings may hold anything, and "false" would count as true. A path becomes text."""
+    hints = get_type_hints(type(config))
+    for name in (item.name for item in fields(config)):
+        value, hint = getattr(config, name), hints[name]
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            object.__setattr__(config, name, value)
+        options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+        optional, kind = NoneType in options, options[0]
+        many = get_origin(kind) is tuple
+        one = get_args(kind)[0] if many else kind if kind in _KINDS else str  # str: a choice of words
+        values = value if many and isinstance(value, (list, tuple)) else (value,)
+        if (optional and value is None) or ((not many or values is value) and all(_is(item, one) for item in values)):
+            continue
+        wanted = f"a list, each {_KINDS[one]}" if many else _KINDS[one]
+        raise ValueError(f"{name}: got {value!r}, expected {wanted}{' or None' if optional else ''}")
 
 
 def check_counts(config: StudyConfig, *names: str, least: int = 1, optional: bool = False) -> None:
