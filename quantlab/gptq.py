@@ -25,7 +25,6 @@ from quantlab.weight import QuantWeight, check_finite
 
 DAMP_STEP = 0.01  # added to damp_percent each time the Hessian turns out not to be positive definite
 THREADED_SOLVE = 4096  # columns from which LAPACK's own threads pay; below, they and ours wait for each other
-FACTOR_PANEL = 64  # columns of a Cholesky factor that are finished together (QL_GPTQ_PANEL)
 ROWS_PER_SOLVE = 1024  # rows of W whose correction is solved for at once: bounds the float64 copy
 _SEARCH = {None: 0, "mse": 1, "hessian": 2}
 
@@ -154,8 +153,8 @@ def _cholesky(matrix: np.ndarray) -> bool:
     from scipy.linalg.lapack import dpotrf, dtrtri
 
     with _blas().limit(limits=1):
-        for first in range(0, len(matrix), FACTOR_PANEL):
-            count = min(FACTOR_PANEL, len(matrix) - first)
+        for first in range(0, len(matrix), _core.gptq_panel):
+            count = min(_core.gptq_panel, len(matrix) - first)
             _core.gptq_factor_update(matrix, first, count)
             block = matrix[first : first + count, first : first + count]
             upper, info = dpotrf(block.T, lower=0)  # of the transposed block: what Fortran wants

@@ -209,4 +209,7 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-int ql_register_gptq(PyObject *module) { return PyModule_AddFunctions(module, methods); }
+int ql_register_gptq(PyObject *module) {
+    if (PyModule_AddIntConstant(module, "gptq_panel", QL_GPTQ_PANEL) < 0) { return -1; }
+    return PyModule_AddFunctions(module, methods);
+}
