@@ -58,8 +58,10 @@ class LlamaForSequenceClassification(Llama):
         named = values.get("id2label")
         named = named if isinstance(named, Mapping) and named else {}
         num_labels = (found or len(named) or 2) if num_labels is None else num_labels
-        if num_labels < 1 or (found is not None and num_labels != found):
-            raise ValueError(f"num_labels: got {num_labels}, the checkpoint's score has {found or 'none'}")
+        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
+            raise ValueError(f"num_labels: got {num_labels!r}, expected an integer of at least 1")
+        if found is not None and num_labels != found:
+            raise ValueError(f"num_labels: got {num_labels}, the checkpoint's score has {found}")
         names = {str(label): str(name) for label, name in named.items()}
         if set(names) != {str(label) for label in range(num_labels)}:
             names = {str(label): f"LABEL_{label}" for label in range(num_labels)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -36,16 +36,24 @@ def pick(
     return int(order[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(order) - 1)])
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_integer(value) or isinstance(value, (float, np.floating))
+
+
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+    if not _is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected more than 0 (do_sample=False is greedy)")
-    if top_k < 0:
-        raise ValueError(f"top_k: got {top_k}, expected 0 (all) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+    if not _is_number(temperature) or not temperature > 0:
+        raise ValueError(f"temperature: got {temperature!r}, expected a number above 0 (do_sample=False is greedy)")
+    if not _is_integer(top_k) or top_k < 0:
+        raise ValueError(f"top_k: got {top_k!r}, expected an integer of 0 (all) or more")
+    if not _is_number(top_p) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p!r}, expected a number above 0 and at most 1")
+    if not _is_integer(seed) or seed < 0:
         raise ValueError(f"seed: got {seed!r}, expected an integer of at least 0")
 
 
@@ -97,7 +105,11 @@ class Stop:
     def __init__(
         self, model: LlamaForCausalLM, tokens: int | Sequence[int] | None, strings: Sequence[str] | str | None
     ):
-        self.tokens = {int(tokens)} if isinstance(tokens, (int, np.integer)) else {int(token) for token in tokens or ()}
+        one = isinstance(tokens, str) or not isinstance(tokens, Iterable)
+        ends: list[Any] = [] if tokens is None else [tokens] if one else [*cast(Iterable[Any], tokens)]
+        if not all(map(_is_integer, ends)):
+            raise ValueError(f"eos_token_id: got {tokens!r}, expected a token id or a list of them")
+        self.tokens = {int(token) for token in ends}
         self.strings = [strings] if isinstance(strings, str) else list(strings or ())
         if not all(isinstance(string, str) and string for string in self.strings):
             raise ValueError(f"stop_strings: got {strings!r}, expected texts")

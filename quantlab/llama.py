@@ -323,6 +323,8 @@ class Llama:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text with the tokenizer's special tokens, int32."""
+        if not isinstance(text, str):
+            raise ValueError(f"text: got {type(text).__name__}, expected one text")
         return np.array(self.require_tokenizer().encode(text).ids, np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:

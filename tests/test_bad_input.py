@@ -162,6 +162,11 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "top_p of 2": (lambda m: m.generate(IDS, do_sample=True, top_p=2), "top_p"),
     "a seed below zero": (lambda m: m.generate(IDS, do_sample=True, seed=-1), "seed: got -1"),
     "top_k below zero": (lambda m: m.generate(IDS, do_sample=True, top_k=-1), "top_k"),
+    "half a top_k": (lambda m: m.generate(IDS, do_sample=True, top_k=1.5), "top_k: got 1.5"),
+    "a temperature of text": (lambda m: m.generate(IDS, do_sample=True, temperature="x"), "temperature: got 'x'"),
+    "an end of text": (lambda m: m.generate(IDS, eos_token_id="x"), "eos_token_id: got 'x'"),
+    "ends of text": (lambda m: m.generate(IDS, eos_token_id=[1, "x"]), "eos_token_id: got"),
+    "encoding a number": (lambda m: m.encode(3), "text: got int"),
     "perplexity of nothing": (lambda m: m.perplexity(""), "token"),
     "a context of 1": (lambda m: m.perplexity("some text", context=1), "context"),
     "a text for tokens": (lambda m: m.generate("hello"), "input_ids: got text"),
@@ -211,6 +216,7 @@ CLASSIFIERS: dict[str, tuple[Callable[[ql.LlamaForSequenceClassification], objec
     "batches of 0 tokens": (lambda c: c.predict(TEXTS, batch_tokens=0), "batch_tokens"),
     "no epochs": (lambda c: c.fit_head(TEXTS, [0, 1], TEXTS, [0, 1], epochs=0), "epochs"),
     "no classes": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels=-1), "num_labels"),
+    "classes of text": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels="3"), "num_labels: got '3'"),
 }
 
 
