@@ -171,8 +171,11 @@ class LlamaForSequenceClassification(Llama):
         seed: int,
     ) -> list[dict[str, float]]:
         """`fit_head` on features (N, hidden) and labels (N,) that are there already."""
-        if epochs < 1 or batch_size < 1 or not lr > 0:
-            raise ValueError(f"epochs, batch_size, lr: got {epochs}, {batch_size}, {lr}, expected positive numbers")
+        for name, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+            raise ValueError(f"lr: got {lr!r}, expected a number above 0")
         (x, y), order = train, np.random.default_rng(seed)
         head = AdamW(self.score, lr, weight_decay)
         history: list[dict[str, float]] = []

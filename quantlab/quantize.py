@@ -155,7 +155,7 @@ def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None)
         raise ValueError(f"calibration: got {got}, {wanted}")
     if len(calibration) == 0:
         raise ValueError(f"calibration: it is empty, {wanted}")
-    if not are_ids(calibration):
+    if not are_ids(calibration, "calibration"):
         encoder = getattr(source, "tokenizer", None)
         if encoder is None:
             raise ValueError("calibration: this checkpoint has no tokenizer; pass rows of token ids instead of texts")

@@ -13,9 +13,18 @@ Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackAr
 Texts = Sequence[str] | Ids
 
 
-def are_ids(texts: Texts) -> TypeGuard[Ids]:
-    """Whether these are token ids, not texts."""
-    return len(texts) == 0 or not isinstance(texts[0], str)
+def are_ids(texts: Texts, name: str = "texts") -> TypeGuard[Ids]:
+    """Whether these are token ids, not texts. ValueError, with the argument's name, for what is neither."""
+    if hasattr(texts, "__dlpack__"):
+        return True
+    if not hasattr(texts, "__len__"):
+        raise ValueError(f"{name}: got {type(texts).__name__}, expected a list of texts, or rows of token ids")
+    if len(texts) == 0 or not isinstance(texts[0], str):
+        return True
+    other = next((text for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        raise ValueError(f"{name}: got {type(other).__name__} among texts, expected texts alone")
+    return False
 
 
 def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
@@ -51,6 +60,8 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
             if not 0 < length <= row.size:
                 raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")
         rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-    if not rows or any(row.size == 0 for row in rows):
+    if not rows:
+        raise ValueError("input_ids: no rows, expected at least one")
+    if any(row.size == 0 for row in rows):
         raise ValueError("input_ids: an empty row; every row needs at least one token")
     return [np.ascontiguousarray(row, dtype=np.int32) for row in rows]

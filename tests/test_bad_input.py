@@ -216,6 +216,11 @@ CLASSIFIERS: dict[str, tuple[Callable[[ql.LlamaForSequenceClassification], objec
     "batches of 0 tokens": (lambda c: c.predict(TEXTS, batch_tokens=0), "batch_tokens"),
     "no epochs": (lambda c: c.fit_head(TEXTS, [0, 1], TEXTS, [0, 1], epochs=0), "epochs"),
     "no classes": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels=-1), "num_labels"),
+    "a number for texts": (lambda c: c.predict(3), "texts: got int"),
+    "a number among texts": (lambda c: c.predict(["a", 3]), "texts: got int among texts"),
+    "no texts": (lambda c: c.predict([]), "no rows"),
+    "epochs of text": (lambda c: c.fit_head(["a"], [0], ["b"], [1], epochs="3"), "epochs: got '3'"),
+    "a rate of 0": (lambda c: c.fit_head(["a"], [0], ["b"], [1], lr=0), "lr: got 0"),
     "classes of text": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels="3"), "num_labels: got '3'"),
 }
 

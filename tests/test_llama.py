@@ -233,7 +233,7 @@ def test_head_training_learns_and_saves_the_best():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m: m([]), "empty row"),
+        (lambda m: m([]), "no rows"),
         (lambda m: m([[1, 2], []]), "empty row"),
         (lambda m: m([1, 128]), "input_ids: got 128, expected 0 to 127"),
         (lambda m: m([-1]), "input_ids: got -1"),
