@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 Labels = Sequence[int] | np.ndarray
 
 
+def _check_fit(epochs: int, batch_size: int, patience: int, lr: float) -> None:
+    for name, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+        raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+
+
 def pooled_position(ids: np.ndarray, pad_token_id: int | None) -> int:
     """Where transformers pools a row (T,): the rightmost token that is not the config's pad id; 0 if all are; the last
     one where the config has no pad id. An end-of-text token that doubles as pad is therefore passed over."""
@@ -152,11 +160,10 @@ class LlamaForSequenceClassification(Llama):
         Features are computed once. Stops after `patience` epochs without a lower evaluation loss. Returns one dict a
         step: step, epoch, train_loss (of the batch), eval_loss, eval_accuracy.
         """
-        train = (self.features(texts, batch_tokens), self._labels(labels, len(texts), "labels"))
-        evaluation = (
-            self.features(eval_texts, batch_tokens),
-            self._labels(eval_labels, len(eval_texts), "eval_labels"),
-        )
+        _check_fit(epochs, batch_size, patience, lr)
+        are_ids(texts), are_ids(eval_texts, "eval_texts")  # what cannot be is said before the features are computed
+        y, eval_y = self._labels(labels, len(texts), "labels"), self._labels(eval_labels, len(eval_texts), "eval_labels")
+        train, evaluation = (self.features(texts, batch_tokens), y), (self.features(eval_texts, batch_tokens), eval_y)
         return self.fit_features(train, evaluation, epochs, lr, batch_size, weight_decay, patience, seed)
 
     def fit_features(
@@ -171,11 +178,7 @@ class LlamaForSequenceClassification(Llama):
         seed: int,
     ) -> list[dict[str, float]]:
         """`fit_head` on features (N, hidden) and labels (N,) that are there already."""
-        for name, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
-            raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+        _check_fit(epochs, batch_size, patience, lr)
         (x, y), order = train, np.random.default_rng(seed)
         head = AdamW(self.score, lr, weight_decay)
         history: list[dict[str, float]] = []

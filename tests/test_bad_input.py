@@ -220,6 +220,8 @@ CLASSIFIERS: dict[str, tuple[Callable[[ql.LlamaForSequenceClassification], objec
     "a number among texts": (lambda c: c.predict(["a", 3]), "texts: got int among texts"),
     "no texts": (lambda c: c.predict([]), "no rows"),
     "epochs of text": (lambda c: c.fit_head(["a"], [0], ["b"], [1], epochs="3"), "epochs: got '3'"),
+    "labels for other texts": (lambda c: c.fit_head(["a"], [0, 1], ["b"], [1]), "labels: got shape"),
+    "a number for evaluation texts": (lambda c: c.fit_head(["a"], [0], 3, [1]), "eval_texts: got int"),
     "a rate of 0": (lambda c: c.fit_head(["a"], [0], ["b"], [1], lr=0), "lr: got 0"),
     "classes of text": (lambda c: type(c).from_pretrained(c.checkpoint.path, num_labels="3"), "num_labels: got '3'"),
 }
