@@ -162,7 +162,8 @@ class LlamaForSequenceClassification(Llama):
         """
         _check_fit(epochs, batch_size, patience, lr)
         are_ids(texts), are_ids(eval_texts, "eval_texts")  # what cannot be is said before the features are computed
-        y, eval_y = self._labels(labels, len(texts), "labels"), self._labels(eval_labels, len(eval_texts), "eval_labels")
+        y = self._labels(labels, len(texts), "labels")
+        eval_y = self._labels(eval_labels, len(eval_texts), "eval_labels")
         train, evaluation = (self.features(texts, batch_tokens), y), (self.features(eval_texts, batch_tokens), eval_y)
         return self.fit_features(train, evaluation, epochs, lr, batch_size, weight_decay, patience, seed)
 
