@@ -204,10 +204,10 @@ bool ql_attention_decode_many(const attention_args<bf16> &args, int64_t max_keys
     attention_args<bf16> scaled = args;
     scaled.scale *= 1.4426950408889634f; /* log2 e: weights are powers of two */
     switch (args.d) {
-    case 64: return launch_many<64>(scaled), true;
-    case 80: return launch_many<80>(scaled), true;
-    case 96: return launch_many<96>(scaled), true;
-    case 128: return launch_many<128>(scaled), true;
+    case 64: launch_many<64>(scaled); return true;
+    case 80: launch_many<80>(scaled); return true;
+    case 96: launch_many<96>(scaled); return true;
+    case 128: launch_many<128>(scaled); return true;
     }
     return false;
 }

@@ -4,8 +4,9 @@
  *
  * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
  * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
- * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies. Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
- * first those of the block's warpgroups, in order, then, dealt out to the blocks of the cluster, those of its blocks, and store them.
+ * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies. Finishing warps, one a
+ * tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on: first those of the block's warpgroups, in order, then, dealt
+ * out to the blocks of the cluster, those of its blocks, and store them.
  *
  *   shared: barriers | norms | table | activations (columns / 64, tokens, 64) bf16 | sums of an item, of all warpgroups of the
  *           block | those of the cluster's blocks that are added here | stages
@@ -424,7 +425,7 @@ template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __force
 #pragma unroll 1
     for (int i = 0; i < a.stages; i++) { group_fetch_stage<together>(fetch, a, p, mine, p.group * GROUP_WARPS + p.member, i); }
     if (Codes::table) { /* while the first weights are on their way */
-        fill_table(table, a, threadIdx.x, Groups * GROUP_THREADS);
+        fill_table(table, a, Groups * GROUP_THREADS);
         block_barrier(2 + Groups, Groups * GROUP_THREADS);
     }
     if (!a.ordered) {

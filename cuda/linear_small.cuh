@@ -59,9 +59,9 @@ __device__ __forceinline__ void unit_pair(float (&sums)[Tokens8][4], const uint3
     }
 }
 
-/* a table in shared memory for byte -> pair of bf16, a copy a lane, by threads 0 to `threads` - 1; a thread stores copies of four lanes at once */
-__device__ __forceinline__ void fill_table(uint32_t table, const small_args &a, int thread, int threads) {
-    for (int i = thread; i < 256 * WARP / 4; i += threads) {
+/* a table in shared memory for byte -> pair of bf16, a copy a lane, by the block's first `threads` threads; each stores copies of four lanes at once */
+__device__ __forceinline__ void fill_table(uint32_t table, const small_args &a, int threads) {
+    for (int i = threadIdx.x; i < 256 * WARP / 4; i += threads) {
         int byte = i / (WARP / 4);
         uint32_t pair = (uint32_t)a.values[byte & 15] | (uint32_t)a.values[byte >> 4] << 16;
         store_shared(table + i * 16, make_uint4(pair, pair, pair, pair));
@@ -112,7 +112,7 @@ __device__ __forceinline__ void small_register_body(const small_args &a) {
 #pragma unroll
     for (int i = 0; i < Units; i++) { load_unit<Codes, Parts>(u[i], a, tile, warp + i * warps, lane); }
     if (Codes::table) {
-        fill_table(table, a, threadIdx.x, blockDim.x);
+        fill_table(table, a, blockDim.x);
         __syncthreads();
     }
     ql_cuda_start_next();
@@ -424,7 +424,7 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
     }
     bool makes = Single && a.floats != NULL;
     if (Codes::table && warp < Warps) { /* while the first weights are on their way */
-        fill_table(base + l.table, a, threadIdx.x, Warps * WARP);
+        fill_table(base + l.table, a, Warps * WARP);
         block_barrier(2, Warps * WARP);
     }
     ql_cuda_wait_previous();

@@ -211,7 +211,7 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_body
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         if (Codes::table) { /* while the first weights are on their way */
-            fill_table(table, a, threadIdx.x, WIDE_TILES * WARP);
+            fill_table(table, a, WIDE_TILES * WARP);
             block_barrier(2, WIDE_TILES * WARP);
         }
         cluster_wait();

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantlab import _core
+from quantlab.config import is_integer, is_number
 from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig, linear_of_any_rows
 from quantlab.progress import progress
 from quantlab.token_rows import Ids, Texts, are_ids, to_sequences
@@ -24,9 +25,9 @@ Labels = Sequence[int] | np.ndarray
 
 def _check_fit(epochs: int, batch_size: int, patience: int, lr: float) -> None:
     for name, count in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_integer(count) or count < 1:
             raise ValueError(f"{name}: got {count!r}, expected an integer of at least 1")
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+    if not is_number(lr) or not lr > 0:
         raise ValueError(f"lr: got {lr!r}, expected a number above 0")
 
 
@@ -66,7 +67,7 @@ class LlamaForSequenceClassification(Llama):
         named = values.get("id2label")
         named = named if isinstance(named, Mapping) and named else {}
         num_labels = (found or len(named) or 2) if num_labels is None else num_labels
-        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1:
+        if not is_integer(num_labels) or num_labels < 1:
             raise ValueError(f"num_labels: got {num_labels!r}, expected an integer of at least 1")
         if found is not None and num_labels != found:
             raise ValueError(f"num_labels: got {num_labels}, the checkpoint's score has {found}")

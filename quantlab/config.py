@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -15,6 +16,16 @@ MAX_RANK = 4096  # of a LoRA adapter
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 _Config = TypeVar("_Config", bound="QuantizationConfig")
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of Python or NumPy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a float of Python or NumPy; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_flag(name: str, value: object) -> None:

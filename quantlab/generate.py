@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from quantlab import _core
+from quantlab.config import is_integer, is_number
 from quantlab.llama import BATCH_TOKENS, KVCache
 from quantlab.token_rows import Ids, to_sequences
 
@@ -36,24 +37,16 @@ def pick(
     return int(order[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(order) - 1)])
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_integer(value) or isinstance(value, (float, np.floating))
-
-
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    if not _is_integer(max_new_tokens) or max_new_tokens < 1:
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
-    if not _is_number(temperature) or not temperature > 0:
+    if not is_number(temperature) or not temperature > 0:
         raise ValueError(f"temperature: got {temperature!r}, expected a number above 0 (do_sample=False is greedy)")
-    if not _is_integer(top_k) or top_k < 0:
+    if not is_integer(top_k) or top_k < 0:
         raise ValueError(f"top_k: got {top_k!r}, expected an integer of 0 (all) or more")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
+    if not is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p!r}, expected a number above 0 and at most 1")
-    if not _is_integer(seed) or seed < 0:
+    if not is_integer(seed) or seed < 0:
         raise ValueError(f"seed: got {seed!r}, expected an integer of at least 0")
 
 
@@ -107,7 +100,7 @@ class Stop:
     ):
         one = isinstance(tokens, str) or not isinstance(tokens, Iterable)
         ends: list[Any] = [] if tokens is None else [tokens] if one else [*cast(Iterable[Any], tokens)]
-        if not all(map(_is_integer, ends)):
+        if not all(map(is_integer, ends)):
             raise ValueError(f"eos_token_id: got {tokens!r}, expected a token id or a list of them")
         self.tokens = {int(token) for token in ends}
         self.strings = [strings] if isinstance(strings, str) else list(strings or ())

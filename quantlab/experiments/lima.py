@@ -99,7 +99,7 @@ class LimaConfig(StudyConfig):
         check_counts(self, *counts, "answer_tokens", "logging_steps", "save_steps")
         check_counts(self, "repeats", least=2)
         check_counts(self, "limit", "max_length", least=2, optional=True)
-        if not self.batches or any(not isinstance(size, int) or size < 1 for size in self.batches):
+        if not self.batches or any(size < 1 for size in self.batches):
             raise ValueError(f"batches: got {self.batches!r}, expected integers of at least 1")
         for part, methods in PARTS.items():
             if self.part(part).method not in methods:

@@ -63,7 +63,7 @@ class StudyConfig:
         check_counts(self, "calibration_rows", "calibration_length")
         check_counts(self, "perplexity_context", least=2)
         check_counts(self, "perplexity_tokens", optional=True)
-        if not (isinstance(self.country, str) and re.fullmatch("[A-Za-z]{3}", self.country)):
+        if not re.fullmatch("[A-Za-z]{3}", self.country):
             raise ValueError(f"country: got {self.country!r}, expected three letters (ISO 3166), such as ESP")
         if self.wandb not in ("off", "offline", "online"):
             raise ValueError(f"wandb: got {self.wandb!r}, accepted are off, offline, online")
@@ -131,18 +131,19 @@ def check_kinds(config: StudyConfig) -> None:
         optional, kind = NoneType in options, options[0]
         many = get_origin(kind) is tuple
         one = get_args(kind)[0] if many else kind if kind in _KINDS else str  # str: a choice of words
-        values = value if many and isinstance(value, (list, tuple)) else (value,)
-        if (optional and value is None) or ((not many or values is value) and all(_is(item, one) for item in values)):
+        if optional and value is None:
+            continue
+        if isinstance(value, (list, tuple)) and all(_is(item, one) for item in value) if many else _is(value, one):
             continue
         wanted = f"a list, each {_KINDS[one]}" if many else _KINDS[one]
         raise ValueError(f"{name}: got {value!r}, expected {wanted}{' or None' if optional else ''}")
 
 
 def check_counts(config: StudyConfig, *names: str, least: int = 1, optional: bool = False) -> None:
-    """Raises ValueError naming the first of these fields that is no integer of at least `least` (nor None)."""
+    """Raises ValueError naming the first of these fields, integers, that is less than `least` (nor None)."""
     for name in names:
         value = getattr(config, name)
-        if not (optional and value is None) and (not isinstance(value, int) or value < least):
+        if not (optional and value is None) and value < least:
             kind = "None or an integer" if optional else "an integer"
             raise ValueError(f"{name}: got {value!r}, expected {kind} of at least {least}")
 

@@ -86,7 +86,7 @@ class TweetEvalConfig(StudyConfig):
         check_counts(self, "train_limit", "val_limit", "test_limit", optional=True)
         if self.task not in ("demo", *TASKS):
             raise ValueError(f"task: got {self.task!r}, accepted are demo, {', '.join(TASKS)}")
-        if not (isinstance(self.lr, (int, float)) and self.lr > 0):
+        if not self.lr > 0:
             raise ValueError(f"lr: got {self.lr!r}, expected a positive number")
         for name in self.variants:
             self.variant(name)
