@@ -75,7 +75,7 @@ class LlamaForSequenceClassification(Llama):
         if set(names) != {str(label) for label in range(num_labels)}:
             names = {str(label): f"LABEL_{label}" for label in range(num_labels)}
         values.update(
-            num_labels=num_labels, id2label=names, label2id={name: int(label) for label, name in names.items()}
+            num_labels=int(num_labels), id2label=names, label2id={name: int(label) for label, name in names.items()}
         )
         weights = {module: weight for module, weight in weights.items() if module != "lm_head"}
         if found is None:
