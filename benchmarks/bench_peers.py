@@ -147,15 +147,19 @@ def nf4(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def hidden_states(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Last hidden states of tweets in batches sorted by length; transformers with float32 weights and a mask, and its
-    fastest way: bfloat16 without a mask."""
+    """Last hidden states of tweets in batches sorted by length, our weights in float32 and in bfloat16; transformers
+    with float32 weights and a mask, and its fastest way: bfloat16 without a mask."""
     import torch
     import transformers
 
-    model = ql.LlamaForSequenceClassification.from_pretrained("demo", num_labels=3)
-    path = model.checkpoint.path
+    dtypes = {"fp32": "float32", "bf16": "bfloat16"}
+    models = {
+        name: ql.LlamaForSequenceClassification.from_pretrained("demo", num_labels=3, dtype=dtype)
+        for name, dtype in dtypes.items()
+    }
+    path = models["fp32"].checkpoint.path
     torch.set_num_threads(arguments.threads)
-    rows = sorted((model.encode(text) for text in tweets(arguments)), key=len)
+    rows = sorted((models["fp32"].encode(text) for text in tweets(arguments)), key=len)
 
     def peer(dtype: Any, masked: bool) -> Call:
         theirs = transformers.AutoModel.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -175,8 +179,11 @@ def hidden_states(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]
         if name in arguments.dtypes
     }
     facts = {"texts": len(rows), "tokens": sum(len(row) for row in rows)}
-    ours = lambda: model.features(rows, show=False)  # noqa: E731
-    yield compare("hidden states of tweets", ours, peers, arguments.rounds, arguments.threads, **facts)
+    for name, model in models.items():
+        ours = lambda model=model: model.features(rows, show=False)  # noqa: E731
+        yield compare(
+            f"hidden states of tweets, ours {name}", ours, peers, arguments.rounds, arguments.threads, **facts
+        )
 
 
 def tweets(arguments: argparse.Namespace) -> list[str]:

@@ -209,9 +209,37 @@ __device__ __forceinline__ wide_lines wide_lines_of(const small_args &a, const w
     return l;
 }
 
-/* a fragment's sums as outputs at `stage`, where its first token begins; token8 * 8: that token */
+/* Line `lane` of WIDE_ROUND fragments: the token it belongs to. Of fragments 1 << shift apart, the first one's tokens from 8 token8 on. */
+__device__ __forceinline__ int wide_token(int line, int token8, int shift) { return 8 * (token8 + (line / 8 << shift)) + line % 8; }
+
+/* where the angles of the position of that token begin */
+template <int Output> __device__ __forceinline__ int wide_angle(const small_args &a, int lane, int token8, int shift) {
+    return Output == SMALL_ROPE ? __ldg(a.positions + min(wide_token(lane, token8, shift), a.m - 1)) * (a.d / 2) : 0;
+}
+/* Cosine and sine of the lane's row, of `count` fragments and two tokens of each. They come from far away, all at once, and are asked for before
+ * anything is waited for. */
+struct wide_turns {
+    float2 of[WIDE_ROUND][2];
+};
+template <int Output> __device__ __forceinline__ wide_turns wide_turns_of(const wide_lines &l, int lane, int angle, int count) {
+    wide_turns turns = {};
+    if constexpr (Output == SMALL_ROPE) {
+#pragma unroll
+        for (int j = 0; j < WIDE_ROUND; j++) {
+            if (j >= count) { break; }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int at = __shfl_sync(QL_FULL_WARP, angle, 8 * j + lane % 4 * 2 + i);
+                turns.of[j][i] = make_float2(__ldg(l.cos + at), __ldg(l.sin + at));
+            }
+        }
+    }
+    return turns;
+}
+
+/* a fragment's sums as outputs at `stage`, where its first token begins */
 template <int Output>
-__device__ __forceinline__ void wide_emit(const small_args &a, const wide_lines &l, int lane, uint32_t stage, int token8, float4 sum) {
+__device__ __forceinline__ void wide_emit(const wide_lines &l, uint32_t stage, const float2 (&turn)[2], float4 sum) {
     float u[2] = {sum.x * l.factor, sum.y * l.factor}, v[2] = {sum.z * l.factor_lower, sum.w * l.factor_lower};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -225,8 +253,7 @@ __device__ __forceinline__ void wide_emit(const small_args &a, const wide_lines 
             continue;
         }
         if (Output == SMALL_ROPE) {
-            int token = min(8 * token8 + lane % 4 * 2 + i, a.m - 1), angle = __ldg(a.positions + token) * (a.d / 2);
-            float2 turned = rope_pair(u[i], v[i], __ldg(l.cos + angle), __ldg(l.sin + angle));
+            float2 turned = rope_pair(u[i], v[i], turn[i].x, turn[i].y);
             u[i] = turned.x, v[i] = turned.y;
         }
         store_shared(upper, __float2bfloat16_rn(u[i])), store_shared(lower, __float2bfloat16_rn(v[i]));
@@ -238,7 +265,7 @@ __device__ __forceinline__ void wide_copy_lines(const small_args &a, const wide_
                                                 int token8, int fragments) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     block_barrier(1, WIDE_TILES * WARP);
-    int line = p.lane * WIDE_TILES + p.warp, token = 8 * (token8 + (line / 8 << p.shift)) + line % 8;
+    int line = p.lane * WIDE_TILES + p.warp, token = wide_token(line, token8, p.shift);
     if (line < 8 * fragments && token < a.m) {
         int64_t row = part.rows != NULL ? part.rows[token] : token;
         bool floats = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD;
@@ -257,16 +284,20 @@ template <int Tokens8, int Output>
 __device__ __forceinline__ void wide_finish_split(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l, int &round,
                                                   const float (&sums)[4 * Tokens8]) {
     uint32_t stage = p.base + p.l.staging;
+    int mine = 2 * WIDE_ROUND >> p.shift; /* fragments of two rounds */
+    int angle = wide_angle<Output>(a, p.lane, item.token8 + p.rank, p.shift);
 #pragma unroll 1
     for (int first = 0; first < item.fragments; first += 2 * WIDE_ROUND, round += 2) {
         bool end = p.last && first + 2 * WIDE_ROUND >= item.fragments;
+        wide_turns turns = wide_turns_of<Output>(l, p.lane, angle, mine);
+        angle = wide_angle<Output>(a, p.lane, item.token8 + first + 2 * WIDE_ROUND + p.rank, p.shift); /* of the next two */
         float4 sum[WIDE_ROUND]; /* number j: fragment rank + j splits of both rounds */
         wide_send<Tokens8>(p, first, round, sums), wide_send<Tokens8>(p, first + WIDE_ROUND, round + 1, sums);
         wide_await(p, round), wide_await(p, round + 1);
 #pragma unroll
         for (int j = 0; j < WIDE_ROUND; j++) {
             int i = p.rank + (j << p.shift);
-            if (i >= 2 * WIDE_ROUND) { break; }
+            if (j >= mine) { break; }
             uint32_t from = wide_received(p, round + i / WIDE_ROUND, i % WIDE_ROUND, 0) + p.lane * 16;
             sum[j] = load_shared<float4>(from);
 #pragma unroll 1
@@ -280,10 +311,9 @@ __device__ __forceinline__ void wide_finish_split(const small_args &a, const wid
         block_barrier(1, WIDE_TILES * WARP);
 #pragma unroll
         for (int j = 0; j < WIDE_ROUND; j++) {
-            int i = p.rank + (j << p.shift);
-            if (i < 2 * WIDE_ROUND) { wide_emit<Output>(a, l, p.lane, stage + j * 8 * l.pitch, item.token8 + first + i, sum[j]); }
+            if (j < mine) { wide_emit<Output>(l, stage + j * 8 * l.pitch, turns.of[j], sum[j]); }
         }
-        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first + p.rank, 2 * WIDE_ROUND >> p.shift);
+        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first + p.rank, mine);
     }
 }
 
@@ -291,6 +321,10 @@ __device__ __forceinline__ void wide_finish_split(const small_args &a, const wid
 template <int Tokens8, int Output>
 __device__ __forceinline__ void wide_finish_alone(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l,
                                                   const float (&sums)[4 * Tokens8]) {
+    int angle[Tokens8 / WIDE_ROUND];
+#pragma unroll
+    for (int i = 0; i < Tokens8 / WIDE_ROUND; i++) { angle[i] = wide_angle<Output>(a, p.lane, item.token8 + i * WIDE_ROUND, 0); }
+    wide_turns turns = wide_turns_of<Output>(l, p.lane, angle[0], WIDE_ROUND);
 #pragma unroll
     for (int first = 0; first < Tokens8; first += WIDE_ROUND) {
         if (first % (2 * WIDE_ROUND) == 0 && first >= item.fragments) { break; } /* not between the two: the next item begins with the first */
@@ -300,8 +334,9 @@ __device__ __forceinline__ void wide_finish_alone(const small_args &a, const wid
 #pragma unroll
         for (int j = 0; j < WIDE_ROUND; j++) {
             const float *from = sums + 4 * (first + j);
-            wide_emit<Output>(a, l, p.lane, stage + j * 8 * l.pitch, item.token8 + first + j, make_float4(from[0], from[1], from[2], from[3]));
+            wide_emit<Output>(l, stage + j * 8 * l.pitch, turns.of[j], make_float4(from[0], from[1], from[2], from[3]));
         }
+        if (first + WIDE_ROUND < Tokens8) { turns = wide_turns_of<Output>(l, p.lane, angle[first / WIDE_ROUND + 1], WIDE_ROUND); }
         wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first, WIDE_ROUND);
     }
 }
