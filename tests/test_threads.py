@@ -134,6 +134,30 @@ def test_default_is_the_cores_of_the_affinity_mask() -> None:
     assert ran.stdout == "1\n", ran.stderr
 
 
+def test_woken_workers_keep_off_the_callers_cpu() -> None:
+    """Linux may put a worker on the caller's CPU though another is idle, and leave it there for ten milliseconds."""
+    code = """
+import os, time
+import numpy as np
+from quantlab import _core
+home = os.sched_getaffinity(0)
+x = np.ones((64, 512), np.float32)
+def masks():
+    _core.rmsnorm(x, np.ones(512, np.float32), 1e-5)
+    return [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+_core.set_threads(2)
+before = masks()
+for cpu in sorted(home)[:2]:
+    time.sleep(0.1)  # the worker sleeps
+    os.sched_setaffinity(0, {cpu})
+    print(masks().count(home - {cpu}) - before.count(home - {cpu}))
+"""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one CPU")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    assert ran.stdout == "1\n1\n", ran.stdout + ran.stderr
+
+
 # ---- fork ----------------------------------------------------------------------------------------------------------
 
 

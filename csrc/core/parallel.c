@@ -8,7 +8,8 @@
  * that the system never scheduled costs nothing.
  *
  * Workers are begun when they are first needed and stay. Between regions they spin for some tens of microseconds, then
- * sleep on a futex. There is one region at a time: a second caller, a task that begins a region, and a forked child (which
+ * sleep on a futex. Those that are woken keep off the caller's CPU, where Linux may put them though another is idle, and
+ * leave them for some ten milliseconds. There is one region at a time: a second caller, a task that begins a region, and a forked child (which
  * has none of these threads) compute serially. */
 #define _GNU_SOURCE
 #include "../quantlab.h"
@@ -135,7 +136,10 @@ static struct {
     alignas(64) atomic_flag busy; /* held by the caller of the region, guards what follows */
     int workers;
     unsigned runs; /* of the latest region */
-} pool = {.busy = ATOMIC_FLAG_INIT};
+    pthread_t worker[MAX_THREADS];
+    cpu_set_t home; /* where the program may run, as it was when the latest worker was begun */
+    int avoided;    /* CPU that the workers keep off; -1: none */
+} pool = {.busy = ATOMIC_FLAG_INIT, .avoided = -1};
 
 static void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -228,11 +232,22 @@ static int begin_worker(int number) {
     const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGTRAP};
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) { sigdelset(&blocked, faults[i]); }
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    pthread_t thread;
-    int failed = pthread_create(&thread, &attributes, work, (void *)(intptr_t)number);
+    int failed = pthread_create(&pool.worker[number], &attributes, work, (void *)(intptr_t)number);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
+    if (sched_getaffinity(0, sizeof pool.home, &pool.home) != 0) { CPU_ZERO(&pool.home); }
+    pool.avoided = -1;
     return !failed;
+}
+
+/* The workers, asleep, to the CPUs beside the caller's, where there is one for each. Best effort: a refusal changes nothing. */
+static void move_workers(int helpers) {
+    int here = sched_getcpu();
+    if (here < 0 || here == pool.avoided || !CPU_ISSET(here, &pool.home) || helpers >= CPU_COUNT(&pool.home)) { return; }
+    cpu_set_t others = pool.home;
+    CPU_CLR(here, &others);
+    for (int i = 0; i < pool.workers; i++) { pthread_setaffinity_np(pool.worker[i], sizeof others, &others); }
+    pool.avoided = here;
 }
 
 static void open_region(uint32_t count, task_function *task, void *context, int helpers) {
@@ -253,7 +268,10 @@ static void open_region(uint32_t count, task_function *task, void *context, int 
         atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | first_of(i, pool.runs, count));
     }
     atomic_store(&pool.region, region);
-    if (atomic_load(&pool.sleeping_workers) > 0) { futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers); }
+    if (atomic_load(&pool.sleeping_workers) > 0) {
+        move_workers(helpers);
+        futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers);
+    }
 }
 
 static void wait_for_workers(unsigned tasks) {
