@@ -2,10 +2,15 @@
 
     python benchmarks/bench_peers.py --device cpu --q4_0 SmolLM2-Q4_0.gguf --out benchmarks/results/peers-cpu.jsonl
 
-Needs the extra `peers` (torch, transformers, peft, bitsandbytes, llama-cpp-python; gcc 12 builds a llama.cpp that
-crashes in its AMX path, clang does not). `--cases` chooses among products, nf4, hidden_states, llama_cpp and training;
-a peer that is not installed is left out and said. `--q4_0` is the demo's model as Q4_0, for llama.cpp; without it, it
-is made here.
+Needs the extra `peers` (torch, transformers, peft, bitsandbytes, llama-cpp-python). gcc 12 builds a llama.cpp that
+crashes in its AMX path, and clang 14 one without that path; `, AMX` in its name says that it is there. So:
+
+    CC=clang-16 CXX=clang++-16 CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \\
+        -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=ON -DGGML_AMX_INT8=ON \\
+        -DGGML_AMX_BF16=ON" pip install --no-binary llama-cpp-python llama-cpp-python
+
+`--cases` chooses among products, nf4, hidden_states, llama_cpp and training; a peer that is not installed is left out
+and said. `--q4_0` is the demo's model as Q4_0, for llama.cpp; without it, it is made here.
 
 One JSON line a case and peer: the median, 10th and 90th percentile of both in seconds, the median, least and largest
 ratio of a round (peer / quantlab: above 1, quantlab is faster), and the roofs of the machine measured in the same run.
