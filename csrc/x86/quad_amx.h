@@ -17,7 +17,7 @@ typedef struct {
     float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
     int64_t ld, down, right;
     const char *fetch, *fetch_end; /* memory that is needed soon */
-    const char *line;              /* and what is written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
+    const char *line;              /* and what is added to or written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
     int64_t line_ld, lines;
 } quad;
 

@@ -137,10 +137,13 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
         q.before = k0 > 0 ? sums : NULL;
         if (k1 == g->k && inside) {
             q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
-            q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
         } else {
             q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
-            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = j + SIDE < j1 ? SIDE : 0; /* the next sums */
+        }
+        if (q.after != sums && g->planes == LIMBS) { /* tiles go to c faster where nobody has asked for its lines before */
+            q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
+        } else {
+            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < j1 ? SIDE : 0; /* the next sums */
         }
         multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
         if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }
