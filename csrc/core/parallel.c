@@ -9,8 +9,8 @@
  *
  * Workers are begun when they are first needed and stay. Between regions they spin for some tens of microseconds, then
  * sleep on a futex. Those that are woken keep off the caller's CPU, where Linux may put them though another is idle, and
- * leave them for some ten milliseconds. There is one region at a time: a second caller, a task that begins a region, and a forked child (which
- * has none of these threads) compute serially. */
+ * leave them for some ten milliseconds. There is one region at a time: a second caller, a task that begins a region, and a
+ * forked child (which has none of these threads) compute serially. */
 #define _GNU_SOURCE
 #include "../quantlab.h"
 
@@ -19,7 +19,7 @@
 #include <limits.h>      /* INT_MAX */
 #include <linux/futex.h> /* FUTEX_WAIT_PRIVATE */
 #include <pthread.h>
-#include <sched.h>  /* sched_yield */
+#include <sched.h>  /* sched_yield, sched_getcpu */
 #include <signal.h> /* sigfillset */
 #include <stdalign.h>
 #include <stdatomic.h>
@@ -240,7 +240,7 @@ static int begin_worker(int number) {
     return !failed;
 }
 
-/* The workers, asleep, to the CPUs beside the caller's, where there is one for each. Best effort: a refusal changes nothing. */
+/* The workers to the CPUs beside the caller's, where there is one for each helper. A refusal changes nothing. */
 static void move_workers(int helpers) {
     int here = sched_getcpu();
     if (here < 0 || here == pool.avoided || !CPU_ISSET(here, &pool.home) || helpers >= CPU_COUNT(&pool.home)) { return; }
