@@ -209,10 +209,10 @@ __device__ __forceinline__ wide_lines wide_lines_of(const small_args &a, const w
     return l;
 }
 
-/* Line `lane` of WIDE_ROUND fragments: the token it belongs to. Of fragments 1 << shift apart, the first one's tokens from 8 token8 on. */
+/* the token of line `line` of WIDE_ROUND fragments, which are 1 << shift apart, the first one's tokens from 8 token8 on */
 __device__ __forceinline__ int wide_token(int line, int token8, int shift) { return 8 * (token8 + (line / 8 << shift)) + line % 8; }
 
-/* where the angles of the position of that token begin */
+/* where the angles of the position of line `lane` begin */
 template <int Output> __device__ __forceinline__ int wide_angle(const small_args &a, int lane, int token8, int shift) {
     return Output == SMALL_ROPE ? __ldg(a.positions + min(wide_token(lane, token8, shift), a.m - 1)) * (a.d / 2) : 0;
 }

@@ -140,7 +140,7 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
         } else {
             q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
         }
-        if (q.after != sums && g->planes == LIMBS) { /* tiles go to c faster where nobody has asked for its lines before */
+        if (q.after != sums && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
             q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
         } else {
             q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < j1 ? SIDE : 0; /* the next sums */
