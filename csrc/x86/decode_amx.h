@@ -91,9 +91,10 @@ static inline __m512i look_up(__m128i codes, __m512i pick, __m512i shift, __m512
     return _mm512_permutexvar_epi16(_mm512_srlv_epi16(index, shift), table);
 }
 
-/* Rows [i, i + count) of W, columns [j0, j1), j0 a multiple of 32: row r to out + r ld. Beyond j1 follow zeros up to a
- * multiple of 32. */
-static void decode_by_table(uint16_t *out, int64_t ld, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
+/* Rows [i, i + count) of W, columns [j0, j1), j0 a multiple of 32: row r to out + r ld, each 32 columns of it `step` elements
+ * apart. Beyond j1 follow zeros up to a multiple of 32. */
+static void decode_by_table(uint16_t *out, int64_t ld, int64_t step, const decoder *d, int64_t i, int64_t count, int64_t j0,
+                            int64_t j1) {
     const int64_t row_bytes = d->row_bytes, bytes = d->layout.bytes, width = d->w->group;
     const __m512i pick = d->layout.pick, shift = d->layout.shift;
     const int64_t first = j0 / width, first_end = at_most((first + 1) * width, j1);
@@ -103,11 +104,11 @@ static void decode_by_table(uint16_t *out, int64_t ld, const decoder *d, int64_t
         int64_t offset = j0 / SIDE * bytes, group = (i + r) * d->row_groups + first;
         for (int64_t j = j0, end = first_end; j < j1; end = at_most(end + width, j1), group++) {
             __m512i table = group_table(d, group);
-            for (; j + SIDE <= end && offset + 16 <= row_bytes; j += SIDE, to += SIDE, offset += bytes) {
+            for (; j + SIDE <= end && offset + 16 <= row_bytes; j += SIDE, to += step, offset += bytes) {
                 __m128i codes = _mm_loadu_si128((const __m128i *)(const void *)(row + offset));
                 _mm512_storeu_si512(to, look_up(codes, pick, shift, table));
             }
-            for (; j < end; j += SIDE, to += SIDE, offset += bytes) { /* the end of a row */
+            for (; j < end; j += SIDE, to += step, offset += bytes) { /* the end of a row */
                 __m128i codes = _mm_maskz_loadu_epi8((__mmask16)((1u << at_most(row_bytes - offset, 16)) - 1), row + offset);
                 _mm512_storeu_si512(to, _mm512_maskz_mov_epi16(first_words(end - j), look_up(codes, pick, shift, table)));
             }
@@ -140,7 +141,7 @@ static inline __m512i scale_bytes(__m256i codes, const byte_scale *s) {
     return to_bf16(scale_half(_mm256_castsi256_si128(codes), s), scale_half(_mm256_extracti128_si256(codes, 1), s));
 }
 
-static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+static void decode_by_byte(uint16_t *out, int64_t step, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const ql_weight *w = d->w;
     int is_int8 = w->format == QL_INT8;
     int64_t row_bytes = is_int8 ? w->k : 4 * ql_words_per_row(w->k, 8), width = is_int8 ? w->k : w->group;
@@ -149,7 +150,7 @@ static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j
     for (int64_t j = j0; j < j1; group++) {
         int64_t end = at_most((group + 1) * width, j1);
         byte_scale s = byte_scale_of(w, first_group + group);
-        for (; j + SIDE <= end; j += SIDE, out += SIDE) {
+        for (; j + SIDE <= end; j += SIDE, out += step) {
             _mm512_storeu_si512(out, scale_bytes(_mm256_loadu_si256((const __m256i *)(const void *)(row + j)), &s));
         }
         if (j < end) {
@@ -161,11 +162,11 @@ static void decode_by_byte(uint16_t *out, const decoder *d, int64_t i, int64_t j
     }
 }
 
-static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
+static void decode_half(uint16_t *out, int64_t step, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const uint16_t *row = (const uint16_t *)d->w->codes + i * d->w->k;
     int64_t j = j0;
-    for (; d->way == BY_BF16 && j + SIDE <= j1; j += SIDE, out += SIDE) { _mm512_storeu_si512(out, _mm512_loadu_si512(row + j)); }
-    for (; j < j1; j += SIDE, out += SIDE) {
+    for (; d->way == BY_BF16 && j + SIDE <= j1; j += SIDE, out += step) { _mm512_storeu_si512(out, _mm512_loadu_si512(row + j)); }
+    for (; j < j1; j += SIDE, out += step) {
         __m512i halves = _mm512_maskz_loadu_epi16(first_words(j1 - j), row + j);
         if (d->way == BY_F16) {
             halves = to_bf16(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)));
@@ -174,27 +175,27 @@ static void decode_half(uint16_t *out, const decoder *d, int64_t i, int64_t j0, 
     }
 }
 
-static void decode_by_float(uint16_t *out, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
+static void decode_by_float(uint16_t *out, int64_t step, const ql_weight *w, int64_t i, int64_t j0, int64_t j1) {
     alignas(64) float values[SHORT_K];
     int64_t count = j1 - j0;
     ql_decode_forward_avx512(values, SHORT_K, w, i, i + 1, j0, j1);
     memset(values + count, 0, (size_t)(round_up(count, SIDE) - count) * sizeof *values);
-    for (int64_t j = 0; j < count; j += SIDE, out += SIDE) {
+    for (int64_t j = 0; j < count; j += SIDE, out += step) {
         _mm512_storeu_si512(out, to_bf16(v_load(values + j), v_load(values + j + VL)));
     }
 }
 
 /* The same for any way of storing W, at most SHORT_K columns. */
-static void decode_rows(uint16_t *out, int64_t ld, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
+static void decode_rows(uint16_t *out, int64_t ld, int64_t step, const decoder *d, int64_t i, int64_t count, int64_t j0, int64_t j1) {
     if (d->way == BY_TABLE) {
-        decode_by_table(out, ld, d, i, count, j0, j1);
+        decode_by_table(out, ld, step, d, i, count, j0, j1);
         return;
     }
     for (int64_t r = 0; r < count; r++, out += ld) {
         switch (d->way) {
-        case BY_FLOAT: decode_by_float(out, d->w, i + r, j0, j1); break;
-        case BY_BYTE: decode_by_byte(out, d, i + r, j0, j1); break;
-        case BY_F16: case BY_BF16: decode_half(out, d, i + r, j0, j1); break;
+        case BY_FLOAT: decode_by_float(out, step, d->w, i + r, j0, j1); break;
+        case BY_BYTE: decode_by_byte(out, step, d, i + r, j0, j1); break;
+        case BY_F16: case BY_BF16: decode_half(out, step, d, i + r, j0, j1); break;
         case BY_TABLE: break;
         }
     }

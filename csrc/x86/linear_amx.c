@@ -7,7 +7,7 @@
 
 #include "decode_amx.h"
 
-#include <string.h> /* memset */
+#include <string.h> /* memcpy, memset */
 
 /* elements [s, s + VL) of a row, those from `end` on 0; columns: where each of them is, or NULL */
 static inline vf load_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
@@ -32,29 +32,33 @@ static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *column
     }
 }
 
+/* the pairs of steps of rows of x */
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
+    alignas(64) uint16_t rows[TILE];
     pack_rows(panel, g, ((const decoder *)g->b)->w->perm, i, k0, k1);
+    for (uint16_t *tile = panel, *end = panel + plane_size(k1 - k0); tile < end; tile += TILE) {
+        memcpy(rows, tile, sizeof rows);
+        transpose_tile(tile, rows, SIDE);
+    }
 }
 
 static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     pack_rows(panel, g, NULL, i, k0, k1);
 }
 
-enum { LD_ROWS = SHORT_K + SIDE };
-
-/* b = W^T: 16 rows of W at a time are decoded, then their pairs of steps are transposed */
-static void pack_transposed(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+/* b = W^T: rows of W, as their product with the rows of x is transposed */
+static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const decoder *d = g->b;
-    alignas(64) uint16_t rows[16 * LD_ROWS];
     int64_t steps = k1 - k0;
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
         if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
         fetch_codes(d->w, j, j + count, k1, at_most(k1 + steps, g->k)); /* the next block */
-        if (count < 16) { memset(rows, 0, sizeof rows); }
-        decode_rows(rows, LD_ROWS, d, j, count, k0, k1);
-        uint16_t *out = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
-        for (int64_t s = 0; s < steps; s += SIDE, out += 2 * TILE) { transpose_tile(out, rows + s, LD_ROWS); }
+        uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
+        decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
+        for (int64_t r = count; r < 16; r++) {
+            for (int64_t s = 0; s < steps; s += SIDE) { _mm512_store_si512(tiles + s / SIDE * 2 * TILE + r * SIDE, vi_set1(0)); }
+        }
     }
 }
 
@@ -66,7 +70,7 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
     for (int64_t s = 0; s < round_up(steps, SIDE); s += 2) {
         for (int r = 0; r < 2; r++) {
             if (s + r < steps) {
-                decode_rows(rows[r], 0, d, k0 + s + r, 1, j0, j1);
+                decode_rows(rows[r], 0, SIDE, d, k0 + s + r, 1, j0, j1);
             } else {
                 memset(rows[r], 0, sizeof rows[r]);
             }
@@ -218,9 +222,9 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
     }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
-                   .pack_b = pack_transposed, .planes = 1, .m = m, .n = w->n, .k = w->k};
+                   .pack_b = pack_columns, .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
     if (takes_limbs(w)) {
-        g.planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.planes = LIMBS, g.transposed = 0, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }

@@ -13,13 +13,29 @@ typedef struct {
     const uint16_t *a, *b;
     int64_t steps, plane; /* elements between the planes of an operand */
     int planes; /* LIMBS: limbs */
+    int transposed; /* tiles of sums are those of the transpose, with one plane */
     const float *before;  /* 2 x 2 tiles to add to, or NULL */
     float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
     int64_t ld, down, right;
     const char *fetch, *fetch_end; /* memory that is needed soon */
     const char *line;              /* and what is added to or written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
     int64_t line_ld, lines;
+    const float *turned;  /* 2 x 2 whole tiles of the transpose, */
+    float *out;           /* which go there, its rows `out_ld` apart, four lines at a time: `left` of 16 times */
+    int64_t out_ld;
+    int left;
 } quad;
+
+enum { FOURS = SIDE * 2 / 4 }; /* of lines in 2 x 2 tiles */
+
+/* four of the lines that are left */
+static inline __attribute__((always_inline)) void put_four(quad *q) {
+    int four = FOURS - q->left--, r = four / 2 * 4, half = four % 2;
+    float *out = q->out + r * q->out_ld + half * 16;
+    vf lines[4];
+    v_transpose4(lines, q->turned + r / 16 * (QUAD / 2) + half * (QUAD / 4) + r % 16, 16);
+    for (int64_t l = 0; l < 4; l++) { v_store(out + l * q->out_ld, lines[l]); }
+}
 
 /* asks for a few lines of memory; called between tile products, which take much longer */
 static inline __attribute__((always_inline)) void fetch(quad *q) {
@@ -33,28 +49,33 @@ static inline __attribute__((always_inline)) void fetch(quad *q) {
     }
 }
 
-#define MULTIPLY(limbs, sum, a, b)        \
-    if (limbs) {                          \
-        _tile_dpbssd(sum, a, b);          \
-    } else {                              \
-        _tile_dpbf16ps(sum, a, b);        \
+/* what tiles hold, a constant after inlining */
+enum { PRODUCT, TRANSPOSED, PRODUCT_OF_LIMBS };
+
+#define MULTIPLY(kind, sum, a, b)            \
+    if ((kind) == PRODUCT_OF_LIMBS) {        \
+        _tile_dpbssd(sum, a, b);             \
+    } else if ((kind) == TRANSPOSED) {       \
+        _tile_dpbf16ps(sum, b, a);           \
+    } else {                                 \
+        _tile_dpbf16ps(sum, a, b);           \
     }
 
 /* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
  * NULL: past the first-level cache, where those of a stay for all columns */
-static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int limbs, const int rows,
+static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int kind, const int rows,
                                                                 const int columns) {
     if (b != NULL) { _tile_stream_loadd(6, b, 64); }
     _tile_loadd(4, a, 64);
-    MULTIPLY(limbs, 0, 4, 6);
+    MULTIPLY(kind, 0, 4, 6);
     if (columns > 1) {
         if (b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
-        MULTIPLY(limbs, 1, 4, 7);
+        MULTIPLY(kind, 1, 4, 7);
     }
     if (rows > 1) {
         _tile_loadd(5, a + TILE, 64);
-        MULTIPLY(limbs, 2, 5, 6);
-        if (columns > 1) { MULTIPLY(limbs, 3, 5, 7); }
+        MULTIPLY(kind, 2, 5, 6);
+        if (columns > 1) { MULTIPLY(kind, 3, 5, 7); }
     }
 }
 
@@ -71,14 +92,17 @@ static inline __attribute__((always_inline)) void multiply_same_rows(const uint1
 }
 
 /* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
-static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int rows, const int columns) {
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int kind, const int rows,
+                                                                  const int columns) {
     const uint16_t *a = q->a, *b = q->b;
     for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        if (planes > 1) { multiply_step(a + q->plane, b, 0, rows, columns); }
-        multiply_step(a, planes > 1 ? NULL : b, 0, rows, columns);
+        if (planes > 1) { multiply_step(a + q->plane, b, kind, rows, columns); }
+        multiply_step(a, planes > 1 ? NULL : b, kind, rows, columns);
         if (planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
         fetch(q);
+        if (kind == TRANSPOSED && q->left > 0) { put_four(q); }
     }
+    while (kind == TRANSPOSED && q->left > 0) { put_four(q); }
 }
 
 static inline __attribute__((always_inline)) void zero_tiles(void) {
@@ -127,9 +151,9 @@ static inline __attribute__((always_inline)) void multiply_group(quad *q, int32_
     const int64_t plane = q->plane;
     zero_tiles();
     for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        multiply_step(a, b + group * plane, 1, rows, columns);
-        if (group > 0) { multiply_step(a + plane, b + (group - 1) * plane, 1, rows, columns); }
-        if (group > 1) { multiply_step(a + 2 * plane, b, 1, rows, columns); }
+        multiply_step(a, b + group * plane, PRODUCT_OF_LIMBS, rows, columns);
+        if (group > 0) { multiply_step(a + plane, b + (group - 1) * plane, PRODUCT_OF_LIMBS, rows, columns); }
+        if (group > 1) { multiply_step(a + 2 * plane, b, PRODUCT_OF_LIMBS, rows, columns); }
         fetch(q);
     }
     store_tiles(sums, 16, QUAD / 2, QUAD / 4, rows, columns);
@@ -162,9 +186,11 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
         if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
     }
     if (q->planes > 1) {
-        multiply_planes(q, 2, rows, columns);
+        multiply_planes(q, 2, PRODUCT, rows, columns);
+    } else if (q->transposed) {
+        multiply_planes(q, 1, TRANSPOSED, rows, columns);
     } else {
-        multiply_planes(q, 1, rows, columns);
+        multiply_planes(q, 1, PRODUCT, rows, columns);
     }
     store_tiles(q->after, q->ld, q->down, q->right, rows, columns);
 }

@@ -54,6 +54,7 @@ struct tile_gemm {
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int planes; /* LIMBS: limbs */
     int64_t m, n, k;
+    int transposed; /* sums are tiles of the transpose of c: pack_a leaves pairs of steps, pack_b rows; with one plane */
     int symmetric; /* b is the transpose of a: pack_a leaves the tiles of both, where packed_b is not NULL */
     /* filled by tile_gemm_run */
     int64_t i0, i1;         /* the rows of this pass */
@@ -72,23 +73,33 @@ static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) *
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------ */
 
-/* 2 x 2 tiles of sums to c at (i, j): at an edge, on the diagonal, to scattered columns, or to be added */
+/* 16 sums to c at (i, j), those of `lanes` */
+static inline void merge_row(const tile_gemm *g, vf sum, int64_t i, int64_t j, int64_t count) {
+    float *row = g->c + i * g->ldc;
+    if (g->c_columns != NULL) {
+        vm lanes = vm_first(count);
+        vi at = _mm512_maskz_loadu_epi32(lanes, g->c_columns + j);
+        if (g->accumulate) { sum = v_add(sum, _mm512_mask_i32gather_ps(v_zero(), lanes, at, row, 4)); }
+        _mm512_mask_i32scatter_ps(row, lanes, at, sum, 4);
+    } else {
+        v_store_tail(row + j, g->accumulate ? v_add(v_load_tail(row + j, count), sum) : sum, count);
+    }
+}
+
+/* 2 x 2 tiles of sums to c at (i, j): of the transpose, at an edge, on the diagonal, to scattered columns, or to be added */
 static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t rows, int64_t j, int64_t columns) {
-    for (int64_t r = 0; r < rows; r++) {
-        const float *row = sums + r / 16 * (QUAD / 2) + r % 16 * 16;
-        float *out = g->c + (i + r) * g->ldc;
-        int64_t count = g->lower ? at_most(columns, i + r - j + 1) : columns;
-        for (int64_t first = 0; first < count; first += 16, row += QUAD / 4) {
-            int64_t left = at_most(16, count - first);
-            vm lanes = vm_first(left);
-            if (g->c_columns != NULL) {
-                vi at = _mm512_maskz_loadu_epi32(lanes, g->c_columns + j + first);
-                vf sum = v_load(row);
-                if (g->accumulate) { sum = v_add(sum, _mm512_mask_i32gather_ps(v_zero(), lanes, at, out, 4)); }
-                _mm512_mask_i32scatter_ps(out, lanes, at, sum, 4);
+    for (int64_t r = 0; r < rows; r += 4) {
+        const float *tile = sums + r / 16 * (QUAD / 2);
+        for (int64_t first = 0; first < columns; first += 16, tile += QUAD / 4) {
+            vf lines[4];
+            if (g->transposed) {
+                v_transpose4(lines, tile + r % 16, 16);
             } else {
-                float *element = out + j + first;
-                v_store_tail(element, g->accumulate ? v_add(v_load_tail(element, left), v_load(row)) : v_load(row), left);
+                for (int64_t q = 0; q < 4; q++) { lines[q] = v_load(tile + (r % 16 + q) * 16); }
+            }
+            for (int64_t q = 0; q < at_most(4, rows - r); q++) {
+                int64_t count = g->lower ? at_most(columns, i + r + q - j + 1) : columns;
+                if (count > first) { merge_row(g, lines[q], i + r + q, j + first, at_most(16, count - first)); }
             }
         }
     }
@@ -128,17 +139,19 @@ static void pack_a_task(void *context, int64_t task) {
 static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
                           int64_t k1) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
-    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes};
+    alignas(64) float turned[2][QUAD];
+    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes,
+              .transposed = g->transposed};
     q.fetch = (const char *)(q.a + panel_size(g, steps)), q.fetch_end = (const char *)(q.a + 2 * panel_size(g, steps));
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, j1 - j);
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
         q.b = panel_at(block, g, j - j0, steps);
         q.before = k0 > 0 ? sums : NULL;
-        if (k1 == g->k && inside) {
+        if (k1 == g->k && inside && !g->transposed) {
             q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
         } else {
-            q.after = sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
+            q.after = k1 == g->k && g->transposed ? turned[(j - j0) / SIDE % 2] : sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
         }
         if (q.after != sums && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
             q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
@@ -146,8 +159,10 @@ static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int6
             q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < j1 ? SIDE : 0; /* the next sums */
         }
         multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
-        if (k1 == g->k && !inside) { merge_quad(g, sums, i, rows, j, columns); }
+        if (k1 == g->k && !inside) { merge_quad(g, q.after, i, rows, j, columns); }
+        if (k1 == g->k && inside && g->transposed) { q.turned = q.after, q.out = g->c + i * g->ldc + j, q.out_ld = g->ldc, q.left = FOURS; }
     }
+    while (q.left > 0) { put_four(&q); }
 }
 
 static void tile_gemm_task(void *context, int64_t task) {
