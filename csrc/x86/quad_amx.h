@@ -91,18 +91,16 @@ static inline __attribute__((always_inline)) void multiply_same_rows(const uint1
     }
 }
 
-/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
-static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int kind, const int rows,
-                                                                  const int columns) {
-    const uint16_t *a = q->a, *b = q->b;
-    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        if (planes > 1) { multiply_step(a + q->plane, b, kind, rows, columns); }
-        multiply_step(a, planes > 1 ? NULL : b, kind, rows, columns);
-        if (planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
-        fetch(q);
-        if (kind == TRANSPOSED && q->left > 0) { put_four(q); }
+/* sums += the products of 16 columns of b */
+static inline __attribute__((always_inline)) void multiply_column(const uint16_t *a, const uint16_t *b, const int kind, const int rows,
+                                                                  const int column) {
+    _tile_stream_loadd(6, b + column * TILE, 64);
+    _tile_loadd(4, a, 64);
+    if (column == 0) { MULTIPLY(kind, 0, 4, 6); } else { MULTIPLY(kind, 1, 4, 6); }
+    if (rows > 1) {
+        _tile_loadd(5, a + TILE, 64);
+        if (column == 0) { MULTIPLY(kind, 2, 5, 6); } else { MULTIPLY(kind, 3, 5, 6); }
     }
-    while (kind == TRANSPOSED && q->left > 0) { put_four(q); }
 }
 
 static inline __attribute__((always_inline)) void zero_tiles(void) {
@@ -121,6 +119,35 @@ static inline __attribute__((always_inline)) void store_tiles(void *out, int64_t
     if (columns > 1) { _tile_stored(1, to + right, stride); }
     if (rows > 1) { _tile_stored(2, to + down, stride); }
     if (rows > 1 && columns > 1) { _tile_stored(3, to + down + right, stride); }
+}
+
+/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int kind, const int rows,
+                                                                  const int columns) {
+    const uint16_t *a = q->a, *b = q->b;
+    const int64_t last = planes > 1 ? q->steps : q->steps - 2 * SIDE;
+    for (int64_t s = 0; s < last; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        if (planes > 1) { multiply_step(a + q->plane, b, kind, rows, columns); }
+        multiply_step(a, planes > 1 ? NULL : b, kind, rows, columns);
+        if (planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
+        fetch(q);
+        if (kind == TRANSPOSED && q->left > 0) { put_four(q); }
+    }
+    while (kind == TRANSPOSED && q->left > 0) { put_four(q); }
+    if (planes > 1) { store_tiles(q->after, q->ld, q->down, q->right, rows, columns); return; }
+    int64_t stride = q->ld * (int64_t)sizeof *q->after;
+    for (int column = 0; column < columns; column++) {
+        const uint16_t *a0 = a, *b0 = b;
+        for (int64_t s = last > 0 ? last : 0; s < q->steps; s += SIDE, a0 += 2 * TILE, b0 += 2 * TILE) { 
+          if (column == 0) multiply_column(a0, b0, kind, rows, 0); else multiply_column(a0, b0, kind, rows, 1); }
+        if (column == 0) {
+            _tile_stored(0, q->after, stride);
+            if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
+        } else {
+            _tile_stored(1, q->after + q->right, stride);
+            if (rows > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+        }
+    }
 }
 
 /* after = sums times the largest values of their rows and columns, and + before where `add` is set; sums: of the products of limbs 0 0, of
@@ -192,7 +219,6 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
     } else {
         multiply_planes(q, 1, PRODUCT, rows, columns);
     }
-    store_tiles(q->after, q->ld, q->down, q->right, rows, columns);
 }
 
 static void multiply_quad(quad *q, int rows, int columns) {
