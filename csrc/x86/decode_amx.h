@@ -201,13 +201,17 @@ static void decode_rows(uint16_t *out, int64_t ld, int64_t step, const decoder *
     }
 }
 
+/* bits of a code, bytes of the codes of a row */
+static inline int64_t bits_of(const ql_weight *w) { return w->format == QL_NF4 || w->format == QL_FP4 ? 4 : w->bits; }
+static inline int64_t row_bytes_of(const ql_weight *w) {
+    return w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k * bits_of(w) / 8;
+}
+
 /* asks for the codes of rows [i0, i1), columns [j0, j1): short pieces of rows are not foreseen by the processor */
 static void fetch_codes(const ql_weight *w, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    int64_t bits = w->format == QL_NF4 || w->format == QL_FP4 ? 4 : w->bits;
-    int64_t row_bits = w->format == QL_AFFINE ? 32 * ql_words_per_row(w->k, w->bits) : w->k * bits;
     for (int64_t i = i0; i < i1; i++) {
-        const char *row = (const char *)w->codes + i * row_bits / 8;
-        for (int64_t byte = j0 * bits / 8; byte < j1 * bits / 8; byte += 64) { _mm_prefetch(row + byte, _MM_HINT_T1); }
+        const char *row = (const char *)w->codes + i * row_bytes_of(w);
+        for (int64_t byte = j0 * bits_of(w) / 8; byte < j1 * bits_of(w) / 8; byte += 64) { _mm_prefetch(row + byte, _MM_HINT_T1); }
     }
 }
 

@@ -53,7 +53,6 @@ static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
         if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
-        fetch_codes(d->w, j, j + count, k1, at_most(k1 + steps, g->k)); /* the next block */
         uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
         decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
         for (int64_t r = count; r < 16; r++) {
@@ -222,9 +221,9 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
     }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
-                   .pack_b = pack_columns, .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
+                   .pack_b = pack_columns, .stored = w->codes, .stored_ld = row_bytes_of(w), .stored_bits = bits_of(w), .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
     if (takes_limbs(w)) {
-        g.planes = LIMBS, g.transposed = 0, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.planes = LIMBS, g.transposed = 0, g.stored = NULL, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }

@@ -20,6 +20,8 @@ typedef struct {
     const char *fetch, *fetch_end; /* memory that is needed soon */
     const char *line;              /* and what is added to or written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
     int64_t line_ld, lines;
+    const char *soon; /* and `soon_pace` lines at a time: soon_bytes from soon_at on in soon_rows rows, soon_ld bytes apart */
+    int64_t soon_ld, soon_bytes, soon_rows, soon_at, soon_pace;
     const float *turned;  /* 2 x 2 whole tiles of the transpose, */
     float *out;           /* which go there, its rows `out_ld` apart, four lines at a time: `left` of 16 times */
     int64_t out_ld;
@@ -46,6 +48,11 @@ static inline __attribute__((always_inline)) void fetch(quad *q) {
     for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
         __builtin_prefetch(q->line, 1);
         __builtin_prefetch(q->line + 64, 1);
+    }
+    for (int64_t i = 0; i < q->soon_pace && q->soon_rows > 0; i++) {
+        _mm_prefetch(q->soon + q->soon_at, _MM_HINT_T1);
+        q->soon_at += 64;
+        if (q->soon_at >= q->soon_bytes) { q->soon_at = 0, q->soon_rows--, q->soon += q->soon_ld; }
     }
 }
 

@@ -52,6 +52,8 @@ struct tile_gemm {
     void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1);
     /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
+    const char *stored; /* what pack_b reads, or NULL: step k of column j at stored + j stored_ld + k stored_bits / 8 */
+    int64_t stored_ld, stored_bits;
     int planes; /* LIMBS: limbs */
     int64_t m, n, k;
     int transposed; /* sums are tiles of the transpose of c: pack_a leaves pairs of steps, pack_b rows; with one plane */
@@ -137,14 +139,20 @@ static void pack_a_task(void *context, int64_t task) {
 
 /* 32 rows of a, one block of k, against all columns of the task */
 static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
-                          int64_t k1) {
+                          int64_t k1, int64_t soon, int64_t soon_end) {
     int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
     alignas(64) float turned[2][QUAD];
     quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes,
               .transposed = g->transposed};
     q.fetch = (const char *)(q.a + panel_size(g, steps)), q.fetch_end = (const char *)(q.a + 2 * panel_size(g, steps));
     for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
-        int64_t columns = at_most(SIDE, j1 - j);
+        int64_t columns = at_most(SIDE, j1 - j), share = pieces(soon_end - soon, pieces(j1 - j, SIDE));
+        if (share > 0) {
+            int64_t first = k1 * g->stored_bits / 8 / 64 * 64, end = at_most(k1 + g->block_k, g->k) * g->stored_bits / 8;
+            q.soon = g->stored + soon * g->stored_ld + first, q.soon_ld = g->stored_ld, q.soon_bytes = end - first, q.soon_at = 0;
+            q.soon_rows = share, q.soon_pace = pieces(share * pieces(end - first, 64), pieces(steps, SIDE));
+            soon += share;
+        }
         int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
         q.b = panel_at(block, g, j - j0, steps);
         q.before = k0 > 0 ? sums : NULL;
@@ -186,7 +194,12 @@ static void tile_gemm_task(void *context, int64_t task) {
         }
         for (int64_t i = i0; i < i1; i += SIDE) {
             int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
-            multiply_rows(g, panels, sums + kept, i, j0, j1, k0, k1);
+            int64_t soon = j0, soon_end = j0; /* columns whose next block is asked for meanwhile */
+            if (g->stored != NULL && k1 < g->k) {
+                int64_t parts = pieces(i1 - i0, SIDE), part = (i - i0) / SIDE;
+                soon = j0 + (j1 - j0) * part / parts, soon_end = j0 + (j1 - j0) * (part + 1) / parts;
+            }
+            multiply_rows(g, panels, sums + kept, i, j0, j1, k0, k1, soon, soon_end);
         }
     }
     restore_tiles(&before);
