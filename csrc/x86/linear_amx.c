@@ -34,11 +34,22 @@ static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *column
 
 /* the pairs of steps of rows of x */
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
+    const int32_t *columns = ((const decoder *)g->b)->w->perm;
     alignas(64) uint16_t rows[TILE];
-    pack_rows(panel, g, ((const decoder *)g->b)->w->perm, i, k0, k1);
-    for (uint16_t *tile = panel, *end = panel + plane_size(k1 - k0); tile < end; tile += TILE) {
-        memcpy(rows, tile, sizeof rows);
-        transpose_tile(tile, rows, SIDE);
+    for (int64_t half = 0; half < SIDE; half += 16) {
+        uint16_t *tile = panel + half / 16 * TILE;
+        for (int64_t s = k0; s < k1; s += SIDE, tile += 2 * TILE) {
+            for (int64_t r = 0; r < 16; r++) {
+                const float *row = (const float *)g->a + (i + half + r) * g->lda;
+                int64_t end = i + half + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
+                if (columns == NULL && s + SIDE <= end) {
+                    _mm512_store_si512(rows + r * SIDE, to_bf16(v_load(row + s), v_load(row + s + VL)));
+                } else {
+                    _mm512_store_si512(rows + r * SIDE, to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end)));
+                }
+            }
+            transpose_tile(tile, rows, SIDE);
+        }
     }
 }
 
