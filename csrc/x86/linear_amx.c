@@ -16,45 +16,37 @@ static inline vf load_steps(const float *row, const int32_t *columns, int64_t s,
     return _mm512_mask_i32gather_ps(v_zero(), lanes, _mm512_maskz_loadu_epi32(lanes, columns + s), row, 4);
 }
 
-/* rows of x or dy; columns: where step s of a row is, or NULL */
-static void pack_rows(uint16_t *panel, const tile_gemm *g, const int32_t *columns, int64_t i, int64_t k0, int64_t k1) {
-    for (int64_t r = 0; r < SIDE; r++) {
-        const float *row = (const float *)g->a + (i + r) * g->lda;
-        uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
-        int64_t s = k0, end = i + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
-        for (; columns == NULL && s + SIDE <= end; s += SIDE, out += 2 * TILE) {
-            _mm512_store_si512(out, to_bf16(v_load(row + s), v_load(row + s + VL)));
-        }
-        for (; s < k1; s += SIDE, out += 2 * TILE) {
-            vf first = load_steps(row, columns, s, end), second = load_steps(row, columns, s + VL, end);
-            _mm512_store_si512(out, to_bf16(first, second));
-        }
-    }
+/* the same, 32 of them as bf16 */
+static inline __m512i round_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
+    if (columns == NULL && s + SIDE <= end) { return to_bf16(v_load(row + s), v_load(row + s + VL)); }
+    return to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end));
 }
 
 /* the pairs of steps of rows of x */
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     const int32_t *columns = ((const decoder *)g->b)->w->perm;
     alignas(64) uint16_t rows[TILE];
-    for (int64_t half = 0; half < SIDE; half += 16) {
-        uint16_t *tile = panel + half / 16 * TILE;
+    for (int64_t half = 0; half < 2; half++) {
+        uint16_t *tile = panel + half * TILE;
         for (int64_t s = k0; s < k1; s += SIDE, tile += 2 * TILE) {
-            for (int64_t r = 0; r < 16; r++) {
-                const float *row = (const float *)g->a + (i + half + r) * g->lda;
-                int64_t end = i + half + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
-                if (columns == NULL && s + SIDE <= end) {
-                    _mm512_store_si512(rows + r * SIDE, to_bf16(v_load(row + s), v_load(row + s + VL)));
-                } else {
-                    _mm512_store_si512(rows + r * SIDE, to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end)));
-                }
+            for (int64_t r = 0, row = i + 16 * half; r < 16; r++, row++) {
+                int64_t end = row < g->m ? k1 : k0; /* rows beyond the last: zeros */
+                _mm512_store_si512(rows + r * SIDE, round_steps((const float *)g->a + row * g->lda, columns, s, end));
             }
             transpose_tile(tile, rows, SIDE);
         }
     }
 }
 
+/* rows of dy */
 static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
-    pack_rows(panel, g, NULL, i, k0, k1);
+    for (int64_t r = 0; r < SIDE; r++) {
+        uint16_t *out = panel + r / 16 * TILE + r % 16 * SIDE;
+        int64_t end = i + r < g->m ? k1 : k0; /* rows beyond the last: zeros */
+        for (int64_t s = k0; s < k1; s += SIDE, out += 2 * TILE) {
+            _mm512_store_si512(out, round_steps((const float *)g->a + (i + r) * g->lda, NULL, s, end));
+        }
+    }
 }
 
 /* b = W^T: rows of W, as their product with the rows of x is transposed */
@@ -66,7 +58,7 @@ static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_
         if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
         uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
         decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
-        for (int64_t r = count; r < 16; r++) {
+        for (int64_t r = count; r < 16; r++) { /* rows beyond the last: zeros */
             for (int64_t s = 0; s < steps; s += SIDE) { _mm512_store_si512(tiles + s / SIDE * 2 * TILE + r * SIDE, vi_set1(0)); }
         }
     }
@@ -232,9 +224,10 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
     }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
-                   .pack_b = pack_columns, .stored = w->codes, .stored_ld = row_bytes_of(w), .stored_bits = bits_of(w), .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
+                   .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
+                   .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
     if (takes_limbs(w)) {
-        g.planes = LIMBS, g.transposed = 0, g.stored = NULL, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.planes = LIMBS, g.transposed = 0, g.codes = NULL, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }

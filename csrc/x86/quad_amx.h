@@ -2,44 +2,39 @@
 #ifndef QL_QUAD_AMX_H
 #define QL_QUAD_AMX_H
 
+#include "../core/sizes.h"
 #include "bf16_amx.h"
 #include "limbs_amx.h"
 
 #include <stdalign.h> /* alignas */
 
-enum { FETCH = 4 }; /* cache lines of the next rows of a to fetch for each 32 steps */
+enum {
+    FETCH = 4,              /* cache lines, or pairs of them, to ask for beside 32 steps */
+    FOURS = 2 * SIDE / 4,   /* of cache lines in 2 x 2 tiles */
+    LAST_STEPS = 2 * SIDE   /* see multiply_plane */
+};
 
 typedef struct {
     const uint16_t *a, *b;
     int64_t steps, plane; /* elements between the planes of an operand */
-    int planes; /* LIMBS: limbs */
-    int transposed; /* tiles of sums are those of the transpose, with one plane */
+    int planes;           /* LIMBS: limbs */
+    int transposed;       /* tiles of sums are those of the transpose: with one plane */
     const float *before;  /* 2 x 2 tiles to add to, or NULL */
-    float *after;         /* where the result goes, its tiles `down` and 16 elements apart, rows `ld` */
+    float *after;         /* where the result goes, its tiles `down` and `right` elements apart, rows `ld` */
     int64_t ld, down, right;
     const char *fetch, *fetch_end; /* memory that is needed soon */
     const char *line;              /* and what is added to or written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
     int64_t line_ld, lines;
-    const char *soon; /* and `soon_pace` lines at a time: soon_bytes from soon_at on in soon_rows rows, soon_ld bytes apart */
-    int64_t soon_ld, soon_bytes, soon_rows, soon_at, soon_pace;
-    const float *turned;  /* 2 x 2 whole tiles of the transpose, */
-    float *out;           /* which go there, its rows `out_ld` apart, four lines at a time: `left` of 16 times */
-    int64_t out_ld;
-    int left;
+    const char *codes; /* and what the next block of b is made of: `code_bytes` of each of `code_rows` rows, `codes_ld` bytes apart, */
+    int64_t codes_ld, code_bytes, code_rows, code_at, code_pace; /* from `code_at` on, so many lines at a time */
+    /* The result of the quad before, whole tiles of the transpose, which goes to rows `out_ld` apart while this one is computed:
+     * four cache lines at a time, `left` times more. */
+    const float *turned;
+    float *out;
+    int64_t out_ld, left;
 } quad;
 
-enum { FOURS = SIDE * 2 / 4 }; /* of lines in 2 x 2 tiles */
-
-/* four of the lines that are left */
-static inline __attribute__((always_inline)) void put_four(quad *q) {
-    int four = FOURS - q->left--, r = four / 2 * 4, half = four % 2;
-    float *out = q->out + r * q->out_ld + half * 16;
-    vf lines[4];
-    v_transpose4(lines, q->turned + r / 16 * (QUAD / 2) + half * (QUAD / 4) + r % 16, 16);
-    for (int64_t l = 0; l < 4; l++) { v_store(out + l * q->out_ld, lines[l]); }
-}
-
-/* asks for a few lines of memory; called between tile products, which take much longer */
+/* asks for a few lines of memory */
 static inline __attribute__((always_inline)) void fetch(quad *q) {
     if (q->fetch < q->fetch_end) {
         for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
@@ -49,11 +44,26 @@ static inline __attribute__((always_inline)) void fetch(quad *q) {
         __builtin_prefetch(q->line, 1);
         __builtin_prefetch(q->line + 64, 1);
     }
-    for (int64_t i = 0; i < q->soon_pace && q->soon_rows > 0; i++) {
-        _mm_prefetch(q->soon + q->soon_at, _MM_HINT_T1);
-        q->soon_at += 64;
-        if (q->soon_at >= q->soon_bytes) { q->soon_at = 0, q->soon_rows--, q->soon += q->soon_ld; }
+    for (int64_t i = 0; i < q->code_pace && q->code_rows > 0; i++) {
+        _mm_prefetch(q->codes + q->code_at, _MM_HINT_T1);
+        q->code_at += 64;
+        if (q->code_at >= q->code_bytes) { q->code_at = 0, q->codes += q->codes_ld, q->code_rows--; }
     }
+}
+
+/* four lines of the result of the quad before */
+static inline __attribute__((always_inline)) void put_four(quad *q) {
+    int64_t four = FOURS - q->left--, r = four / 2 * 4, half = four % 2;
+    float *out = q->out + r * q->out_ld + half * 16;
+    vf lines[4];
+    v_transpose4(lines, q->turned + r / 16 * (QUAD / 2) + half * (QUAD / 4) + r % 16, 16);
+    for (int64_t l = 0; l < 4; l++) { v_store(out + l * q->out_ld, lines[l]); }
+}
+
+/* what is done between tile products, which take much longer */
+static inline __attribute__((always_inline)) void do_between(quad *q) {
+    fetch(q);
+    if (q->left > 0) { put_four(q); }
 }
 
 /* what tiles hold, a constant after inlining */
@@ -98,18 +108,6 @@ static inline __attribute__((always_inline)) void multiply_same_rows(const uint1
     }
 }
 
-/* sums += the products of 16 columns of b */
-static inline __attribute__((always_inline)) void multiply_column(const uint16_t *a, const uint16_t *b, const int kind, const int rows,
-                                                                  const int column) {
-    _tile_stream_loadd(6, b + column * TILE, 64);
-    _tile_loadd(4, a, 64);
-    if (column == 0) { MULTIPLY(kind, 0, 4, 6); } else { MULTIPLY(kind, 1, 4, 6); }
-    if (rows > 1) {
-        _tile_loadd(5, a + TILE, 64);
-        if (column == 0) { MULTIPLY(kind, 2, 5, 6); } else { MULTIPLY(kind, 3, 5, 6); }
-    }
-}
-
 static inline __attribute__((always_inline)) void zero_tiles(void) {
     _tile_zero(0);
     _tile_zero(1);
@@ -117,43 +115,62 @@ static inline __attribute__((always_inline)) void zero_tiles(void) {
     _tile_zero(3);
 }
 
-/* the tiles of sums to `out`, where they are `down` and `right` elements apart and their rows `ld` */
-static inline __attribute__((always_inline)) void store_tiles(void *out, int64_t ld, int64_t down, int64_t right, const int rows,
-                                                              const int columns) {
-    float *to = out; /* or integers: as wide */
-    int64_t stride = ld * (int64_t)sizeof *to;
-    _tile_stored(0, to, stride);
-    if (columns > 1) { _tile_stored(1, to + right, stride); }
-    if (rows > 1) { _tile_stored(2, to + down, stride); }
-    if (rows > 1 && columns > 1) { _tile_stored(3, to + down + right, stride); }
+/* those of the tiles of sums that belong to columns [16 first, 16 end) to where the result goes */
+static inline __attribute__((always_inline)) void store_tiles(const quad *q, const int rows, const int first, const int end) {
+    int64_t stride = q->ld * (int64_t)sizeof *q->after;
+    if (first == 0) {
+        _tile_stored(0, q->after, stride);
+        if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
+    }
+    if (end == 2) {
+        _tile_stored(1, q->after + q->right, stride);
+        if (rows > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+    }
 }
 
-/* sums += the products of `steps` / 32 tiles of a and b, of all planes: as few tile loads as there can be */
-static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int planes, const int kind, const int rows,
-                                                                  const int columns) {
+/* sums += the products of two planes */
+static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int rows, const int columns) {
     const uint16_t *a = q->a, *b = q->b;
-    const int64_t last = planes > 1 ? q->steps : q->steps - 2 * SIDE;
-    for (int64_t s = 0; s < last; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        if (planes > 1) { multiply_step(a + q->plane, b, kind, rows, columns); }
-        multiply_step(a, planes > 1 ? NULL : b, kind, rows, columns);
-        if (planes > 1) { multiply_same_rows(b + q->plane, rows, columns); }
-        fetch(q);
-        if (kind == TRANSPOSED && q->left > 0) { put_four(q); }
+    for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) { /* as few tile loads as there can be */
+        multiply_step(a + q->plane, b, PRODUCT, rows, columns);
+        multiply_step(a, NULL, PRODUCT, rows, columns);
+        multiply_same_rows(b + q->plane, rows, columns);
+        do_between(q);
     }
-    while (kind == TRANSPOSED && q->left > 0) { put_four(q); }
-    if (planes > 1) { store_tiles(q->after, q->ld, q->down, q->right, rows, columns); return; }
-    int64_t stride = q->ld * (int64_t)sizeof *q->after;
-    for (int column = 0; column < columns; column++) {
-        const uint16_t *a0 = a, *b0 = b;
-        for (int64_t s = last > 0 ? last : 0; s < q->steps; s += SIDE, a0 += 2 * TILE, b0 += 2 * TILE) { 
-          if (column == 0) multiply_column(a0, b0, kind, rows, 0); else multiply_column(a0, b0, kind, rows, 1); }
-        if (column == 0) {
-            _tile_stored(0, q->after, stride);
-            if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
-        } else {
-            _tile_stored(1, q->after + q->right, stride);
-            if (rows > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+    store_tiles(q, rows, 0, columns);
+}
+
+/* sums += a b of one tile of columns over steps [from, steps) */
+static inline __attribute__((always_inline)) void multiply_column(const quad *q, int64_t from, const int kind, const int rows,
+                                                                  const int column) {
+    const uint16_t *a = q->a + from * SIDE, *b = q->b + from * SIDE + column * TILE;
+    for (int64_t s = from; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        _tile_stream_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        if (column == 0) { MULTIPLY(kind, 0, 4, 6) } else { MULTIPLY(kind, 1, 4, 6) }
+        if (rows > 1) {
+            _tile_loadd(5, a + TILE, 64);
+            if (column == 0) { MULTIPLY(kind, 2, 5, 6) } else { MULTIPLY(kind, 3, 5, 6) }
         }
+    }
+}
+
+/* Sums += the products of one plane, and to where the result goes. Four tiles stored one after another fill the processor's
+ * store buffer, and the tile unit waits: so the last steps are done for the first columns, whose tiles are stored while those of
+ * the others are multiplied. */
+static inline __attribute__((always_inline)) void multiply_plane(quad *q, const int kind, const int rows, const int columns) {
+    const int64_t steps = round_up(q->steps, SIDE), last = columns > 1 && steps > LAST_STEPS ? steps - LAST_STEPS : 0;
+    const uint16_t *a = q->a, *b = q->b;
+    for (int64_t s = 0; s < last; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+        multiply_step(a, b, kind, rows, columns);
+        do_between(q);
+    }
+    while (q->left > 0) { put_four(q); }
+    multiply_column(q, last, kind, rows, 0);
+    store_tiles(q, rows, 0, 1);
+    if (columns > 1) {
+        multiply_column(q, last, kind, rows, 1);
+        store_tiles(q, rows, 1, 2);
     }
 }
 
@@ -188,9 +205,12 @@ static inline __attribute__((always_inline)) void multiply_group(quad *q, int32_
         multiply_step(a, b + group * plane, PRODUCT_OF_LIMBS, rows, columns);
         if (group > 0) { multiply_step(a + plane, b + (group - 1) * plane, PRODUCT_OF_LIMBS, rows, columns); }
         if (group > 1) { multiply_step(a + 2 * plane, b, PRODUCT_OF_LIMBS, rows, columns); }
-        fetch(q);
+        do_between(q);
     }
-    store_tiles(sums, 16, QUAD / 2, QUAD / 4, rows, columns);
+    _tile_stored(0, sums, 64);
+    if (columns > 1) { _tile_stored(1, sums + QUAD / 4, 64); }
+    if (rows > 1) { _tile_stored(2, sums + QUAD / 2, 64); }
+    if (rows > 1 && columns > 1) { _tile_stored(3, sums + 3 * QUAD / 4, 64); }
 }
 
 static inline __attribute__((always_inline)) void multiply_limbs(quad *q, const int rows, const int columns) {
@@ -220,11 +240,11 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
         if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
     }
     if (q->planes > 1) {
-        multiply_planes(q, 2, PRODUCT, rows, columns);
+        multiply_planes(q, rows, columns);
     } else if (q->transposed) {
-        multiply_planes(q, 1, TRANSPOSED, rows, columns);
+        multiply_plane(q, TRANSPOSED, rows, columns);
     } else {
-        multiply_planes(q, 1, PRODUCT, rows, columns);
+        multiply_plane(q, PRODUCT, rows, columns);
     }
 }
 

@@ -26,6 +26,8 @@
 #include "places.h"
 #include "quad_amx.h"
 
+#include <stdalign.h> /* alignas */
+
 enum {
     BLOCK_STEPS = 512,        /* steps of k in a block, all planes together: 32 rows of a are 32 KiB, two thirds of the cache */
     SHORT_K = 768,            /* steps that are one block still, since it needs no sums between blocks */
@@ -52,11 +54,11 @@ struct tile_gemm {
     void (*pack_a)(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1);
     /* the tiles of columns [j0, j1) and steps [k0, k1) of b: see panel_at */
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
-    const char *stored; /* what pack_b reads, or NULL: step k of column j at stored + j stored_ld + k stored_bits / 8 */
-    int64_t stored_ld, stored_bits;
+    const char *codes; /* what pack_b reads, or NULL: step k of column j is bit k code_bits of the row at j codes_ld bytes */
+    int64_t codes_ld, code_bits;
     int planes; /* LIMBS: limbs */
     int64_t m, n, k;
-    int transposed; /* sums are tiles of the transpose of c: pack_a leaves pairs of steps, pack_b rows; with one plane */
+    int transposed; /* the tiles are those of c^T = b^T a^T: pack_a leaves pairs of steps, pack_b rows; with one plane */
     int symmetric; /* b is the transpose of a: pack_a leaves the tiles of both, where packed_b is not NULL */
     /* filled by tile_gemm_run */
     int64_t i0, i1;         /* the rows of this pass */
@@ -75,7 +77,7 @@ static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) *
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------ */
 
-/* 16 sums to c at (i, j), those of `lanes` */
+/* the first `count` of 16 sums to c at (i, j) */
 static inline void merge_row(const tile_gemm *g, vf sum, int64_t i, int64_t j, int64_t count) {
     float *row = g->c + i * g->ldc;
     if (g->c_columns != NULL) {
@@ -88,7 +90,7 @@ static inline void merge_row(const tile_gemm *g, vf sum, int64_t i, int64_t j, i
     }
 }
 
-/* 2 x 2 tiles of sums to c at (i, j): of the transpose, at an edge, on the diagonal, to scattered columns, or to be added */
+/* 2 x 2 tiles of sums to c at (i, j): at an edge, on the diagonal, to scattered columns, or to be added */
 static void merge_quad(const tile_gemm *g, const float *sums, int64_t i, int64_t rows, int64_t j, int64_t columns) {
     for (int64_t r = 0; r < rows; r += 4) {
         const float *tile = sums + r / 16 * (QUAD / 2);
@@ -137,38 +139,52 @@ static void pack_a_task(void *context, int64_t task) {
     }
 }
 
+/* what a task multiplies: 32 rows of a from row i, block [k0, k1), columns [j0, j1) */
+typedef struct {
+    int64_t i, j0, j1, k0, k1;
+    int64_t next_j, next_end; /* columns whose codes of the next block are asked for meanwhile */
+} strip;
+
+/* which codes the quad of column j asks for: its share of those that are left */
+static void take_codes(quad *q, const tile_gemm *g, strip *s, int64_t j) {
+    int64_t from = s->k1 * g->code_bits / 8 / 64 * 64, end = at_most(s->k1 + g->block_k, g->k) * g->code_bits / 8;
+    q->codes = g->codes + s->next_j * g->codes_ld + from, q->codes_ld = g->codes_ld, q->code_bytes = end - from, q->code_at = 0;
+    q->code_rows = pieces(s->next_end - s->next_j, pieces(s->j1 - j, SIDE));
+    q->code_pace = pieces(q->code_rows * pieces(end - from, 64), pieces(s->k1 - s->k0, SIDE));
+    s->next_j += q->code_rows;
+}
+
 /* 32 rows of a, one block of k, against all columns of the task */
-static void multiply_rows(const tile_gemm *g, uint16_t *block, float *sums, int64_t i, int64_t j0, int64_t j1, int64_t k0,
-                          int64_t k1, int64_t soon, int64_t soon_end) {
-    int64_t rows = at_most(SIDE, g->i1 - i), steps = k1 - k0;
-    alignas(64) float turned[2][QUAD];
-    quad q = {.a = panel_of_a(g, i, k0, k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes,
+static void multiply_rows(const tile_gemm *g, strip s, uint16_t *block, float *sums) {
+    alignas(64) float turned[QUAD];
+    int64_t rows = at_most(SIDE, g->i1 - s.i), steps = s.k1 - s.k0, size = panel_size(g, steps);
+    int last_block = s.k1 == g->k, turns = last_block && g->transposed;
+    quad q = {.a = panel_of_a(g, s.i, s.k0, s.k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes,
               .transposed = g->transposed};
-    q.fetch = (const char *)(q.a + panel_size(g, steps)), q.fetch_end = (const char *)(q.a + 2 * panel_size(g, steps));
-    for (int64_t j = j0; j < j1 && !(g->lower && j > i + rows - 1); j += SIDE, sums += QUAD) {
-        int64_t columns = at_most(SIDE, j1 - j), share = pieces(soon_end - soon, pieces(j1 - j, SIDE));
-        if (share > 0) {
-            int64_t first = k1 * g->stored_bits / 8 / 64 * 64, end = at_most(k1 + g->block_k, g->k) * g->stored_bits / 8;
-            q.soon = g->stored + soon * g->stored_ld + first, q.soon_ld = g->stored_ld, q.soon_bytes = end - first, q.soon_at = 0;
-            q.soon_rows = share, q.soon_pace = pieces(share * pieces(end - first, 64), pieces(steps, SIDE));
-            soon += share;
-        }
-        int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > i);
-        q.b = panel_at(block, g, j - j0, steps);
-        q.before = k0 > 0 ? sums : NULL;
-        if (k1 == g->k && inside && !g->transposed) {
-            q.after = g->c + i * g->ldc + j, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
+    q.fetch = (const char *)(q.a + size), q.fetch_end = (const char *)(q.a + 2 * size);
+    for (int64_t j = s.j0; j < s.j1 && !(g->lower && j > s.i + rows - 1); j += SIDE, sums += QUAD) {
+        int64_t columns = at_most(SIDE, s.j1 - j);
+        int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > s.i);
+        float *c = g->c + s.i * g->ldc + j;
+        q.b = panel_at(block, g, j - s.j0, steps);
+        q.before = s.k0 > 0 ? sums : NULL;
+        if (last_block && inside && !turns) {
+            q.after = c, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
         } else {
-            q.after = k1 == g->k && g->transposed ? turned[(j - j0) / SIDE % 2] : sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
+            q.after = turns ? turned : sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
         }
-        if (q.after != sums && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
-            q.line = (const char *)q.after, q.line_ld = g->ldc * (int64_t)sizeof *g->c, q.lines = rows;
-        } else {
-            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < j1 ? SIDE : 0; /* the next sums */
+        if (s.next_j < s.next_end) { take_codes(&q, g, &s, j); }
+        if (q.after == c && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
+            q.line = (const char *)c, q.line_ld = g->ldc * (int64_t)sizeof *c, q.lines = rows;
+        } else { /* the next sums */
+            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < s.j1 ? SIDE : 0;
         }
         multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
-        if (k1 == g->k && !inside) { merge_quad(g, q.after, i, rows, j, columns); }
-        if (k1 == g->k && inside && g->transposed) { q.turned = q.after, q.out = g->c + i * g->ldc + j, q.out_ld = g->ldc, q.left = FOURS; }
+        if (turns && inside) {
+            q.turned = turned, q.out = c, q.out_ld = g->ldc, q.left = FOURS;
+        } else if (last_block && !inside) {
+            merge_quad(g, q.after, s.i, rows, j, columns);
+        }
     }
     while (q.left > 0) { put_four(&q); }
 }
@@ -194,12 +210,12 @@ static void tile_gemm_task(void *context, int64_t task) {
         }
         for (int64_t i = i0; i < i1; i += SIDE) {
             int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
-            int64_t soon = j0, soon_end = j0; /* columns whose next block is asked for meanwhile */
-            if (g->stored != NULL && k1 < g->k) {
-                int64_t parts = pieces(i1 - i0, SIDE), part = (i - i0) / SIDE;
-                soon = j0 + (j1 - j0) * part / parts, soon_end = j0 + (j1 - j0) * (part + 1) / parts;
+            strip s = {.i = i, .j0 = j0, .j1 = j1, .k0 = k0, .k1 = k1};
+            if (g->codes != NULL && k1 < g->k) { /* its share of the columns */
+                s.next_j = j0 + (j1 - j0) * (i - i0) / (i1 - i0);
+                s.next_end = j0 + (j1 - j0) * at_most(i + SIDE - i0, i1 - i0) / (i1 - i0);
             }
-            multiply_rows(g, panels, sums + kept, i, j0, j1, k0, k1, soon, soon_end);
+            multiply_rows(g, s, panels, sums + kept);
         }
     }
     restore_tiles(&before);
