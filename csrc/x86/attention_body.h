@@ -11,7 +11,7 @@
  *
  * A sequence with one query, a step of generation, would leave most lanes idle: there the lanes are elements of a head, one
  * head after the other. It adds in another order, so a chunk of one query is the exception to the sentence above. */
-#include "../quantlab.h"
+#include "overlay.h"
 
 #include <math.h>   /* logf, INFINITY */
 #include <string.h> /* memcpy */
@@ -25,6 +25,7 @@ typedef struct {
     const int64_t *q_start, *kv_start, *kv_len;
     int64_t b, hq, hkv, d;
     float scale;
+    int64_t positions; /* queries of later positions are left out */
 } attention_context;
 
 typedef struct {
@@ -177,13 +178,23 @@ static void load_queries(attention_rows *a, const attention_context *c, int64_t 
     }
 }
 
+/* keys of a sequence that every query of this call sees */
+static int64_t keys_before(const attention_context *c, int64_t sequence) {
+    return c->kv_len[sequence] - (c->q_start[sequence + 1] - c->q_start[sequence]);
+}
+
+/* the rows of a sequence and key head */
+static int64_t row_count(const attention_context *c, int64_t sequence) {
+    int64_t queries = c->q_start[sequence + 1] - c->q_start[sequence], left = c->positions - keys_before(c, sequence);
+    return (queries < left ? queries : left) * (c->hq / c->hkv);
+}
+
 /* rows [row0, row0 + count) of sequence `sequence` and key head `kv_head` */
 static void load_rows(attention_rows *a, const attention_context *c, int64_t sequence, int64_t kv_head, int64_t row0) {
-    int64_t group = c->hq / c->hkv, first = c->q_start[sequence], queries = c->q_start[sequence + 1] - first;
-    int64_t before = c->kv_len[sequence] - queries; /* keys that every query of this call sees */
+    int64_t group = c->hq / c->hkv, first = c->q_start[sequence], rows = row_count(c, sequence), before = keys_before(c, sequence);
     int64_t offset = (c->kv_start[sequence] * c->hkv + kv_head) * c->d;
     a->k = c->k + offset, a->v = c->v + offset, a->stride = c->hkv * c->d, a->d = c->d;
-    a->count = queries * group - row0 < ROWS ? queries * group - row0 : ROWS;
+    a->count = rows - row0 < ROWS ? rows - row0 : ROWS;
     for (int64_t r = 0; r < ROWS; r++) {
         int64_t row = row0 + (r < a->count ? r : a->count - 1), query = row / group;
         a->index[r] = (first + query) * c->hq + kv_head * group + row % group;
@@ -294,20 +305,26 @@ static void attention_task(void *context, int64_t task) {
         for (int64_t r = 0; r < ROWS && row0 + r < group; r++) { attend_one(c, low, c->q_start[low], head + r); }
         return;
     }
-    if (row0 >= (c->q_start[low + 1] - c->q_start[low]) * (c->hq / c->hkv)) { return; }
+    if (row0 >= row_count(c, low)) { return; }
     attention_rows rows;
     load_rows(&rows, c, low, task % c->hkv, row0);
     if (rows.count <= VL) { attend_one_vector(&rows); } else { attend_two_vectors(&rows); }
     store_rows(&rows, c);
 }
 
+void V_NAME(attention_first)(float *out, float *lse, const float *q, const float *k, const float *v, const int64_t *q_start,
+                             const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv, int64_t d,
+                             float scale, int64_t positions) {
+    attention_context context = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, positions};
+    ql_parallel_for(first_block(&context, b) * hkv, attention_task, &context);
+}
+
 void V_NAME(attention_forward)(float *out, float *lse, const float *q, const float *k, const float *v,
                                const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq,
                                int64_t hkv, int64_t d, float scale) {
-    attention_context context = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale};
     if (d > MAX_D || d % 2 != 0) { /* no model has such heads */
         ql_attention_forward_scalar(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale);
         return;
     }
-    ql_parallel_for(first_block(&context, b) * hkv, attention_task, &context);
+    V_NAME(attention_first)(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, INT64_MAX);
 }

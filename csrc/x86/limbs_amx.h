@@ -48,4 +48,21 @@ static inline void store_limbs(uint16_t *out, int64_t plane, const vi limbs[4]) 
     _mm512_store_si512(out + 2 * plane, _mm512_unpacklo_epi64(low01, low23));
 }
 
+/* the bits of a where mask has them set, else those of b */
+static inline vi select_bits(vi mask, vi a, vi b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
+
+/* limb l of four values each, lane by lane: the first value's in the lowest byte */
+static inline void limbs_of_four(vi out[LIMBS], const vi limbs[4]) {
+    const vi even = vi_set1(0x00FF00FF), low = vi_set1(0x0000FFFF);
+    vi bytes02[2], bytes13[2]; /* of two values: bytes 0 and 2 of each, 1 and 3 */
+    for (int i = 0; i < 2; i++) {
+        vi first = limbs[2 * i], second = limbs[2 * i + 1];
+        bytes02[i] = select_bits(even, first, vi_shl(second, 8));
+        bytes13[i] = select_bits(even, vi_shr(first, 8), second);
+    }
+    out[0] = select_bits(low, vi_shr(bytes02[0], 16), bytes02[1]);
+    out[1] = select_bits(low, bytes13[0], vi_shl(bytes13[1], 16));
+    out[2] = select_bits(low, bytes02[0], vi_shl(bytes02[1], 16));
+}
+
 #endif

@@ -174,20 +174,14 @@ static void split_columns(uint16_t *tiles, float *most, int64_t plane, const flo
         most[c] = scale.most, up[c] = scale.up, inverse[c] = scale.inverse;
     }
     for (int64_t s = 0; s < 2 * steps; s += 4) { /* the columns of dy are in the order of store_limbs */
-        vi limbs[4];
+        vi limbs[4], lines[LIMBS];
         for (int r = 0; r < 4; r++) {
             vf row = s + r < count ? v_load(values + (s + r) * VL) : v_zero();
             limbs[r] = to_limbs(to_integers(row, v_load(up), v_load(inverse)));
         }
+        limbs_of_four(lines, limbs);
         uint16_t *out = tiles + s / (2 * SIDE) * 2 * TILE + place_of_four(s % (2 * SIDE) / 4) * SIDE;
-        for (int l = 0; l < LIMBS; l++) {
-            vi line = vi_set1(0);
-            for (unsigned r = 0; r < 4; r++) {
-                vi byte = vi_and(vi_shr(limbs[r], 8u * (unsigned)(LIMBS - 1 - l)), vi_set1(255));
-                line = _mm512_or_si512(line, vi_shl(byte, 8 * r));
-            }
-            _mm512_store_si512(out + l * plane, line);
-        }
+        for (int l = 0; l < LIMBS; l++) { _mm512_store_si512(out + l * plane, lines[l]); }
     }
 }
 

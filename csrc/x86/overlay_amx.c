@@ -3,6 +3,7 @@
 
 void ql_overlay_amx(ql_backend *table) {
     table->gram_forward = ql_gram_forward_amx;
+    table->attention_forward = ql_attention_forward_amx;
     table->attention_backward = ql_attention_backward_amx;
     for (int f = 0; f < QL_FORMAT_COUNT; f++) {
         table->linear_forward[f] = ql_linear_forward_amx;
