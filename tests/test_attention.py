@@ -65,19 +65,21 @@ def test_head_sizes(isa: str, rng: np.random.Generator, d: int) -> None:
     check(Case(rng, [20, 3], [0, 70], 4, 2, d))
 
 
+@pytest.mark.parametrize("d", [16, 64])
 @pytest.mark.parametrize("hq, hkv", [(1, 1), (9, 3), (8, 8), (40, 1)])
-def test_ragged_batch(isa: str, rng: np.random.Generator, hq: int, hkv: int) -> None:
+def test_ragged_batch(isa: str, rng: np.random.Generator, hq: int, hkv: int, d: int) -> None:
     queries = rng.integers(0, 40, 20)  # some sequences have no query
-    check(Case(rng, queries, rng.integers(1, 90, 20), hq, hkv, 16))
+    check(Case(rng, queries, rng.integers(1, 90, 20), hq, hkv, d))
 
 
 def test_decode_after_a_long_past(isa: str, rng: np.random.Generator) -> None:
     check(Case(rng, [1, 1, 2], [1000, 0, 129], 9, 3, 64))
 
 
-def test_large_scores(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("length, d", [(70, 16), (150, 64)])
+def test_large_scores(isa: str, rng: np.random.Generator, length: int, d: int) -> None:
     """Scores of some hundred: all but a few weights vanish, and nothing overflows."""
-    case = Case(rng, [70], [0], 2, 1, 16, spread=100)
+    case = Case(rng, [length], [0], 2, 1, d, spread=100)
     out = _core.attention(*case.arguments())
     expected, _ = ref.attention(*case.arguments())
     np.testing.assert_allclose(out, expected, atol=case.bound())
@@ -125,15 +127,27 @@ def test_bitwise_whatever_chunk_and_batch(isa: str, rng: np.random.Generator, hq
     assert batch[17 : 17 + length].tobytes() == whole.tobytes()
 
 
-def test_later_keys_do_not_reach_earlier_queries(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("length, key, d", [(40, 20, 16), (150, 100, 64)])
+def test_later_keys_do_not_reach_earlier_queries(isa: str, rng: np.random.Generator, length: int, key: int, d: int) -> None:
     """Not even as NaN or infinity times a weight of zero."""
-    case = Case(rng, [40], [0], 3, 1, 16)
+    case = Case(rng, [length], [0], 3, 1, d)
     clean = _core.attention(*case.arguments())
     start = int(case.kv_start[0])
-    case.k[start + 20], case.v[start + 20] = np.nan, np.inf
+    case.k[start + key], case.v[start + key] = np.nan, np.inf
     dirty = _core.attention(*case.arguments())
-    assert dirty[:20].tobytes() == clean[:20].tobytes()
-    assert np.isnan(dirty[20:]).all()
+    assert dirty[:key].tobytes() == clean[:key].tobytes()
+    assert np.isnan(dirty[key:]).all()
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-33, 2.0**33])
+def test_small_and_large_values(isa: str, rng: np.random.Generator, size: float) -> None:
+    """Queries and values of one size, keys of the inverse, so the scores are what they were; powers of two round nothing."""
+    case = Case(rng, [130], [0], 3, 1, 64)
+    (expected, _), bound = ref.attention(*case.arguments()), case.bound()
+    case.q *= np.float32(size)
+    case.k /= np.float32(size)
+    case.v *= np.float32(size)
+    np.testing.assert_allclose(_core.attention(*case.arguments()) / size, expected, rtol=0, atol=bound)
 
 
 def test_refuses_bad_arguments(rng: np.random.Generator) -> None:
