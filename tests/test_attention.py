@@ -128,7 +128,9 @@ def test_bitwise_whatever_chunk_and_batch(isa: str, rng: np.random.Generator, hq
 
 
 @pytest.mark.parametrize("length, key, d", [(40, 20, 16), (150, 100, 64)])
-def test_later_keys_do_not_reach_earlier_queries(isa: str, rng: np.random.Generator, length: int, key: int, d: int) -> None:
+def test_later_keys_do_not_reach_earlier_queries(
+    isa: str, rng: np.random.Generator, length: int, key: int, d: int
+) -> None:
     """Not even as NaN or infinity times a weight of zero."""
     case = Case(rng, [length], [0], 3, 1, d)
     clean = _core.attention(*case.arguments())
