@@ -143,7 +143,7 @@ def test_later_keys_do_not_reach_earlier_queries(
 
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**-33, 2.0**33])
 def test_small_and_large_values(isa: str, rng: np.random.Generator, size: float) -> None:
-    """Queries and values of one size, keys of the inverse, so the scores are what they were; powers of two round nothing."""
+    """Queries and values of one size, keys of the inverse: scores stay what they were; powers of two round nothing."""
     case = Case(rng, [130], [0], 3, 1, 64)
     (expected, _), bound = ref.attention(*case.arguments()), case.bound()
     case.q *= np.float32(size)
