@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 
-from quantlab import _core, backend
+from quantlab import QuantWeight, _core, backend
 
 # name -> arguments of random_weight; "ragged": the last group of a row is shorter, blocks of nf4 and fp4 cross rows
 CASES = {
@@ -287,3 +287,17 @@ def test_refuses_bad_arguments(rng: np.random.Generator) -> None:
         _core.linear(np.zeros((1, 6), np.float32), weight, None, True)
     with pytest.raises(TypeError, match="weight: got"):
         _core.linear(np.zeros((1, 6), np.float32), np.zeros((4, 6), np.float32))
+
+
+def test_new_outputs_lie_on_cache_lines(rng: np.random.Generator) -> None:
+    """They own their memory, as numpy's arrays do, and numpy's own allocator is as it was."""
+    w = QuantWeight.from_array(rng.standard_normal((2000, 16), dtype=np.float32))
+    before = np._core.multiarray.get_handler_name()
+    for m in (1, 3, 600):
+        out = _core.linear(np.ones((m, 16), np.float32), w.handle)
+        assert out.ctypes.data % 64 == 0
+        assert out.flags.owndata
+        kept = out.copy()
+        out.resize((2 * m, 2000))
+        assert (out[:m] == kept).all()
+    assert np._core.multiarray.get_handler_name() == before

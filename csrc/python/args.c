@@ -1,7 +1,11 @@
 /* args.c: arrays in and out, and the signal poll of a call. */
+#define _GNU_SOURCE
 #include "python.h"
 
-#include <unistd.h> /* getpid */
+#include <stdlib.h>   /* aligned_alloc */
+#include <string.h>   /* memset */
+#include <sys/mman.h> /* madvise */
+#include <unistd.h>   /* getpid */
 
 static const char *type_name(int type) {
     switch (type) {
@@ -58,10 +62,44 @@ int ql_check_size(PyArrayObject *array, const char *name, int64_t expected) {
     return 0;
 }
 
+/* ---- new arrays: on cache lines; numpy's own lie 16 bytes off, where kernels are slower (NEP 49) -------------------------- */
+
+enum { CACHE_LINE = 64, PAGE = 4096, LARGE = 4 << 20 }; /* bytes; large: numpy asks for huge pages too */
+
+static void *take(void *context, size_t bytes) {
+    (void)context;
+    if (bytes > PTRDIFF_MAX - CACHE_LINE) { return NULL; }
+    char *memory = aligned_alloc(CACHE_LINE, bytes / CACHE_LINE * CACHE_LINE + CACHE_LINE);
+    if (memory != NULL && bytes >= LARGE) {
+        size_t before = (PAGE - (uintptr_t)memory % PAGE) % PAGE;
+        madvise(memory + before, bytes - before, MADV_HUGEPAGE); /* a wish */
+    }
+    return memory;
+}
+
+static void *take_zeros(void *context, size_t count, size_t bytes) {
+    if (bytes > 0 && count > SIZE_MAX / bytes) { return NULL; }
+    void *memory = take(context, count * bytes);
+    return memory != NULL ? memset(memory, 0, count * bytes) : NULL;
+}
+
+static void *resize(void *context, void *memory, size_t bytes) { return (void)context, realloc(memory, bytes > 0 ? bytes : 1); }
+static void give_back(void *context, void *memory, size_t bytes) { (void)context, (void)bytes, free(memory); }
+
+static PyDataMem_Handler on_cache_lines = {"quantlab", 1, {NULL, take, take_zeros, resize, give_back}};
+
 PyArrayObject *ql_new(int ndim, const int64_t *dims, int type) {
     npy_intp shape[8];
     for (int i = 0; i < ndim; i++) { shape[i] = (npy_intp)dims[i]; }
-    return (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type);
+    PyObject *handler = PyCapsule_New(&on_cache_lines, "mem_handler", NULL), *before = NULL;
+    if (handler == NULL || (before = PyDataMem_SetHandler(handler)) == NULL) { return Py_XDECREF(handler), NULL; }
+    PyArrayObject *array = (PyArrayObject *)PyArray_SimpleNew(ndim, shape, type);
+    PyObject *ours = PyDataMem_SetHandler(before);
+    Py_XDECREF(ours);
+    Py_DECREF(before);
+    Py_DECREF(handler);
+    if (ours == NULL) { Py_CLEAR(array); }
+    return array;
 }
 
 PyArrayObject *ql_out(PyObject *object, int ndim, const int64_t *dims, int type) {
