@@ -3,10 +3,10 @@
 #include "pages.h"
 
 #include <pthread.h>
-#include <stddef.h>
+#include <stdlib.h> /* aligned_alloc */
 #include <sys/mman.h>
 
-enum { ALIGN = 64, HUGE_PAGE = 2 << 20, CHUNK = 32 << 20 };
+enum { ALIGN = 64, PAGE = 4096, HUGE_PAGE = 2 << 20, CHUNK = 32 << 20, LARGE = 2 * HUGE_PAGE }; /* bytes; large: worth huge pages */
 
 typedef struct chunk {
     void *mapping;
@@ -62,4 +62,14 @@ void ql_pages_release(void *block) {
         munmap(c->mapping, c->mapped);
     }
     pthread_mutex_unlock(&lock);
+}
+
+void *ql_lines_take(size_t bytes) {
+    if (bytes > PTRDIFF_MAX - ALIGN) { return NULL; }
+    char *memory = aligned_alloc(ALIGN, round_up(bytes + 1, ALIGN)); /* not 0 */
+    if (memory != NULL && bytes >= LARGE) {
+        size_t before = round_up((uintptr_t)memory, PAGE) - (uintptr_t)memory;
+        madvise(memory + before, bytes - before, MADV_HUGEPAGE); /* a wish */
+    }
+    return memory;
 }

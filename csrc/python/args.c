@@ -1,11 +1,10 @@
 /* args.c: arrays in and out, and the signal poll of a call. */
-#define _GNU_SOURCE
+#include "../core/pages.h"
 #include "python.h"
 
-#include <stdlib.h>   /* aligned_alloc */
-#include <string.h>   /* memset */
-#include <sys/mman.h> /* madvise */
-#include <unistd.h>   /* getpid */
+#include <stdlib.h> /* realloc */
+#include <string.h> /* memset */
+#include <unistd.h> /* getpid */
 
 static const char *type_name(int type) {
     switch (type) {
@@ -64,18 +63,7 @@ int ql_check_size(PyArrayObject *array, const char *name, int64_t expected) {
 
 /* ---- new arrays: on cache lines; numpy's own lie 16 bytes off, where kernels are slower (NEP 49) -------------------------- */
 
-enum { CACHE_LINE = 64, PAGE = 4096, LARGE = 4 << 20 }; /* bytes; large: numpy asks for huge pages too */
-
-static void *take(void *context, size_t bytes) {
-    (void)context;
-    if (bytes > PTRDIFF_MAX - CACHE_LINE) { return NULL; }
-    char *memory = aligned_alloc(CACHE_LINE, bytes / CACHE_LINE * CACHE_LINE + CACHE_LINE);
-    if (memory != NULL && bytes >= LARGE) {
-        size_t before = (PAGE - (uintptr_t)memory % PAGE) % PAGE;
-        madvise(memory + before, bytes - before, MADV_HUGEPAGE); /* a wish */
-    }
-    return memory;
-}
+static void *take(void *context, size_t bytes) { return (void)context, ql_lines_take(bytes); }
 
 static void *take_zeros(void *context, size_t count, size_t bytes) {
     if (bytes > 0 && count > SIZE_MAX / bytes) { return NULL; }
