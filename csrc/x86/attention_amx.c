@@ -19,7 +19,7 @@
 #include <stdalign.h> /* alignas */
 
 enum {
-    FIRST = 64,
+    FIRST = 64,                   /* positions */
     UNIT = 64,                    /* values in a line of a tile */
     MAX_D = 256,
     MAX_UNITS = MAX_D / UNIT,
@@ -138,7 +138,8 @@ static void pack_task(void *context, int64_t task) {
 
 /* rows [row0, row0 + count) of a sequence and key head, which begin with query `query` that sees `keys` keys; lanes beyond repeat
  * the last and are not stored */
-static void load_rows(row_tile *a, const attention_context *c, int64_t query, int64_t keys, int64_t kv_head, int64_t row0, int64_t count) {
+static void load_rows(row_tile *a, const attention_context *c, int64_t query, int64_t keys, int64_t kv_head, int64_t row0,
+                      int64_t count) {
     int64_t group = c->hq / c->hkv;
     alignas(64) uint16_t lines[MAX_UNITS * SPLIT];
     for (int64_t r = 0; r < VL; r++) {
@@ -154,7 +155,8 @@ static void load_rows(row_tile *a, const attention_context *c, int64_t query, in
 
 /* ---- 16 rows and a block of keys -------------------------------------------------------------------------------------- */
 
-/* sums [group][16][16] = products of limbs whose places add up to 0, 1, 2: a tile (16, 64) of a times one (64, 16) of b, `units` of them */
+/* sums [group][16][16] = products of limbs whose places add up to 0, 1, 2: a tile (16, 64) of a times one (64, 16) of b, `units` of
+ * them */
 static void multiply(int32_t *sums, const uint16_t *a, const uint16_t *b, int64_t units) {
     MEMORY_BARRIER();
     _tile_zero(0);
@@ -202,7 +204,7 @@ static void score(float *st, const row_tile *a, const key_block *block, int64_t 
     }
 }
 
-/* What the lanes of key s of a block see it with; keys are counted from the block's first. All see the first `plain`. */
+/* which rows see key s of a block; all see the first `plain` */
 static inline vm sees(vf seen, int64_t s) { return v_lt(v_set1((float)s), seen); }
 
 /* st from scores to weights exp(score - maximum), 0 where a row does not see the key; maximum and sum move on. Returns
@@ -301,7 +303,8 @@ static void attention_task(void *context, int64_t task) {
         int64_t middle = (low + high) / 2;
         if (first_rows(c, middle) <= rows_block) { low = middle; } else { high = middle; }
     }
-    int64_t queries = c->q_start[low + 1] - c->q_start[low], before = c->kv_len[low] - queries, row0 = (rows_block - first_rows(c, low)) * ROWS;
+    int64_t queries = c->q_start[low + 1] - c->q_start[low], before = c->kv_len[low] - queries;
+    int64_t row0 = (rows_block - first_rows(c, low)) * ROWS;
     int64_t early = before < FIRST ? at_most(FIRST - before, queries) : 0, rows = (queries - early) * (c->hq / c->hkv);
     if (queries < 2 || row0 >= rows) { return; }
     row_tile tiles[ROW_TILES];
@@ -332,7 +335,8 @@ static int attend_late(attention_context *c) {
     int64_t blocks = 0, starts = round_up(c->b + 1, 8); /* whole cache lines */
     for (int64_t s = 0; s < c->b; s++) { blocks += late_blocks(c, s); }
     if (blocks == 0) { return 1; }
-    c->units = c->d / UNIT, c->packed_size = 2 * KEYS / 16 * c->units * SPLIT + 2 * KEYS * (int64_t)(sizeof(float) / sizeof(uint16_t));
+    c->units = c->d / UNIT;
+    c->packed_size = 2 * KEYS / 16 * c->units * SPLIT + 2 * KEYS * (int64_t)(sizeof(float) / sizeof(uint16_t));
     char *memory = ql_scratch((size_t)starts * sizeof *c->blocks + (size_t)(blocks * c->hkv * c->packed_size) * sizeof *c->packed);
     if (memory == NULL) { return 0; }
     c->blocks = (int64_t *)(void *)memory, c->packed = (uint16_t *)(void *)(c->blocks + starts);

@@ -221,7 +221,8 @@ void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t
                    .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
                    .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
     if (takes_limbs(w)) {
-        g.planes = LIMBS, g.transposed = 0, g.codes = NULL, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
+        g.transposed = 0, g.codes = NULL;
     }
     if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
 }

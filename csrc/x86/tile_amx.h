@@ -164,7 +164,8 @@ static void multiply_rows(const tile_gemm *g, strip s, uint16_t *block, float *s
     q.fetch = (const char *)(q.a + size), q.fetch_end = (const char *)(q.a + 2 * size);
     for (int64_t j = s.j0; j < s.j1 && !(g->lower && j > s.i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, s.j1 - j);
-        int inside = rows == SIDE && columns == SIDE && !g->accumulate && g->c_columns == NULL && !(g->lower && j + columns - 1 > s.i);
+        int whole = rows == SIDE && columns == SIDE && !(g->lower && j + columns - 1 > s.i);
+        int inside = whole && !g->accumulate && g->c_columns == NULL;
         float *c = g->c + s.i * g->ldc + j;
         q.b = panel_at(block, g, j - s.j0, steps);
         q.before = s.k0 > 0 ? sums : NULL;
