@@ -37,7 +37,7 @@ C_LIBRARY = {
     *("stdint", "stdio", "stdlib", "string", "time", "pthread", "unistd"),
 }
 SYSTEM_HEADERS = {
-    "core": C_LIBRARY | {"cpuid", "immintrin", "sched", "signal", "sys/syscall", "sys/mman", "linux/futex"},
+    "core": C_LIBRARY | {"cpuid", "immintrin", "malloc", "sched", "signal", "sys/syscall", "sys/mman", "linux/futex"},
     "formats": {"math", "stdint", "stddef", "string"},
     "x86": C_LIBRARY - {"stdio", "stdlib", "pthread"} | {"immintrin"},
     "python": C_LIBRARY | {"Python", "numpy/arrayobject", "structmember"},
