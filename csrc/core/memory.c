@@ -30,7 +30,7 @@ static void *take_spare(size_t bytes) {
         void *memory = atomic_exchange(&spares[i], NULL);
         if (memory == NULL) { continue; }
         size_t usable = malloc_usable_size(memory);
-        if (usable >= bytes && usable / 2 <= bytes) { return memory; }
+        if (usable >= bytes && usable - bytes <= bytes) { return memory; }
         keep_spare(memory);
     }
     return NULL;

@@ -6,7 +6,7 @@
  *   st (keys, rows) = k q^T     scores, float32, then weights
  *   ot (d, rows) += v^T p^T     p: the weights times the scale of v's row, split with one scale a row. So a key that a row does
  *                               not see is 0 for it, whatever that key holds.
- * k and v are split once a call, for all rows (pack_task).
+ * k and v are split once a call, for all rows (pack_task). A row that sees an infinity in k or v is NaN.
  *
  * The queries at the first FIRST positions of a sequence, where splitting costs more than it saves, and a sequence with one query
  * are left to AVX-512; so are heads of other sizes than multiples of 64. */
@@ -182,24 +182,24 @@ static void multiply(int32_t *sums, const uint16_t *a, const uint16_t *b, int64_
     MEMORY_BARRIER();
 }
 
-/* line i of the sums as the products of the integers, times `unit` (of scales) */
-static inline vf join(const int32_t *sums, int64_t i, vf unit) {
-    vf sum = v_fma(vi_to_vf(vi_load(sums + i * VL)), v_set1(256.0f), vi_to_vf(vi_load(sums + SUMS + i * VL)));
-    return v_mul(v_fma(sum, v_set1(256.0f), vi_to_vf(vi_load(sums + 2 * SUMS + i * VL))), unit);
+/* line i of the sums as the products of values whose largest are 1; times `most` only then: the unit of the integers times a small one
+ * would lose digits */
+static inline vf join(const int32_t *sums, int64_t i, vf most) {
+    const float lowest = 65536.0f / ((float)MOST * MOST);
+    vf sum = v_mul(vi_to_vf(vi_load(sums + i * VL)), v_set1(65536.0f * lowest));
+    sum = v_fma(vi_to_vf(vi_load(sums + SUMS + i * VL)), v_set1(256.0f * lowest), sum);
+    return v_mul(v_fma(vi_to_vf(vi_load(sums + 2 * SUMS + i * VL)), v_set1(lowest), sum), most);
 }
-
-/* of the lowest sums, where the largest values are 1 */
-static inline vf lowest_unit(void) { return v_set1(65536.0f / ((float)MOST * MOST)); }
 
 /* st (keys, VL) = the scores of `keys` keys, a multiple of 16; the sums of 16 keys are joined while the tile unit has the next */
 static void score(float *st, const row_tile *a, const key_block *block, int64_t keys, int64_t units) {
     alignas(64) int32_t sums[2][LIMBS * SUMS];
-    vf unit = v_mul(lowest_unit(), v_load(a->most));
+    vf most = v_load(a->most);
     for (int64_t s = 0; s < keys + 16; s += 16) {
         if (s < keys) { multiply(sums[s / 16 % 2], block->k + s / 16 * units * SPLIT, a->qt, units); }
         if (s == 0) { continue; }
         for (int64_t i = 0; i < 16; i++) {
-            v_store(st + (s - 16 + i) * VL, v_mul(join(sums[(s - 16) / 16 % 2], i, unit), v_set1(block->k_most[s - 16 + i])));
+            v_store(st + (s - 16 + i) * VL, v_mul(join(sums[(s - 16) / 16 % 2], i, most), v_set1(block->k_most[s - 16 + i])));
         }
     }
 }
@@ -250,13 +250,12 @@ static vf split_weights(uint16_t *p, float *st, const float *v_most, vf seen, in
 /* ot = ot * keep + v^T p^T, joined as in score */
 static void add_values(row_tile *a, const key_block *block, const uint16_t *p, vf keep, vf most, int64_t d) {
     alignas(64) int32_t sums[2][LIMBS * SUMS];
-    vf unit = v_mul(lowest_unit(), most);
     for (int64_t i = 0; i < d + 16; i += 16) {
         if (i < d) { multiply(sums[i / 16 % 2], block->v + i / 16 * SPLIT, p, 1); }
         if (i == 0) { continue; }
         for (int64_t r = 0; r < 16; r++) {
             float *ot = a->ot + (i - 16 + r) * VL;
-            v_store(ot, v_fma(v_load(ot), keep, join(sums[(i - 16) / 16 % 2], r, unit)));
+            v_store(ot, v_fma(v_load(ot), keep, join(sums[(i - 16) / 16 % 2], r, most)));
         }
     }
 }
