@@ -30,24 +30,16 @@ enum {
     SPLIT = LIMBS * TILE          /* elements of a tile's limbs */
 };
 
-/* a block of keys: its limbs and the largest values of each key's k and v, in `packed`:
- *   k      [16 keys][unit of d][limb] tiles (keys, d)
- *   v      [16 of d][limb]            tiles (d, keys)
- *   k_most, v_most [KEYS] floats */
+/* a block of keys of a key head: its limbs and the largest values of each key's k and v */
 typedef struct {
-    const uint16_t *k, *v;
-    const float *k_most, *v_most;
+    uint16_t *k, *v;        /* [16 keys][unit of d][limb] tiles (keys, d), [16 of d][limb] tiles (d, keys) */
+    float *k_most, *v_most; /* (KEYS,) */
 } key_block;
 
 typedef struct {
-    float *out, *lse;
-    const float *q, *k, *v;
-    const int64_t *q_start, *kv_start, *kv_len;
-    int64_t b, hq, hkv, d;
-    float scale;
-    int64_t units;       /* of d */
-    int64_t *blocks;     /* (b + 1,) blocks of keys before each sequence */
-    uint16_t *packed;    /* (blocks, hkv, packed_size) */
+    attention_call call;
+    int64_t *blocks, *rows; /* (b + 1,) blocks of keys, tasks of a key head, before each sequence */
+    uint16_t *packed;       /* (blocks, hkv, packed_size) */
     int64_t packed_size;
 } attention_context;
 
@@ -62,8 +54,8 @@ typedef struct {
 } row_tile;
 
 static key_block block_at(const attention_context *c, int64_t block, int64_t kv_head) {
-    const uint16_t *k = c->packed + (block * c->hkv + kv_head) * c->packed_size, *v = k + KEYS / 16 * c->units * SPLIT;
-    const float *most = (const float *)(const void *)(v + c->d / 16 * SPLIT);
+    uint16_t *k = c->packed + (block * c->call.hkv + kv_head) * c->packed_size, *v = k + KEYS / 16 * (c->call.d / UNIT) * SPLIT;
+    float *most = (float *)(void *)(v + c->call.d / 16 * SPLIT);
     return (key_block){k, v, most, most + KEYS};
 }
 
@@ -77,6 +69,17 @@ static int64_t sequence_of(const int64_t *first, int64_t b, int64_t at) {
     return low;
 }
 
+/* the queries of a sequence, its last ones, that are not AVX-512's */
+static int64_t late_queries(const attention_call *c, int64_t sequence) {
+    int64_t queries = c->q_start[sequence + 1] - c->q_start[sequence], late = at_most(c->kv_len[sequence] - FIRST, queries);
+    return queries < 2 || late < 0 ? 0 : late;
+}
+
+/* blocks of keys that those see */
+static int64_t late_blocks(const attention_call *c, int64_t sequence) {
+    return late_queries(c, sequence) > 0 ? pieces(c->kv_len[sequence], KEYS) : 0;
+}
+
 /* ---- splitting ------------------------------------------------------------------------------------------------------ */
 
 static limb_scale scale_of_row(const float *row, int64_t d, vf factor) {
@@ -85,11 +88,11 @@ static limb_scale scale_of_row(const float *row, int64_t d, vf factor) {
     return limb_scale_of(_mm512_reduce_max_epi32(largest));
 }
 
-/* factor times a row of d values to lines of tiles, those of the next unit `step` elements on; returns the largest */
-static float split_row(uint16_t *line, int64_t step, const float *row, int64_t d, float factor) {
+/* factor times a row of d values to lines of tiles, one of each unit; returns the largest */
+static float split_row(uint16_t *line, const float *row, int64_t d, float factor) {
     limb_scale scale = scale_of_row(row, d, v_set1(factor));
     vf up = v_set1(scale.up), inverse = v_set1(scale.inverse);
-    for (int64_t i = 0; i < d; i += UNIT, line += step) {
+    for (int64_t i = 0; i < d; i += UNIT, line += SPLIT) {
         vi limbs[4];
         for (int64_t j = 0; j < 4; j++) {
             limbs[j] = to_limbs(to_integers(v_mul(v_load(row + i + j * VL), v_set1(factor)), up, inverse));
@@ -123,33 +126,32 @@ static void split_values(uint16_t *tiles, float *most, const float *const rows[K
 /* one block of keys of one key head; beyond a sequence's end its last key follows, which no row sees there */
 static void pack_task(void *context, int64_t task) {
     const attention_context *c = context;
-    int64_t block = task / c->hkv, kv_head = task % c->hkv, sequence = sequence_of(c->blocks, c->b, block);
-    int64_t first = (block - c->blocks[sequence]) * KEYS, last = c->kv_len[sequence] - 1;
-    uint16_t *k = c->packed + task * c->packed_size, *v = k + KEYS / 16 * c->units * SPLIT;
-    float *most = (float *)(void *)(v + c->d / 16 * SPLIT);
+    const attention_call *call = &c->call;
+    int64_t number = task / call->hkv, kv_head = task % call->hkv, sequence = sequence_of(c->blocks, call->b, number);
+    int64_t first = (number - c->blocks[sequence]) * KEYS, last = call->kv_len[sequence] - 1;
+    key_block block = block_at(c, number, kv_head);
     const float *values[KEYS];
     for (int64_t s = 0; s < KEYS; s++) {
-        int64_t at = ((c->kv_start[sequence] + at_most(first + s, last)) * c->hkv + kv_head) * c->d;
-        values[s] = c->v + at;
-        most[s] = split_row(k + s / 16 * c->units * SPLIT + s % 16 * SIDE, SPLIT, c->k + at, c->d, 1.0f);
+        int64_t at = ((call->kv_start[sequence] + at_most(first + s, last)) * call->hkv + kv_head) * call->d;
+        values[s] = call->v + at;
+        block.k_most[s] = split_row(block.k + s / 16 * (call->d / UNIT) * SPLIT + s % 16 * SIDE, call->k + at, call->d, 1.0f);
     }
-    split_values(v, most + KEYS, values, c->d);
+    split_values(block.v, block.v_most, values, call->d);
 }
 
 /* rows [row0, row0 + count) of a sequence and key head, which begin with query `query` that sees `keys` keys; lanes beyond repeat
  * the last and are not stored */
-static void load_rows(row_tile *a, const attention_context *c, int64_t query, int64_t keys, int64_t kv_head, int64_t row0,
-                      int64_t count) {
+static void load_rows(row_tile *a, const attention_call *c, int64_t query, int64_t keys, int64_t kv_head, int64_t row0, int64_t count) {
     int64_t group = c->hq / c->hkv;
     alignas(64) uint16_t lines[MAX_UNITS * SPLIT];
     for (int64_t r = 0; r < VL; r++) {
         int64_t row = row0 + at_most(r, count - 1);
         a->index[r] = (query + row / group) * c->hq + kv_head * group + row % group;
         a->keys_max = keys + row / group, a->keys[r] = (float)a->keys_max;
-        a->most[r] = split_row(lines + r * SIDE, SPLIT, c->q + a->index[r] * c->d, c->d, c->scale);
+        a->most[r] = split_row(lines + r * SIDE, c->q + a->index[r] * c->d, c->d, c->scale);
         a->maximum[r] = -INFINITY, a->sum[r] = 0.0f;
     }
-    for (int64_t t = 0; t < c->units * LIMBS; t++) { transpose_tile(a->qt + t * TILE, lines + t * TILE, SIDE); }
+    for (int64_t t = 0; t < c->d / UNIT * LIMBS; t++) { transpose_tile(a->qt + t * TILE, lines + t * TILE, SIDE); }
     for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * VL, v_zero()); }
 }
 
@@ -182,13 +184,10 @@ static void multiply(int32_t *sums, const uint16_t *a, const uint16_t *b, int64_
     MEMORY_BARRIER();
 }
 
-/* line i of the sums as the products of values whose largest are 1; times `most` only then: the unit of the integers times a small one
- * would lose digits */
+/* line i of the sums as products of values, the largest of which are `most` */
 static inline vf join(const int32_t *sums, int64_t i, vf most) {
-    const float lowest = 65536.0f / ((float)MOST * MOST);
-    vf sum = v_mul(vi_to_vf(vi_load(sums + i * VL)), v_set1(65536.0f * lowest));
-    sum = v_fma(vi_to_vf(vi_load(sums + SUMS + i * VL)), v_set1(256.0f * lowest), sum);
-    return v_mul(v_fma(vi_to_vf(vi_load(sums + 2 * SUMS + i * VL)), v_set1(lowest), sum), most);
+    const int32_t *line = sums + i * VL;
+    return v_mul(v_mul(join_limbs(vi_load(line), vi_load(line + SUMS), vi_load(line + 2 * SUMS)), product_unit()), most);
 }
 
 /* st (keys, VL) = the scores of `keys` keys, a multiple of 16; the sums of 16 keys are joined while the tile unit has the next */
@@ -273,7 +272,7 @@ static void attend_block(row_tile *a, const key_block *block, int64_t first, int
     add_values(a, block, p, keep, most, d);
 }
 
-static void store_rows(const row_tile *a, const attention_context *c, int64_t count) {
+static void store_rows(const row_tile *a, const attention_call *c, int64_t count) {
     vf inverse = v_div(v_set1(1.0f), v_load(a->sum));
     for (int64_t i = 0; i < c->d; i += 16) {
         alignas(64) float o[SUMS];
@@ -289,71 +288,56 @@ static void store_rows(const row_tile *a, const attention_context *c, int64_t co
 
 /* ---- tasks -------------------------------------------------------------------------------------------------------------- */
 
-/* Sequence s owns the row blocks [first_rows(s), first_rows(s + 1)): at least as many as it needs. */
-static int64_t first_rows(const attention_context *c, int64_t sequence) {
-    return (c->q_start[sequence] - c->q_start[0]) * (c->hq / c->hkv) / ROWS + sequence;
-}
-
 /* the last rows come first: under the causal mask they take longest */
 static void attention_task(void *context, int64_t task) {
     const attention_context *c = context;
-    int64_t rows_block = first_rows(c, c->b) - 1 - task / c->hkv, kv_head = task % c->hkv, low = 0, high = c->b;
-    while (high - low > 1) {
-        int64_t middle = (low + high) / 2;
-        if (first_rows(c, middle) <= rows_block) { low = middle; } else { high = middle; }
-    }
-    int64_t queries = c->q_start[low + 1] - c->q_start[low], before = c->kv_len[low] - queries;
-    int64_t row0 = (rows_block - first_rows(c, low)) * ROWS;
-    int64_t early = before < FIRST ? at_most(FIRST - before, queries) : 0, rows = (queries - early) * (c->hq / c->hkv);
-    if (queries < 2 || row0 >= rows) { return; }
+    const attention_call *call = &c->call;
+    int64_t number = c->rows[call->b] - 1 - task / call->hkv, kv_head = task % call->hkv, s = sequence_of(c->rows, call->b, number);
+    int64_t late = late_queries(call, s), rows = late * (call->hq / call->hkv), row0 = (number - c->rows[s]) * ROWS;
+    int64_t count = at_most(pieces(rows - row0, VL), ROW_TILES);
     row_tile tiles[ROW_TILES];
     tile_config config;
-    int64_t count = at_most(pieces(rows - row0, VL), ROW_TILES);
-    for (int64_t t = 0; t < count; t++) {
-        load_rows(tiles + t, c, c->q_start[low] + early, before + early + 1, kv_head, row0 + t * VL, rows - row0 - t * VL);
+    for (int64_t t = 0, row = row0; t < count; t++, row += VL) {
+        load_rows(tiles + t, call, call->q_start[s + 1] - late, call->kv_len[s] - late + 1, kv_head, row, rows - row);
     }
     configure_tiles(&config);
     for (int64_t first = 0; first < tiles[count - 1].keys_max; first += KEYS) {
-        key_block block = block_at(c, c->blocks[low] + first / KEYS, kv_head);
+        key_block block = block_at(c, c->blocks[s] + first / KEYS, kv_head);
         for (int64_t t = 0; t < count; t++) {
-            if (first < tiles[t].keys_max) { attend_block(tiles + t, &block, first, c->d); }
+            if (first < tiles[t].keys_max) { attend_block(tiles + t, &block, first, call->d); }
         }
     }
     restore_tiles(&config);
-    for (int64_t t = 0; t < count; t++) { store_rows(tiles + t, c, at_most(rows - row0 - t * VL, VL)); }
-}
-
-/* blocks of keys of a sequence that has queries at late positions */
-static int64_t late_blocks(const attention_context *c, int64_t sequence) {
-    int64_t queries = c->q_start[sequence + 1] - c->q_start[sequence];
-    return queries > 1 && c->kv_len[sequence] > FIRST ? pieces(c->kv_len[sequence], KEYS) : 0;
+    for (int64_t t = 0; t < count; t++) { store_rows(tiles + t, call, at_most(rows - row0 - t * VL, VL)); }
 }
 
 /* 0: no memory for what is packed */
-static int attend_late(attention_context *c) {
-    int64_t blocks = 0, starts = round_up(c->b + 1, 8); /* whole cache lines */
-    for (int64_t s = 0; s < c->b; s++) { blocks += late_blocks(c, s); }
+static int attend_late(const attention_call *call) {
+    attention_context c = {.call = *call};
+    int64_t blocks = 0, starts = round_up(call->b + 1, 8); /* whole cache lines */
+    for (int64_t s = 0; s < call->b; s++) { blocks += late_blocks(call, s); }
     if (blocks == 0) { return 1; }
-    c->units = c->d / UNIT;
-    c->packed_size = 2 * KEYS / 16 * c->units * SPLIT + 2 * KEYS * (int64_t)(sizeof(float) / sizeof(uint16_t));
-    char *memory = ql_scratch((size_t)starts * sizeof *c->blocks + (size_t)(blocks * c->hkv * c->packed_size) * sizeof *c->packed);
+    c.packed_size = 2 * KEYS / 16 * (call->d / UNIT) * SPLIT + 2 * KEYS * (int64_t)(sizeof(float) / sizeof(uint16_t));
+    char *memory = ql_scratch((size_t)(2 * starts) * sizeof *c.blocks + (size_t)(blocks * call->hkv * c.packed_size) * sizeof *c.packed);
     if (memory == NULL) { return 0; }
-    c->blocks = (int64_t *)(void *)memory, c->packed = (uint16_t *)(void *)(c->blocks + starts);
-    c->blocks[0] = 0;
-    for (int64_t s = 0; s < c->b; s++) { c->blocks[s + 1] = c->blocks[s] + late_blocks(c, s); }
-    ql_parallel_for(blocks * c->hkv, pack_task, c);
-    ql_parallel_for(first_rows(c, c->b) * c->hkv, attention_task, c);
+    c.blocks = (int64_t *)(void *)memory, c.rows = c.blocks + starts, c.packed = (uint16_t *)(void *)(c.rows + starts);
+    c.blocks[0] = c.rows[0] = 0;
+    for (int64_t s = 0; s < call->b; s++) {
+        c.blocks[s + 1] = c.blocks[s] + late_blocks(call, s);
+        c.rows[s + 1] = c.rows[s] + pieces(late_queries(call, s) * (call->hq / call->hkv), ROWS);
+    }
+    ql_parallel_for(blocks * call->hkv, pack_task, &c);
+    ql_parallel_for(c.rows[call->b] * call->hkv, attention_task, &c);
     return 1;
 }
 
 void ql_attention_forward_amx(float *out, float *lse, const float *q, const float *k, const float *v, const int64_t *q_start,
                               const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv, int64_t d,
                               float scale) {
-    attention_context c = {.out = out, .lse = lse, .q = q, .k = k, .v = v, .q_start = q_start, .kv_start = kv_start,
-                           .kv_len = kv_len, .b = b, .hq = hq, .hkv = hkv, .d = d, .scale = scale};
-    if (d > MAX_D || d % UNIT != 0 || !attend_late(&c)) {
+    attention_call call = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, FIRST};
+    if (d > MAX_D || d % UNIT != 0 || !attend_late(&call)) {
         ql_attention_forward_avx512(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale);
     } else {
-        ql_attention_first_avx512(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, FIRST);
+        ql_attention_first_avx512(&call);
     }
 }

@@ -20,15 +20,6 @@ enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8 };
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
 
 typedef struct {
-    float *out, *lse;
-    const float *q, *k, *v;
-    const int64_t *q_start, *kv_start, *kv_len;
-    int64_t b, hq, hkv, d;
-    float scale;
-    int64_t positions; /* queries of later positions are left out */
-} attention_context;
-
-typedef struct {
     const float *k, *v;       /* key 0 of the sequence, this key head */
     int64_t stride, d;        /* floats from a key to the next; head size */
     int64_t count;            /* rows in use, <= ROWS; lanes beyond repeat the last one and are not stored */
@@ -159,7 +150,7 @@ static void transpose_4(float *out, int64_t ldo, const float *in0, const float *
 }
 
 /* qt = scaled queries, transposed; ot = 0 */
-static void load_queries(attention_rows *a, const attention_context *c, int64_t lanes) {
+static void load_queries(attention_rows *a, const attention_call *c, int64_t lanes) {
     for (int64_t r = 0; r < lanes; r += 4) {
         const float *q[4];
         for (int64_t j = 0; j < 4; j++) { q[j] = c->q + a->index[r + j] * c->d; }
@@ -179,18 +170,18 @@ static void load_queries(attention_rows *a, const attention_context *c, int64_t 
 }
 
 /* keys of a sequence that every query of this call sees */
-static int64_t keys_before(const attention_context *c, int64_t sequence) {
+static int64_t keys_before(const attention_call *c, int64_t sequence) {
     return c->kv_len[sequence] - (c->q_start[sequence + 1] - c->q_start[sequence]);
 }
 
 /* the rows of a sequence and key head */
-static int64_t row_count(const attention_context *c, int64_t sequence) {
+static int64_t row_count(const attention_call *c, int64_t sequence) {
     int64_t queries = c->q_start[sequence + 1] - c->q_start[sequence], left = c->positions - keys_before(c, sequence);
     return (queries < left ? queries : left) * (c->hq / c->hkv);
 }
 
 /* rows [row0, row0 + count) of sequence `sequence` and key head `kv_head` */
-static void load_rows(attention_rows *a, const attention_context *c, int64_t sequence, int64_t kv_head, int64_t row0) {
+static void load_rows(attention_rows *a, const attention_call *c, int64_t sequence, int64_t kv_head, int64_t row0) {
     int64_t group = c->hq / c->hkv, first = c->q_start[sequence], rows = row_count(c, sequence), before = keys_before(c, sequence);
     int64_t offset = (c->kv_start[sequence] * c->hkv + kv_head) * c->d;
     a->k = c->k + offset, a->v = c->v + offset, a->stride = c->hkv * c->d, a->d = c->d;
@@ -205,7 +196,7 @@ static void load_rows(attention_rows *a, const attention_context *c, int64_t seq
     load_queries(a, c, a->count <= VL ? VL : ROWS);
 }
 
-static void store_rows(attention_rows *a, const attention_context *c) {
+static void store_rows(attention_rows *a, const attention_call *c) {
     for (int64_t r = 0; r < a->count; r += VL) {
         vf inverse = v_div(v_set1(1.0f), v_load(a->sum + r));
         for (int64_t i = 0; i < c->d; i++) { v_store(a->ot + i * ROWS + r, v_mul(v_load(a->ot + i * ROWS + r), inverse)); }
@@ -266,7 +257,7 @@ static float softmax_one(float *st, int64_t count, float *maximum, float *sum) {
 }
 
 /* query `query` of head `head` over all keys of its sequence */
-static void attend_one(const attention_context *c, int64_t sequence, int64_t query, int64_t head) {
+static void attend_one(const attention_call *c, int64_t sequence, int64_t query, int64_t head) {
     int64_t d = c->d, stride = c->hkv * d, index = query * c->hq + head, keys = c->kv_len[sequence];
     int64_t offset = (c->kv_start[sequence] * c->hkv + head / (c->hq / c->hkv)) * d;
     _Alignas(64) float q[MAX_D], o[MAX_D + VL] = {0}, st[KEYS];
@@ -287,13 +278,13 @@ static void attend_one(const attention_context *c, int64_t sequence, int64_t que
 /* ---- tasks ------------------------------------------------------------------------------------------------------- */
 
 /* Sequence s owns the row blocks [first_block(s), first_block(s + 1)): at least as many as it needs, found without a list. */
-static int64_t first_block(const attention_context *c, int64_t sequence) {
+static int64_t first_block(const attention_call *c, int64_t sequence) {
     return (c->q_start[sequence] - c->q_start[0]) * (c->hq / c->hkv) / ROWS + sequence;
 }
 
 /* the last blocks come first: under the causal mask they are the long ones */
 static void attention_task(void *context, int64_t task) {
-    const attention_context *c = context;
+    const attention_call *c = context;
     int64_t block = first_block(c, c->b) - 1 - task / c->hkv, low = 0, high = c->b;
     while (high - low > 1) { /* the sequence with first_block(low) <= block < first_block(low + 1) */
         int64_t middle = (low + high) / 2;
@@ -312,19 +303,15 @@ static void attention_task(void *context, int64_t task) {
     store_rows(&rows, c);
 }
 
-void V_NAME(attention_first)(float *out, float *lse, const float *q, const float *k, const float *v, const int64_t *q_start,
-                             const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv, int64_t d,
-                             float scale, int64_t positions) {
-    attention_context context = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, positions};
-    ql_parallel_for(first_block(&context, b) * hkv, attention_task, &context);
-}
+void V_NAME(attention_first)(attention_call *call) { ql_parallel_for(first_block(call, call->b) * call->hkv, attention_task, call); }
 
 void V_NAME(attention_forward)(float *out, float *lse, const float *q, const float *k, const float *v,
                                const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq,
                                int64_t hkv, int64_t d, float scale) {
+    attention_call call = {out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, INT64_MAX};
     if (d > MAX_D || d % 2 != 0) { /* no model has such heads */
         ql_attention_forward_scalar(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale);
         return;
     }
-    V_NAME(attention_first)(out, lse, q, k, v, q_start, kv_start, kv_len, b, hq, hkv, d, scale, INT64_MAX);
+    V_NAME(attention_first)(&call);
 }

@@ -28,10 +28,16 @@ typedef struct {
     int64_t row_bytes, row_groups; /* of the codes of a row, of its scales */
 } decoder;
 
+/* bits of a code, bytes of the codes of a row */
+static inline int64_t bits_of(const ql_weight *w) { return w->format == QL_NF4 || w->format == QL_FP4 ? 4 : w->bits; }
+static inline int64_t row_bytes_of(const ql_weight *w) {
+    return w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k * bits_of(w) / 8;
+}
+
 static code_layout code_layout_of(const ql_weight *w) {
     alignas(64) uint8_t pick[64];
     alignas(64) uint16_t shift[SIDE];
-    int bits = w->format == QL_AFFINE ? w->bits : 4;
+    int bits = (int)bits_of(w);
     for (int j = 0; j < SIDE; j++) {
         int bit = w->format == QL_AFFINE ? bits * j : j / 2 * 8 + (j % 2 == 0 ? 4 : 0);
         pick[2 * j] = (uint8_t)(bit / 8);
@@ -64,7 +70,7 @@ static decoder decoder_of(const ql_weight *w) {
     }
     if (d.way == BY_TABLE) {
         d.layout = code_layout_of(w);
-        d.row_bytes = w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k / 2;
+        d.row_bytes = row_bytes_of(w);
         d.row_groups = ql_groups_per_row(w);
         int zero = w->zeros == NULL ? (int)ql_affine_symmetric_zero(w->bits) : 0;
         d.values = w->format == QL_NF4   ? v_load(ql_nf4_values)
@@ -144,7 +150,7 @@ static inline __m512i scale_bytes(__m256i codes, const byte_scale *s) {
 static void decode_by_byte(uint16_t *out, int64_t step, const decoder *d, int64_t i, int64_t j0, int64_t j1) {
     const ql_weight *w = d->w;
     int is_int8 = w->format == QL_INT8;
-    int64_t row_bytes = is_int8 ? w->k : 4 * ql_words_per_row(w->k, 8), width = is_int8 ? w->k : w->group;
+    int64_t row_bytes = row_bytes_of(w), width = is_int8 ? w->k : w->group;
     int64_t group = j0 / width, first_group = is_int8 ? i : i * ql_groups_per_row(w);
     const uint8_t *row = (const uint8_t *)w->codes + i * row_bytes;
     for (int64_t j = j0; j < j1; group++) {
@@ -199,12 +205,6 @@ static void decode_rows(uint16_t *out, int64_t ld, int64_t step, const decoder *
         case BY_TABLE: break;
         }
     }
-}
-
-/* bits of a code, bytes of the codes of a row */
-static inline int64_t bits_of(const ql_weight *w) { return w->format == QL_NF4 || w->format == QL_FP4 ? 4 : w->bits; }
-static inline int64_t row_bytes_of(const ql_weight *w) {
-    return w->format == QL_AFFINE ? 4 * ql_words_per_row(w->k, w->bits) : w->k * bits_of(w) / 8;
 }
 
 /* asks for the codes of rows [i0, i1), columns [j0, j1): short pieces of rows are not foreseen by the processor */

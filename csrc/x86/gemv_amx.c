@@ -110,12 +110,6 @@ static void split(product *g, const float *x) {
     }
 }
 
-/* the sums of three limbs as one number */
-static inline vf join(const vi sum[LIMBS]) {
-    vf high = v_fma(vi_to_vf(sum[0]), v_set1(256.0f), vi_to_vf(sum[1]));
-    return v_fma(high, v_set1(256.0f), vi_to_vf(sum[2]));
-}
-
 /* ---- panels of 4, 2 and 3 bits -------------------------------------------------------------------------------------- */
 
 /* vector v, VL lanes each, of consecutive panels of `rows` rows, the first of which is at p */
@@ -140,7 +134,7 @@ static inline vi four_limbs(const int8_t *x) {
  * bytes on */
 static inline vf add_group(const product *g, vf total, const vi sum[LIMBS], const uint32_t *scales, int64_t to, int64_t r, int64_t group) {
     int64_t at = r * g->groups + group;
-    vf value = v_mul(join(sum), v_set1(g->scales[at]));
+    vf value = v_mul(join_limbs(sum[0], sum[1], sum[2]), v_set1(g->scales[at]));
     if (g->l.zeros) { value = v_fnma(vi_to_vf(vi_load_i16((const char *)scales + to)), v_set1(g->sums[at]), value); }
     return v_fma(value, v_load((const float *)(const void *)scales), total);
 }
@@ -273,7 +267,7 @@ ALWAYS_INLINE vf add_row_group(const product *g, vf total, float *offset, const 
         int zero = w->zeros[of] - (int)ql_affine_symmetric_zero(w->bits);
         *offset += (float)zero * g->sums[at] * scale;
     }
-    return v_fma(join(sum), v_set1(scale * g->scales[at]), total);
+    return v_fma(join_limbs(sum[0], sum[1], sum[2]), v_set1(scale * g->scales[at]), total);
 }
 
 /* rows i, i + apart, … of W, `rows` of them, for all m rows of x; int8 codes are made unsigned */

@@ -48,6 +48,16 @@ static inline void store_limbs(uint16_t *out, int64_t plane, const vi limbs[4]) 
     _mm512_store_si512(out + 2 * plane, _mm512_unpacklo_epi64(low01, low23));
 }
 
+/* the sums of products of limbs (or of limbs alone) as one number, the highest first, each 256 of the next */
+static inline vf join_limbs(vi high, vi middle, vi low) {
+    vf sum = v_fma(vi_to_vf(high), v_set1(256.0f), vi_to_vf(middle));
+    return v_fma(sum, v_set1(256.0f), vi_to_vf(low));
+}
+
+/* what 1 is worth in the sums of products whose places add up to 2 (0 0, 0 1 and so on are the higher ones), where the largest values
+ * are 1. Those are multiplied by only then: the unit times a small one would lose digits. */
+static inline vf product_unit(void) { return v_set1(65536.0f / ((float)MOST * MOST)); }
+
 /* the bits of a where mask has them set, else those of b */
 static inline vi select_bits(vi mask, vi a, vi b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
 

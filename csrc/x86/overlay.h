@@ -38,12 +38,18 @@ int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m
 int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 
-/* attention_forward for the queries at the first `positions` of their sequences, and for sequences with one query; d <= 256, even */
-#define QL_ATTENTION_FIRST                                                                                                       \
-    (float *out, float *lse, const float *q, const float *k, const float *v, const int64_t *q_start, const int64_t *kv_start,     \
-     const int64_t *kv_len, int64_t b, int64_t hq, int64_t hkv, int64_t d, float scale, int64_t positions)
-void ql_attention_first_avx2 QL_ATTENTION_FIRST;
-void ql_attention_first_avx512 QL_ATTENTION_FIRST;
+/* the arguments of attention_forward */
+typedef struct {
+    float *out, *lse;
+    const float *q, *k, *v;
+    const int64_t *q_start, *kv_start, *kv_len;
+    int64_t b, hq, hkv, d;
+    float scale;
+    int64_t positions; /* queries of later positions are left out, but for sequences with one query */
+} attention_call;
+
+void ql_attention_first_avx2(attention_call *call); /* d <= 256, even */
+void ql_attention_first_avx512(attention_call *call);
 
 /* rows or columns of a float32 operand: products with at most so many have kernels of their own (narrow_body.h, gram_body.h),
  * for others pack the other operand, which costs more than such a product */

@@ -115,16 +115,13 @@ static inline __attribute__((always_inline)) void zero_tiles(void) {
     _tile_zero(3);
 }
 
-/* those of the tiles of sums that belong to columns [16 first, 16 end) to where the result goes */
-static inline __attribute__((always_inline)) void store_tiles(const quad *q, const int rows, const int first, const int end) {
-    int64_t stride = q->ld * (int64_t)sizeof *q->after;
-    if (first == 0) {
-        _tile_stored(0, q->after, stride);
-        if (rows > 1) { _tile_stored(2, q->after + q->down, stride); }
-    }
-    if (end == 2) {
-        _tile_stored(1, q->after + q->right, stride);
-        if (rows > 1) { _tile_stored(3, q->after + q->down + q->right, stride); }
+/* the tiles of sums of one column of tiles to `out`, where they are `down` elements apart and their rows `ld` */
+static inline __attribute__((always_inline)) void store_column(void *out, int64_t ld, int64_t down, const int rows, const int column) {
+    float *to = out; /* or integers: as wide */
+    int64_t stride = ld * (int64_t)sizeof *to;
+    if (column == 0) { _tile_stored(0, to, stride); } else { _tile_stored(1, to, stride); }
+    if (rows > 1) {
+        if (column == 0) { _tile_stored(2, to + down, stride); } else { _tile_stored(3, to + down, stride); }
     }
 }
 
@@ -137,7 +134,8 @@ static inline __attribute__((always_inline)) void multiply_planes(quad *q, const
         multiply_same_rows(b + q->plane, rows, columns);
         do_between(q);
     }
-    store_tiles(q, rows, 0, columns);
+    store_column(q->after, q->ld, q->down, rows, 0);
+    if (columns > 1) { store_column(q->after + q->right, q->ld, q->down, rows, 1); }
 }
 
 /* sums += a b of one tile of columns over steps [from, steps) */
@@ -167,10 +165,10 @@ static inline __attribute__((always_inline)) void multiply_plane(quad *q, const 
     }
     while (q->left > 0) { put_four(q); }
     multiply_column(q, last, kind, rows, 0);
-    store_tiles(q, rows, 0, 1);
+    store_column(q->after, q->ld, q->down, rows, 0);
     if (columns > 1) {
         multiply_column(q, last, kind, rows, 1);
-        store_tiles(q, rows, 1, 2);
+        store_column(q->after + q->right, q->ld, q->down, rows, 1);
     }
 }
 
@@ -181,14 +179,13 @@ static inline __attribute__((always_inline)) void scale_quad(const quad *q, cons
     const float *row_most = (const float *)(const void *)(q->a + LIMBS * q->plane);
     const float *column_most = (const float *)(const void *)(q->b + LIMBS * q->plane);
     const float *before = q->before;
-    const vf unit = v_set1(65536.0f / ((float)MOST * MOST)), next = v_set1(256.0f); /* unit: of the lowest sums */
+    const vf unit = product_unit();
     for (int tile = 0; tile < 2 * rows; tile++) {
         if (tile % 2 >= columns) { continue; }
         float *after = q->after + tile / 2 * q->down + tile % 2 * q->right;
         vf columns_most = v_load(column_most + tile % 2 * 16);
         for (int64_t r = 0, ld = q->ld, at = tile * (QUAD / 4); r < 16; r++, at += 16, after += ld) {
-            vf sum = v_fma(vi_to_vf(vi_load(sums + at)), next, vi_to_vf(vi_load(sums + QUAD + at)));
-            sum = v_fma(sum, next, vi_to_vf(vi_load(sums + 2 * QUAD + at)));
+            vf sum = join_limbs(vi_load(sums + at), vi_load(sums + QUAD + at), vi_load(sums + 2 * QUAD + at));
             sum = v_mul(v_mul(sum, unit), v_mul(columns_most, v_set1(row_most[tile / 2 * 16 + r])));
             v_store(after, add ? v_add(v_load(before + at), sum) : sum);
         }
@@ -207,10 +204,8 @@ static inline __attribute__((always_inline)) void multiply_group(quad *q, int32_
         if (group > 1) { multiply_step(a + 2 * plane, b, PRODUCT_OF_LIMBS, rows, columns); }
         do_between(q);
     }
-    _tile_stored(0, sums, 64);
-    if (columns > 1) { _tile_stored(1, sums + QUAD / 4, 64); }
-    if (rows > 1) { _tile_stored(2, sums + QUAD / 2, 64); }
-    if (rows > 1 && columns > 1) { _tile_stored(3, sums + 3 * QUAD / 4, 64); }
+    store_column(sums, 16, QUAD / 2, rows, 0);
+    if (columns > 1) { store_column(sums + QUAD / 4, 16, QUAD / 2, rows, 1); }
 }
 
 static inline __attribute__((always_inline)) void multiply_limbs(quad *q, const int rows, const int columns) {
