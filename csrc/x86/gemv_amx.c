@@ -9,6 +9,7 @@
 #include "../formats/packed.h"
 #include "limbs_amx.h"
 #include "overlay.h"
+#include "panels.h"
 
 #include <string.h> /* memcpy */
 
@@ -16,7 +17,7 @@
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
-    TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
+    TASK_BYTES = 512 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     VECTORS = 8,             /* of rows of W at a time, in panels */
     AHEAD = 2048,            /* bytes of a stream: memory answers late */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
@@ -112,18 +113,6 @@ static void split(product *g, const float *x) {
 
 /* ---- panels of 4, 2 and 3 bits -------------------------------------------------------------------------------------- */
 
-/* vector v, VL lanes each, of consecutive panels of `rows` rows, the first of which is at p */
-static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v, const int rows) {
-    return p + v / (rows / VL) * l->panel + v % (rows / VL) * VL;
-}
-
-/* bytes from a word of group `group` to what to fetch meanwhile: on in its panel or, near the end, in the next one that this
- * thread will read as this stream */
-static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int panels) {
-    int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * l->words * l->rows) * 4;
-    return left < AHEAD ? AHEAD + (panels - 1) * l->panel * 4 : AHEAD;
-}
-
 static inline vi four_limbs(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, sizeof four);
@@ -194,7 +183,7 @@ ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, co
     for (int64_t group = 0; group < l->groups; group++) {
         vi sum[2][VECTORS][LIMBS];
         const uint32_t *head = p;
-        int64_t ahead = ahead_of(l, group, panels);
+        int64_t ahead = ahead_of(l, group, panels, AHEAD);
 #pragma GCC unroll 2
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 3

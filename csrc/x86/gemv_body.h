@@ -4,10 +4,10 @@
  * Three kernels, by what a code is:
  *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h). A permute, which reads the low 4 bits of a lane, looks
  *            each nibble up in the 16 values of the format: shift, permute, fma for a lane's weight, no sums across lanes.
- *            Every other shift is spared by a load from the next byte on; the last one reads 3 bytes beyond the panel.
  *   sums     2 and 3 bits. A nibble is 2 codes, or one bit of 4: a permute looks it up in a table of the 16 sums that it can
  *            stand for with these activations, so that 3 instructions serve 2 or 4 codes. The tables of a row of x
- *            (k / 2 lines of 64 bytes at 2 bits) are made once a product; panels of 64 rows share each load of a table.
+ *            (k / 2 lines of 64 bytes at 2 bits) are made once a product; panels of 64 rows share each load of a table. Every
+ *            other shift is spared by a load from the next byte on; the last one reads 3 bytes beyond the panel.
  *   rows     8 bits (5 to 7 as bytes) and floats. Lanes are columns; a few rows of W at a time share the loads of x.
  * Codes are looked up around the middle of their range; zeros other than it, the `offsets` of a group, are taken off as
  * offset * sum of the group's activations. A group's sum is multiplied by its scale once.
@@ -16,6 +16,7 @@
 #include "../core/sizes.h"
 #include "../formats/packed.h"
 #include "overlay.h"
+#include "panels.h"
 
 #include <stdalign.h>
 #include <string.h> /* memcpy */
@@ -23,7 +24,8 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, format and rows are constants after inlining */
 
 enum {
-    TASK_BYTES = 128 << 10,  /* of W: large against the cost of a task, small against a thread's share */
+    TASK_BYTES = 256 << 10,  /* of W: large against the cost of a task, small against a thread's share */
+    PANELS = V_AVX512 ? 2 : 1, /* of 4 bits at a time, each a stream of memory of its own: one stream alone is not as fast */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 2048 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
@@ -56,74 +58,85 @@ static inline vf offset_term(const gemv *g, const void *offsets, int64_t r, int6
     return v_fnma(vi_to_vf(vi_load_i16(offsets)), v_set1(g->sums[r * g->l.groups + group]), v_zero());
 }
 
-/* rows [i, i + 2 VL) of W, from lane `lane` of a panel of 32, for all m rows of x; even and odd columns have their own sums */
-ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values, int64_t lane, int64_t i, const int m) {
+/* 2 VL rows of W, those from lane `lane` on, in each of `panels` panels, the first of which is at p and holds row i, for all m
+ * rows of x */
+ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values, int64_t lane, int64_t i, const int panels, const int m) {
     const ql_packed_layout *l = &g->l;
     const float *x = g->x;
-    vf total[QL_GEMV_ROWS][2];
+    const int vectors = 2 * panels;
+    vf total[QL_GEMV_ROWS][2 * PANELS];
 #pragma GCC unroll 4
-    for (int r = 0; r < m; r++) { total[r][0] = total[r][1] = v_zero(); }
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) { total[r][v] = v_zero(); }
+    }
     for (int64_t group = 0; group < l->groups; group++) {
-        vf sum[QL_GEMV_ROWS][2][2];
-        const uint32_t *scales = p + lane;
+        vf sum[QL_GEMV_ROWS][2 * PANELS];
+        const uint32_t *head = p;
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
-            for (int v = 0; v < 2; v++) {
-                const int16_t *offsets = (const int16_t *)(const void *)(p + 32) + lane + v * VL;
-                sum[r][v][0] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
-                sum[r][v][1] = v_zero();
+            for (int v = 0; v < vectors; v++) {
+                const uint32_t *offsets = p + v / 2 * l->panel + 32 + (lane + v % 2 * VL) / 2; /* int16 */
+                sum[r][v] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
             }
         }
         p += l->head;
-        int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
+        int64_t blocks = group == l->groups - 1 ? l->last : l->blocks, ahead = ahead_of(l, group, panels, AHEAD);
         for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
-            const char *bytes = (const char *)(p + lane);
-            v_prefetch(bytes + AHEAD);
-            v_prefetch(bytes + 4 * VL + AHEAD);
-            vi w0 = vi_load(bytes), w1 = vi_load(bytes + 4 * VL);
+            vi word[2 * PANELS];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                const uint32_t *words = lanes_of(p + lane, l, v, 2 * VL);
+                v_prefetch((const char *)words + ahead);
+                word[v] = vi_load(words);
+                KEEP(word[v]); /* gcc would load it again for each shift */
+            }
 #pragma GCC unroll 8
             for (int q = 0; q < 8; q++) {
-                if (q > 0 && q % 2 == 0) { w0 = vi_load(bytes + q / 2), w1 = vi_load(bytes + 4 * VL + q / 2); }
-                vf value0 = v_table_get(values, q % 2 ? vi_shr(w0, 4) : w0);
-                vf value1 = v_table_get(values, q % 2 ? vi_shr(w1, 4) : w1);
+                vf a[QL_GEMV_ROWS];
 #pragma GCC unroll 4
-                for (int r = 0; r < m; r++) {
-                    vf a = v_set1(x[r * g->ldx + q]);
-                    sum[r][0][q & 1] = v_fma(value0, a, sum[r][0][q & 1]);
-                    sum[r][1][q & 1] = v_fma(value1, a, sum[r][1][q & 1]);
+                for (int r = 0; r < m; r++) { a[r] = v_set1(x[r * g->ldx + q]); }
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) {
+                    vf value = v_table_get(values, q > 0 ? vi_shr(word[v], 4u * (unsigned)q) : word[v]);
+#pragma GCC unroll 4
+                    for (int r = 0; r < m; r++) { sum[r][v] = v_fma(value, a[r], sum[r][v]); }
                 }
             }
         }
 #pragma GCC unroll 4
-        for (int v = 0; v < 2; v++) {
-            vf scale = v_load((const float *)(const void *)(scales + v * VL));
+        for (int v = 0; v < vectors; v++) {
+            vf scale = v_load((const float *)(const void *)lanes_of(head + lane, l, v, 2 * VL));
 #pragma GCC unroll 4
-            for (int r = 0; r < m; r++) { total[r][v] = v_fma(v_add(sum[r][v][0], sum[r][v][1]), scale, total[r][v]); }
+            for (int r = 0; r < m; r++) { total[r][v] = v_fma(sum[r][v], scale, total[r][v]); }
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
-        store_lanes(g, r, i, total[r][0]);
-        store_lanes(g, r, i + VL, total[r][1]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) { store_lanes(g, r, i + v / 2 * 32 + lane + v % 2 * VL, total[r][v]); }
     }
+}
+
+ALWAYS_INLINE void nibble_panels(const gemv *g, int64_t panel, int64_t end, const int m) {
+    v_table values = v_table_load(g->table);
+    const int at_once = m > 2 ? 1 : PANELS; /* registers */
+    const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
+    for (; panel + at_once <= end; panel += at_once, p += at_once * g->l.panel) {
+        for (int64_t lane = 0; lane < 32; lane += 2 * VL) { nibble_lanes(g, p, values, lane, panel * 32, at_once, m); }
+    }
+    for (int64_t lane = 0; panel < end && lane < 32; lane += 2 * VL) { nibble_lanes(g, p, values, lane, panel * 32, 1, m); }
 }
 
 static void nibble_task(void *context, int64_t task) {
     const gemv *g = context;
-    v_table values = v_table_load(g->table);
-    int64_t end = at_most((task + 1) * g->part, g->l.panels);
-    for (int64_t panel = task * g->part; panel < end; panel++) {
-        const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
-        for (int64_t lane = 0; lane < 32; lane += 2 * VL) {
-            int64_t i = panel * 32 + lane;
-            switch (g->m) {
-            case 1: nibble_lanes(g, p, values, lane, i, 1); break;
-            case 2: nibble_lanes(g, p, values, lane, i, 2); break;
-            case 3: nibble_lanes(g, p, values, lane, i, 3); break;
-            default: nibble_lanes(g, p, values, lane, i, 4); break;
-            }
-        }
+    int64_t panel = task * g->part, end = at_most((task + 1) * g->part, g->l.panels);
+    switch (g->m) {
+    case 1: nibble_panels(g, panel, end, 1); break;
+    case 2: nibble_panels(g, panel, end, 2); break;
+    case 3: nibble_panels(g, panel, end, 3); break;
+    default: nibble_panels(g, panel, end, 4); break;
     }
 }
 
@@ -367,18 +380,19 @@ static void group_sums(float *sums, const float *x, int64_t columns, int64_t gro
     }
 }
 
-/* panels or rows of a task, where one has `bytes` bytes of W */
-static int64_t part_of(int64_t count, int64_t bytes) {
-    int64_t share = count / (4 * ql_threads()), large = TASK_BYTES / bytes;
-    int64_t part = share < large ? share : large;
-    return part < 1 ? 1 : part;
+/* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`: as many tasks for each thread, four at
+ * least. */
+static int64_t part_of(int64_t count, int64_t bytes, int64_t at_once) {
+    int64_t large = TASK_BYTES / bytes > at_once ? TASK_BYTES / bytes : at_once;
+    int64_t rounds = pieces(count, ql_threads() * large), part = pieces(count, ql_threads() * (rounds > 4 ? rounds : 4));
+    return part < at_once ? 1 : round_up(part, at_once);
 }
 
 static void run_rows(gemv *g) {
     void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
         [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
     int64_t bytes = g->w->k * (g->w->format == QL_F32 ? 4 : g->w->format == QL_F16 || g->w->format == QL_BF16 ? 2 : 1);
-    g->part = round_up(part_of(g->w->n, bytes), VL); /* whichever rows are left over are the last of W */
+    g->part = round_up(part_of(g->w->n, bytes, 1), VL); /* whichever rows are left over are the last of W */
     ql_parallel_for(pieces(g->w->n, g->part), tasks[g->w->format], g);
 }
 
@@ -421,7 +435,7 @@ static int run(gemv *g, const float *x, const scratch_sizes *s) {
     if (l->rows == 0) {
         run_rows(g);
     } else {
-        g->part = part_of(l->panels, 4 * l->panel);
+        g->part = part_of(l->panels, 4 * l->panel, l->rows == 32 ? PANELS : 1);
         if (l->rows == 32) { run_nibbles(g); } else { run_sums(g, sums + s->sums); }
     }
     return 1;

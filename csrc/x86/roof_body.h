@@ -14,12 +14,6 @@ typedef struct {
     int64_t count, rounds;
 } roof_context;
 
-#if V_AVX512
-#define KEEP(a) __asm__ volatile("" : "+v"(a)) /* the compiler must have the value in a register here */
-#else
-#define KEEP(a) __asm__ volatile("" : "+x"(a))
-#endif
-
 static void fma_task(void *context, int64_t task) {
     const roof_context *c = context;
     vf sums[CHAINS], factor = v_set1(0.999f), term = v_set1((float)(task + 1)); /* never denormal */

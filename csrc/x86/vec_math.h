@@ -2,6 +2,13 @@
 #ifndef QL_VEC_MATH_H
 #define QL_VEC_MATH_H
 
+/* the compiler must have the value in a register here */
+#if V_AVX512
+#define KEEP(a) __asm__ volatile("" : "+v"(a))
+#else
+#define KEEP(a) __asm__ volatile("" : "+x"(a))
+#endif
+
 /* exp(x) to about 1 unit in the last place: x = q ln 2 + r with |r| <= ln(2)/2, exp(r) by its series up to r^7 / 7!
  * (the rest is below 6e-9). Below -104 gives 0, above 88.73 infinity, NaN stays NaN. */
 static inline vf v_exp(vf x) {

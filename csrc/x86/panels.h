@@ -1,0 +1,20 @@
+/* panels.h: where in ql_weight.packed (formats/packed.h) the kernels of decode read, a few panels at a time: each of them is a stream
+ * of memory of its own, and one stream alone is not as fast as it can be. */
+#ifndef QL_PANELS_H
+#define QL_PANELS_H
+
+#include "../formats/packed.h"
+
+/* vector v, VL lanes each, of `rows` rows in each of consecutive panels, those of the first one from p on */
+static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v, int rows) {
+    return p + v / (rows / VL) * l->panel + v % (rows / VL) * VL;
+}
+
+/* bytes from a word of group `group` to what to fetch meanwhile: `ahead` on in its panel or, near the end, in the one that this
+ * thread will read next as this stream */
+static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int panels, int64_t ahead) {
+    int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * l->words * l->rows) * 4;
+    return left < ahead ? ahead + (panels - 1) * l->panel * 4 : ahead;
+}
+
+#endif
