@@ -17,7 +17,6 @@
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
-    TASK_BYTES = 512 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     VECTORS = 8,             /* of rows of W at a time, in panels */
     AHEAD = 2048,            /* bytes of a stream: memory answers late */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
@@ -152,6 +151,7 @@ ALWAYS_INLINE void add_block(vi (*sum)[VECTORS][LIMBS], const product *g, const 
     const int step = step_of(bits), rows = rows_of(bits);
 #pragma GCC unroll 8
     for (int h = 0; h < step / 4; h++) {
+        if (bits == 2) { __asm__("" : "+r"(p)); } /* words are loaded again: gcc would keep them in registers that it lacks */
 #pragma GCC unroll 2
         for (int r = 0; r < m; r++) {
             vi limb[LIMBS];
@@ -356,8 +356,7 @@ static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int acc
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;
-    g.part = round_up(at_most(count / (4 * ql_threads()), TASK_BYTES / bytes), at_once);
-    if (g.part < 1) { g.part = at_once; }
+    g.part = part_of(count, bytes, at_once);
     g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
     g.task = panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;

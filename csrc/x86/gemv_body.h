@@ -24,7 +24,6 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, format and rows are constants after inlining */
 
 enum {
-    TASK_BYTES = 256 << 10,  /* of W: large against the cost of a task, small against a thread's share */
     PANELS = V_AVX512 ? 2 : 1, /* of 4 bits at a time, each a stream of memory of its own: one stream alone is not as fast */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 2048 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
@@ -378,14 +377,6 @@ static void group_sums(float *sums, const float *x, int64_t columns, int64_t gro
         }
         sums[g] = v_sum(sum);
     }
-}
-
-/* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`: as many tasks for each thread, four at
- * least. */
-static int64_t part_of(int64_t count, int64_t bytes, int64_t at_once) {
-    int64_t large = TASK_BYTES / bytes > at_once ? TASK_BYTES / bytes : at_once;
-    int64_t rounds = pieces(count, ql_threads() * large), part = pieces(count, ql_threads() * (rounds > 4 ? rounds : 4));
-    return part < at_once ? 1 : round_up(part, at_once);
 }
 
 static void run_rows(gemv *g) {

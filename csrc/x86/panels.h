@@ -3,7 +3,11 @@
 #ifndef QL_PANELS_H
 #define QL_PANELS_H
 
+#include "../core/sizes.h"
 #include "../formats/packed.h"
+#include "../quantlab.h"
+
+enum { TASK_BYTES = 256 << 10 }; /* of W: large against the cost of a task, small against a thread's share */
 
 /* vector v, VL lanes each, of `rows` rows in each of consecutive panels, those of the first one from p on */
 static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v, int rows) {
@@ -15,6 +19,14 @@ static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout
 static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int panels, int64_t ahead) {
     int64_t left = (l->groups - 1 - group) * (l->head + l->blocks * l->words * l->rows) * 4;
     return left < ahead ? ahead + (panels - 1) * l->panel * 4 : ahead;
+}
+
+/* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`: as many tasks for each thread, four at
+ * least. */
+static int64_t part_of(int64_t count, int64_t bytes, int64_t at_once) {
+    int64_t large = TASK_BYTES / bytes > at_once ? TASK_BYTES / bytes : at_once;
+    int64_t rounds = pieces(count, ql_threads() * large), part = pieces(count, ql_threads() * (rounds > 4 ? rounds : 4));
+    return part < at_once ? 1 : round_up(part, at_once);
 }
 
 #endif
