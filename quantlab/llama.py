@@ -37,7 +37,6 @@ ELSEWHERE = {
     "load_in_8bit": "load the model, then quantlab.quantize(model, quantlab.Int8Config())",
     "quantization_config": "load the model, then quantlab.quantize(model, config)",
 }
-DECODE_ROWS = 4  # products with so few rows have kernels that add in another order (QL_GEMV_ROWS)
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Self = TypeVar("Self", bound="Llama")
@@ -464,9 +463,9 @@ class LlamaForCausalLM(Llama):
 
 def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
     """x W^T, float32 (m, n), of which a row has the same bits whatever m is: few rows are filled up with zeros."""
-    if len(x) > DECODE_ROWS:
+    if len(x) > _core.decode_rows():
         return _core.linear(np.ascontiguousarray(x), weight.handle)
-    filled = np.zeros((DECODE_ROWS + 1, x.shape[1]), np.float32)
+    filled = np.zeros((_core.decode_rows() + 1, x.shape[1]), np.float32)
     filled[: len(x)] = x
     return _core.linear(filled, weight.handle)[: len(x)]
 

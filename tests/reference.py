@@ -187,6 +187,17 @@ class StoredWeight:
                             self.perm, *(self.double or ()))  # fmt: skip
 
 
+def decode_rows(w: StoredWeight) -> int:
+    """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
+    if w.format != "affine" or w.bits > 4:
+        return min(4, _core.decode_rows())
+    step = {4: 8, 3: 32, 2: 16}[w.bits]  # columns of a block
+    starts = range(0, w.k, w.group)
+    columns = sum(-(-min(w.group, w.k - start) // step) * step for start in starts)
+    in_panels = 2 * columns <= 3 * w.k + 2 * step  # else they would be padding mostly
+    return _core.decode_rows() if in_panels else min(4, _core.decode_rows())
+
+
 def pack(codes, bits) -> np.ndarray:
     """codes (n, k) below 2^bits -> uint32 (n, ceil(k bits / 32)): each row a little-endian stream of bits."""
     stream = (codes[:, :, None] >> np.arange(bits)) & 1

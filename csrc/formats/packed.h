@@ -1,5 +1,5 @@
-/* packed.h: the layout of ql_weight.packed on a CPU, the order in which a product with few rows of activations (decode,
- * m <= QL_GEMV_ROWS) streams a weight of 2 to 7 bits once from front to back. quant/pack.c writes it, x86/gemv_body.h reads it.
+/* packed.h: the layout of ql_weight.packed on a CPU, the order in which a product with few rows of activations (decode) streams a
+ * weight of 2 to 7 bits once from front to back. quant/pack.c writes it, x86/gemv_body.h, gemv_amx.c and few_amx.c read it.
  *
  * A panel is `rows` consecutive rows of W, the last one padded with zero codes. A panel holds its groups one after another; a
  * group holds
@@ -18,7 +18,12 @@
 
 #include "weight.h"
 
-enum { QL_GEMV_ROWS = 4, QL_PACKED_ALIGN = 64, QL_MAX_PADDING = 3 }; /* no more than 3/2 of the columns */
+enum {
+    QL_GEMV_ROWS = 4,       /* rows of activations of such a product at most, */
+    QL_GEMV_TILE_ROWS = 16, /* on tiles */
+    QL_PACKED_ALIGN = 64,
+    QL_MAX_PADDING = 3      /* no more than 3/2 of the columns */
+};
 
 typedef struct {
     int rows, step, words;  /* rows 0: not in panels */

@@ -48,8 +48,8 @@ int ql_training_fused(const ql_backend *backend);
 /* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
 int64_t ql_llama_kv_bytes(const ql_backend *backend);
 
-/* floats of workspace that a forward pass over t tokens needs, zero at first where t <= QL_GEMV_ROWS */
-int64_t ql_llama_workspace(const ql_llama *model, int64_t t);
+/* floats of workspace that a forward pass over t tokens needs, zero at first where t <= the backend's decode_rows */
+int64_t ql_llama_workspace(const ql_llama *model, int64_t t, const ql_backend *backend);
 
 /* rows (t,) of a batch, from its q_start, kv_start and kv_len: the keys of a sequence end with those of this batch. All
  * of the host. */

@@ -1,5 +1,4 @@
 /* llama_forward.c: the LLaMA forward pass (Touvron et al. 2023) over the table of ops; it names no backend. */
-#include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "llama.h"
 #include "workspace.h"
 
@@ -18,7 +17,9 @@ typedef struct {
 
 /* Rows of a pass' products. Products with few rows add in an order of their own; without a cache a row's result must not
  * depend on the rows beside it, so there a pass is never that small: rows that nothing reads fill it up. */
-static int64_t product_rows(int64_t t, int cached) { return cached || t > QL_GEMV_ROWS ? t : QL_GEMV_ROWS + 1; }
+static int64_t product_rows(int64_t t, int cached, const ql_backend *be) {
+    return cached || t > be->decode_rows ? t : be->decode_rows + 1;
+}
 
 static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
     buffers s;
@@ -35,9 +36,9 @@ static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
     return s;
 }
 
-int64_t ql_llama_workspace(const ql_llama *m, int64_t t) {
+int64_t ql_llama_workspace(const ql_llama *m, int64_t t, const ql_backend *be) {
     ql_workspace size = {NULL, 0};
-    cut(m, product_rows(t, 0), &size);
+    cut(m, product_rows(t, 0, be), &size);
     return size.used;
 }
 
@@ -95,7 +96,7 @@ static void keep_rows(const ql_llama *m, const ql_llama_batch *batch, buffers *s
     be->gather_rows_forward(x, s->x, batch->kept, batch->count, m->c);
     be->gather_rows_forward(a, s->a, batch->kept, batch->count, m->hq * m->d);
     s->h = s->x, s->x = x, s->a = a;
-    s->t = batch->count, s->m = product_rows(batch->count, 0);
+    s->t = batch->count, s->m = product_rows(batch->count, 0, be);
 }
 
 static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, const buffers *s, const ql_backend *be) {
@@ -132,7 +133,7 @@ ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batc
                            float *workspace, const ql_backend *be) {
     int fused = ql_llama_fused(be);
     ql_workspace memory = {workspace, 0};
-    buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL), &memory);
+    buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL, be), &memory);
     s.t = batch->t;
     int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(be) : 0;
     ql_norm norm = {m->layers > 0 ? m->layer[0].input_norm : NULL, m->eps, s.h, 0};

@@ -77,10 +77,10 @@ static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t po
     if (status == QL_OK) { status = be->alloc(&g->cache.v, cache_bytes); }
     if (status == QL_OK) { status = be->alloc((void **)&g->hidden, (size_t)(b * m->c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&g->logits, (size_t)(b * g->head->n) * sizeof(float)); }
-    if (status == QL_OK) { status = be->alloc((void **)&g->workspace, (size_t)ql_llama_workspace(m, b) * sizeof(float)); }
+    if (status == QL_OK) { status = be->alloc((void **)&g->workspace, (size_t)ql_llama_workspace(m, b, be) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc_shared((void **)&g->history, (size_t)(b * self->steps) * sizeof(int32_t)); }
     if (status == QL_OK) { status = make_state(self, lengths, positions); }
-    if (status == QL_OK && self->llama->be == NULL && b <= QL_GEMV_ROWS) { ql_llama_pack(m); }
+    if (status == QL_OK && self->llama->be == NULL && b <= be->decode_rows) { ql_llama_pack(m); }
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }
@@ -187,7 +187,7 @@ static ql_status run_prompt(GenerationObject *self, const prompt_call *call) {
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, m->d, be);
     if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * m->c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&ends, (size_t)(call->ends * m->c) * sizeof(float)); }
-    if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(m, t) * sizeof(float)); }
+    if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(m, t, be) * sizeof(float)); }
     if (status == QL_OK) { status = ql_llama_forward(hidden, m, &batch, &self->g.cache, workspace, be); }
     if (status == QL_OK && call->ends > 0) {
         be->gather_rows_forward(ends, hidden, ql_bundle_at(&arrays, from), call->ends, m->c);

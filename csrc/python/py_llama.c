@@ -276,9 +276,9 @@ static ql_status run_call(LlamaObject *self, const llama_call *call) {
     ql_bundle_add(&arrays, call->head != NULL ? call->targets : call->keep, (size_t)(call->head != NULL ? t : call->kept) * sizeof(int32_t));
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, self->model.d, be);
     if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * self->model.c) * sizeof(float)); }
-    if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t) * sizeof(float)); }
-    if (status == QL_OK && t <= QL_GEMV_ROWS) { /* rows that fill a small pass up are zero */
-        status = be->fill(workspace, 0, (size_t)ql_llama_workspace(&self->model, t) * sizeof(float));
+    if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float)); }
+    if (status == QL_OK && t <= be->decode_rows) { /* rows that fill a small pass up are zero */
+        status = be->fill(workspace, 0, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float));
         if (self->be == NULL && call->cache != NULL) { ql_llama_pack(&self->model); }
     }
     if (status == QL_OK) { status = ql_llama_forward(hidden, &self->model, &batch, call->cache, workspace, be); }

@@ -1,43 +1,22 @@
-/* gemv_amx.c: y (m, n) = x (m, k) W^T for m <= QL_GEMV_ROWS where codes are integers, of 2 to 4 bits in panels
- * (formats/packed.h) or as bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and
- * instruction, so that arithmetic takes less time than memory.
+/* gemv_amx.c: y (m, n) = x (m, k) W^T for a few rows of x where codes are integers, of 2 to 4 bits in panels (formats/packed.h) or as
+ * bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that
+ * arithmetic takes less time than memory. Panels and more than one row of x: on tiles (few_amx.c).
  *
  * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are
  * unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every
  * number of threads. */
 #include "../core/sizes.h"
 #include "../formats/packed.h"
-#include "limbs_amx.h"
+#include "gemv_amx.h"
 #include "overlay.h"
-#include "panels.h"
 
 #include <string.h> /* memcpy */
-
-#define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, rows and format are constants after inlining */
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    AHEAD = 2048,            /* bytes of a stream: memory answers late */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
 };
-
-typedef struct {
-    float *y;              /* (m, n) */
-    int8_t *limbs;         /* (m, LIMBS, ld), the highest limb first */
-    int32_t *begin;        /* (m, groups, LIMBS, lanes) what sums begin at; lanes: 1 in panels, VL in rows */
-    float *scales, *sums;  /* (m, groups) of the integers of a group; the sum of its x, where W has zeros */
-    const ql_weight *w;
-    const void *codes;
-    ql_packed_layout l;
-    int64_t m, ld, groups, part, tasks; /* part: panels or rows of a task */
-    void (*task)(void *context, int64_t i);
-    int accumulate;
-} product;
-
-/* of a panel of `bits` bits, as ql_packed_layout has them: rows, and codes of a row in a block; constants after inlining */
-static inline int rows_of(int bits) { return bits == 4 ? 32 : 64; }
-static inline int step_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 
 /* panels at a time, each a stream of memory of its own: one stream alone reaches three quarters of the speed of some */
 static inline int streams_of(int64_t rows) { return rows == 32 ? 3 : 2; }
@@ -64,8 +43,13 @@ static void begin_lanes(int32_t *begin, const int8_t *limbs, int64_t count) {
     vi_store(begin, vi_sub(vi_set1(0), sum));
 }
 
+/* where the limbs of a row, r LIMBS + l for limb l of row r of x, have column j */
+static inline int8_t *limb_at(const gemv_product *g, int64_t row, int64_t j) {
+    return g->limbs + (g->tiles == 0 ? row * g->ld + j : (j / CHUNK * g->tiles * 16 + row) * CHUNK + j % CHUNK);
+}
+
 /* group `group` of row r, stored columns [j, end), to its limbs from column `to` on */
-static void split_group(product *g, const float *x, int64_t r, int64_t group, int64_t j, int64_t end, int64_t to) {
+static void split_group(gemv_product *g, const float *x, int64_t r, int64_t group, int64_t j, int64_t end, int64_t to) {
     const __m128i in_order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i of_nibbles = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15); /* as codes_of tells */
     const __m128i of_pairs = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -81,7 +65,7 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
         for (int l = 0; l < LIMBS; l++) {
             vi limb = _mm512_srai_epi32(vi_shl(limbs, 8u * (unsigned)(1 + l)), 24);
             sum[l] = vi_add(sum[l], limb);
-            int8_t *out = g->limbs + (r * LIMBS + l) * g->ld + to + c - j;
+            int8_t *out = limb_at(g, r * LIMBS + l, to + c - j);
             _mm_storeu_si128((__m128i *)(void *)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(limb), order));
         }
     }
@@ -100,13 +84,20 @@ static void split_group(product *g, const float *x, int64_t r, int64_t group, in
     g->sums[at] = total * g->scales[at];
 }
 
-static void split(product *g, const float *x) {
-    int64_t k = g->w->k, padded = g->l.rows > 0 ? g->l.blocks * g->l.step : g->l.group;
-    for (int64_t r = 0; r < g->m; r++) {
-        for (int64_t group = 0; group < g->groups; group++) {
-            int64_t j = group * g->l.group;
-            split_group(g, x + r * k, r, group, j, at_most(j + g->l.group, k), group * padded);
-        }
+/* columns between the limbs of one group and of the next */
+static int64_t group_columns(const gemv_product *g) {
+    int64_t columns = g->l.rows > 0 ? g->l.blocks * g->l.step : g->l.group;
+    return g->tiles > 0 ? round_up(columns, CHUNK) : columns;
+}
+
+typedef struct { gemv_product *g; const float *x; } split_context;
+
+static void split_row(void *context, int64_t r) {
+    gemv_product *g = ((split_context *)context)->g;
+    const float *row = ((split_context *)context)->x + r * g->w->k;
+    for (int64_t group = 0; group < g->groups; group++) {
+        int64_t j = group * g->l.group;
+        split_group(g, row, r, group, j, at_most(j + g->l.group, g->w->k), group * group_columns(g));
     }
 }
 
@@ -118,80 +109,42 @@ static inline vi four_limbs(const int8_t *x) {
     return vi_set1(four);
 }
 
-/* total + the sums of group `group` of row r of x, scaled, for the vector of W whose scales are at `scales`, its offsets `to`
- * bytes on */
-static inline vf add_group(const product *g, vf total, const vi sum[LIMBS], const uint32_t *scales, int64_t to, int64_t r, int64_t group) {
-    int64_t at = r * g->groups + group;
-    vf value = v_mul(join_limbs(sum[0], sum[1], sum[2]), v_set1(g->scales[at]));
-    if (g->l.zeros) { value = v_fnma(vi_to_vf(vi_load_i16((const char *)scales + to)), v_set1(g->sums[at]), value); }
-    return v_fma(value, v_load((const float *)(const void *)scales), total);
-}
-
-/* VL elements of row r of y from column i, as many as there are */
-static inline void store_lanes(const product *g, int64_t r, int64_t i, vf value) {
-    int64_t count = at_most(VL, g->w->n - i);
-    if (count < 1) { return; }
-    float *y = g->y + r * g->w->n + i;
-    v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
-}
-
-/* four codes a lane of a block whose words of these lanes begin at p, one to a byte; 0 <= h < step / 4 says which */
-ALWAYS_INLINE vi codes_of(const uint32_t *p, const int bits, const int h) {
-    if (bits == 4) { return vi_and(vi_shr(vi_load(p), (unsigned)(4 * h)), vi_set1(0x0f0f0f0f)); }
-    vi low = vi_and(vi_shr(vi_load(p + h / 4 * 64), (unsigned)(h % 4 * 2)), vi_set1(0x03030303));
-    if (bits == 2) { return low; }
-    vi high = vi_load(p + 2 * 64); /* bit 2 of a code at bit h of its byte */
-    high = h < 2 ? vi_shl(high, (unsigned)(2 - h)) : vi_shr(high, (unsigned)(h - 2));
-    return vi_or(vi_and(high, vi_set1(0x04040404)), low);
-}
-
-/* sum[r][v] += the block at p, VL rows of W a vector, times its limbs of row r of x, the first of which are at x */
-ALWAYS_INLINE void add_block(vi (*sum)[VECTORS][LIMBS], const product *g, const uint32_t *p, const int8_t *x, const int bits,
-                             const int vectors, const int m) {
+/* sum[v] += the block at p, VL rows of W a vector, times its limbs of x, the first of which are at x */
+ALWAYS_INLINE void add_block(vi (*sum)[LIMBS], const gemv_product *g, const uint32_t *p, const int8_t *x, const int bits, const int vectors) {
     const int step = step_of(bits), rows = rows_of(bits);
 #pragma GCC unroll 8
     for (int h = 0; h < step / 4; h++) {
         if (bits == 2) { __asm__("" : "+r"(p)); } /* words are loaded again: gcc would keep them in registers that it lacks */
-#pragma GCC unroll 2
-        for (int r = 0; r < m; r++) {
-            vi limb[LIMBS];
+        vi limb[LIMBS];
 #pragma GCC unroll 3
-            for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + (r * LIMBS + a) * g->ld + 4 * h); }
+        for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + a * g->ld + 4 * h); }
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) {
-                vi code = codes_of(lanes_of(p, &g->l, v, rows), bits, h);
+        for (int v = 0; v < vectors; v++) {
+            vi code = codes_of(lanes_of(p, &g->l, v, rows), bits, h);
 #pragma GCC unroll 3
-                for (int a = 0; a < LIMBS; a++) { sum[r][v][a] = _mm512_dpbusd_epi32(sum[r][v][a], code, limb[a]); }
-            }
+            for (int a = 0; a < LIMBS; a++) { sum[v][a] = _mm512_dpbusd_epi32(sum[v][a], code, limb[a]); }
         }
     }
 }
 
-/* `panels` panels from row i of W on, each a stream of memory of its own, for m rows of x from row `first` on */
-ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, const int bits, const int panels, const int m) {
+/* `panels` panels from row i of W on, each a stream of memory of its own, for one row of x */
+ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, const int bits, const int panels) {
     const ql_packed_layout *l = &g->l;
-    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits);
-    const int vectors = panels * rows / VL;
+    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits), vectors = panels * rows / VL;
     const uint32_t *p = (const uint32_t *)g->codes + i / rows * l->panel;
-    const int8_t *x = g->limbs + first * LIMBS * g->ld;
-    vf total[2][VECTORS];
-#pragma GCC unroll 2
-    for (int r = 0; r < m; r++) {
+    const int8_t *x = g->limbs;
+    vf total[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) { total[r][v] = v_zero(); }
-    }
+    for (int v = 0; v < vectors; v++) { total[v] = v_zero(); }
     for (int64_t group = 0; group < l->groups; group++) {
-        vi sum[2][VECTORS][LIMBS];
+        vi sum[VECTORS][LIMBS];
         const uint32_t *head = p;
         int64_t ahead = ahead_of(l, group, panels, AHEAD);
-#pragma GCC unroll 2
-        for (int r = 0; r < m; r++) {
 #pragma GCC unroll 3
-            for (int a = 0; a < LIMBS; a++) {
-                vi begin = vi_set1(g->begin[((first + r) * l->groups + group) * LIMBS + a]);
+        for (int a = 0; a < LIMBS; a++) {
+            vi begin = vi_set1(g->begin[group * LIMBS + a]);
 #pragma GCC unroll 8
-                for (int v = 0; v < vectors; v++) { sum[r][v][a] = begin; }
-            }
+            for (int v = 0; v < vectors; v++) { sum[v][a] = begin; }
         }
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
@@ -200,44 +153,37 @@ ALWAYS_INLINE void panel_products(const product *g, int64_t first, int64_t i, co
             for (int v = 0; v < vectors; v++) {
                 for (int word = 0; word < words; word++) { v_prefetch((const char *)(lanes_of(p, l, v, rows) + word * rows) + ahead); }
             }
-            add_block(sum, g, p, x, bits, vectors, m);
+            add_block(sum, g, p, x, bits, vectors);
         }
-#pragma GCC unroll 2
-        for (int r = 0; r < m; r++) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) {
-                int64_t to = 4 * rows - v % (rows / VL) * 2 * VL; /* scales are 4 bytes, offsets 2 */
-                total[r][v] = add_group(g, total[r][v], sum[r][v], lanes_of(head, l, v, rows), to, first + r, group);
-            }
+        for (int v = 0; v < vectors; v++) {
+            int64_t to = 4 * rows - v % (rows / VL) * 2 * VL; /* scales are 4 bytes, offsets 2 */
+            total[v] = add_group(g, total[v], sum[v], lanes_of(head, l, v, rows), to, 0, group);
         }
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < m; r++) {
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) { store_lanes(g, first + r, i + v * VL, total[r][v]); }
-    }
+    for (int v = 0; v < vectors; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
 }
 
-ALWAYS_INLINE void panel_range(const product *g, int64_t panel, int64_t end, const int bits) {
-    const int rows = rows_of(bits), streams = streams_of(rows), fewer = bits == 4 ? 2 : 1; /* registers */
-    for (; panel + streams <= end && g->m == 1; panel += streams) { panel_products(g, 0, panel * rows, bits, streams, 1); }
-    for (; panel + fewer <= end && g->m > 1; panel += fewer) {
-        for (int64_t r = 0; r + 2 <= g->m; r += 2) { panel_products(g, r, panel * rows, bits, fewer, 2); }
-        for (int64_t p = panel; p < panel + fewer && g->m % 2 == 1; p++) { panel_products(g, g->m - 1, p * rows, bits, 1, 1); }
-    }
-    for (; panel < end; panel++) {
-        for (int64_t r = 0; r < g->m; r++) { panel_products(g, r, panel * rows, bits, 1, 1); }
-    }
+ALWAYS_INLINE void panel_range(const gemv_product *g, int64_t panel, int64_t end, const int bits) {
+    const int rows = rows_of(bits), streams = streams_of(rows);
+    for (; panel + streams <= end; panel += streams) { panel_products(g, panel * rows, bits, streams); }
+    for (; panel < end; panel++) { panel_products(g, panel * rows, bits, 1); }
 }
 
 #define PANEL_TASK(BITS)                                                                         \
     static void panel_task_##BITS(void *context, int64_t task) {                                 \
-        const product *g = context;                                                              \
+        const gemv_product *g = context;                                                              \
         panel_range(g, task * g->part, at_most((task + 1) * g->part, g->l.panels), BITS);        \
     }
 PANEL_TASK(2)
 PANEL_TASK(3)
 PANEL_TASK(4)
+
+static void few_task(void *context, int64_t task) {
+    const gemv_product *g = context;
+    ql_few_panels_amx(g, task * g->part, at_most((task + 1) * g->part, g->l.panels));
+}
 
 /* ---- rows of bytes -------------------------------------------------------------------------------------------------- */
 
@@ -246,7 +192,7 @@ static int64_t bytes_of_row(const ql_weight *w) {
 }
 
 /* total + the sums of group `group` of row i of W and row r of x, scaled; *offset += the zero's part of it */
-ALWAYS_INLINE vf add_row_group(const product *g, vf total, float *offset, const vi sum[LIMBS], int64_t i, int64_t r, int64_t group,
+ALWAYS_INLINE vf add_row_group(const gemv_product *g, vf total, float *offset, const vi sum[LIMBS], int64_t i, int64_t r, int64_t group,
                                const int is_int8) {
     const ql_weight *w = g->w;
     int64_t at = r * g->groups + group, of = is_int8 ? i : i * g->groups + group;
@@ -260,7 +206,7 @@ ALWAYS_INLINE vf add_row_group(const product *g, vf total, float *offset, const 
 }
 
 /* rows i, i + apart, … of W, `rows` of them, for all m rows of x; int8 codes are made unsigned */
-ALWAYS_INLINE void byte_rows(const product *g, int64_t i, int64_t apart, const int rows, const int m, const int is_int8) {
+ALWAYS_INLINE void byte_rows(const gemv_product *g, int64_t i, int64_t apart, const int rows, const int m, const int is_int8) {
     const ql_weight *w = g->w;
     const int64_t stride = apart * bytes_of_row(w);
     const char *codes = (const char *)g->codes + i * bytes_of_row(w);
@@ -320,7 +266,7 @@ ALWAYS_INLINE void byte_rows(const product *g, int64_t i, int64_t apart, const i
     }
 }
 
-ALWAYS_INLINE void byte_range(const product *g, int64_t i, int64_t end, const int m, const int is_int8) {
+ALWAYS_INLINE void byte_range(const gemv_product *g, int64_t i, int64_t end, const int m, const int is_int8) {
     const int rows = m < 3 ? 4 : 2; /* registers */
     int64_t apart = (end - i) / rows, first = i; /* as many streams of memory as rows at a time */
     for (; i < first + apart; i++) { byte_rows(g, i, apart, rows, m, is_int8); }
@@ -329,7 +275,7 @@ ALWAYS_INLINE void byte_range(const product *g, int64_t i, int64_t end, const in
 
 #define BYTE_TASK(NAME, IS_INT8)                                         \
     static void NAME(void *context, int64_t task) {                      \
-        const product *g = context;                                      \
+        const gemv_product *g = context;                                      \
         int64_t i = task * g->part, end = at_most(i + g->part, g->w->n); \
         switch (g->m) {                                                  \
         case 1: byte_range(g, i, end, 1, IS_INT8); break;                \
@@ -344,39 +290,44 @@ BYTE_TASK(code_task, 0)
 /* ---- the product ------------------------------------------------------------------------------------------------------ */
 
 /* what `of` begins with: the kernel, the codes and the sizes of y = x W^T; 0: there is no such kernel */
-static int prepare(product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
+static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
     int in_place = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits == 8);
     if (w->format != QL_INT8 && w->format != QL_AFFINE) { return 0; }
-    product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
+    gemv_product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
     int panels = g.l.rows > 0;
     g.groups = pieces(w->k, g.l.group);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int too_large = m > QL_GEMV_ROWS || g.l.group > MAX_GROUP;
+    int too_large = m > (panels ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS) || g.l.group > MAX_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w), at_once = panels ? streams_of(g.l.rows) : 4;
+    g.tiles = panels && m > 1 ? (int)pieces(m * LIMBS, 16) : 0;
+    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w);
+    int64_t at_once = !panels ? 4 : g.tiles == 0 ? streams_of(g.l.rows) : g.tiles == 1 && g.l.rows == 32 ? 2 : 1;
     g.part = part_of(count, bytes, at_once);
     g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
-    g.task = panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
+    g.task = g.tiles > 0 ? few_task : panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
     *of = g;
     return 1;
 }
 
 /* 0: no memory for x as integers */
-static int run(product *g, const float *x) {
-    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL, limbs = g->m * LIMBS * g->ld; /* ld: whole lines */
+static int run(gemv_product *g, const float *x) {
+    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL;
+    int64_t limbs = g->tiles > 0 ? g->tiles * 16 * g->groups * group_columns(g) : g->m * LIMBS * g->ld; /* both whole lines */
     char *memory = ql_scratch((size_t)(limbs + (LIMBS * lanes + 2) * numbers * (int64_t)sizeof(float)));
     if (memory == NULL) { return 0; }
     g->limbs = (int8_t *)memory, g->begin = (int32_t *)(void *)(memory + limbs);
     g->scales = (float *)(void *)(g->begin + LIMBS * numbers * lanes), g->sums = g->scales + numbers;
-    split(g, x);
+    split_context context = {g, x};
+    if (g->tiles > 0) { ql_parallel_for(g->m, split_row, &context); }
+    for (int64_t r = 0; r < g->m && g->tiles == 0; r++) { split_row(&context, r); }
     ql_parallel_for(g->tasks, g->task, g);
     return 1;
 }
 
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    product g;
+    gemv_product g;
     return prepare(&g, y, w, m, accumulate) && run(&g, x);
 }

@@ -212,10 +212,8 @@ static int takes_floats(const ql_weight *w) {
 }
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    if (m <= QL_GEMV_ROWS) { /* W is read once: what is as exact as float32 costs no more */
-        if (!ql_gemv_forward_amx(y, x, w, m, accumulate)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
-        return;
-    }
+    if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: what is as exact as float32 costs no more */
+    if (m <= QL_GEMV_ROWS) { ql_linear_forward_avx512(y, x, w, m, accumulate); return; }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
                    .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),

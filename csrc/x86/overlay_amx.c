@@ -1,7 +1,9 @@
 /* overlay_amx.c: the AMX kernels, put over the AVX-512 table. */
+#include "../formats/packed.h"
 #include "overlay.h"
 
 void ql_overlay_amx(ql_backend *table) {
+    table->decode_rows = QL_GEMV_TILE_ROWS;
     table->gram_forward = ql_gram_forward_amx;
     table->attention_forward = ql_attention_forward_amx;
     table->attention_backward = ql_attention_backward_amx;

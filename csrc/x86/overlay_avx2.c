@@ -1,7 +1,9 @@
 /* overlay_avx2.c: the AVX2 kernels, put over the scalar table. */
+#include "../formats/packed.h"
 #include "overlay.h"
 
 void ql_overlay_avx2(ql_backend *table) {
+    table->decode_rows = QL_GEMV_ROWS;
 #define X(op) table->op = ql_##op##_avx2;
     QL_X86_PLAIN_OPS(X)
 #undef X
