@@ -189,7 +189,10 @@ class StoredWeight:
 
 def decode_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
-    if w.format != "affine" or w.bits > 4:
+    if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
+        columns = w.k if w.format == "int8" else min(w.group, w.k)  # that share a scale
+        return _core.decode_rows() if columns >= 32 else min(4, _core.decode_rows())
+    if w.format != "affine":
         return min(4, _core.decode_rows())
     step = {4: 8, 3: 32, 2: 16}[w.bits]  # columns of a block
     starts = range(0, w.k, w.group)

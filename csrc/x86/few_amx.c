@@ -7,37 +7,54 @@
  *
  *     int8 limbs[chunk][tiles][16][CHUNK]     limb l of row r of x is line r LIMBS + l; the lines beyond the last are not used
  */
+#include "bf16_amx.h" /* transpose_tile */
 #include "config_amx.h"
 #include "gemv_amx.h"
 
 #include <stdalign.h>
 
-enum { LINE = 64, LINES = 16, TILE_BYTES = LINES * LINE, VECTORS = 4, MAX_SUMS = 6 };
+enum {
+    LINE = 64,
+    LINES = 16,
+    TILE_BYTES = LINES * LINE,
+    VECTORS = 4, /* of 16 rows of W at a time */
+    MAX_SUMS = 6 /* tiles of them */
+};
 
-/* where the words of a chunk are in a panel */
+/* A chunk: columns [j, j + count) of W, of one group. */
 typedef struct {
-    const uint32_t *p;
-    int64_t group, block; /* block: of the group */
+    const uint32_t *p; /* panels: its words in the first of them */
+    int64_t group, j, count;
 } chunk;
 
-static inline int64_t blocks_of(const ql_packed_layout *l, int64_t group) { return group == l->groups - 1 ? l->last : l->blocks; }
+/* columns of a group and of a step within it, as stored: of bytes, and of blocks in panels */
+static inline int64_t columns_of(const gemv_product *g, int64_t group) {
+    if (g->l.rows > 0) { return (group == g->groups - 1 ? g->l.last : g->l.blocks) * g->l.step; }
+    return group == g->groups - 1 ? g->w->k - group * g->l.group : g->l.group;
+}
 
-/* the next one, and whether it begins another group */
-ALWAYS_INLINE int next_chunk(chunk *c, const ql_packed_layout *l, const int bits) {
+/* the one after `c`, which has no columns behind the last one */
+ALWAYS_INLINE chunk next_chunk(chunk c, const gemv_product *g, const int bits) {
     const int words = bits == 3 ? 3 : 1;
-    int64_t left = blocks_of(l, c->group) - c->block, count = at_most(CHUNK / step_of(bits), left);
-    c->block += count, c->p += count * words * rows_of(bits);
-    if (count < left) { return 0; }
-    c->group++, c->block = 0, c->p += l->head;
-    return 1;
+    if (bits < 8) { c.p += c.count / step_of(bits) * words * rows_of(bits); }
+    c.j += c.count;
+    if (c.j == columns_of(g, c.group)) { c.group++, c.j = 0, c.p += bits < 8 ? g->l.head : 0; }
+    c.count = c.group < g->groups ? at_most(CHUNK, columns_of(g, c.group) - c.j) : 0;
+    return c;
+}
+
+/* bytes from a chunk's codes to those to fetch meanwhile, of 32 rows at a time: see ahead_of */
+static inline int64_t bytes_ahead(const gemv_product *g, int64_t column, int64_t stride) {
+    int64_t on = at_most(AHEAD, g->w->k);
+    return column + on < g->w->k ? on : (BYTE_ROWS - 1) * stride + on;
 }
 
 /* the codes of a chunk of 16 rows of W, whose words begin at p; a chunk that is not full ends with lines of zeros */
-ALWAYS_INLINE void unpack(uint8_t *tile, const uint32_t *p, int64_t count, int64_t ahead, const int bits) {
-    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits), full = CHUNK / step;
-    if (count >= full) {
+ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count, int64_t ahead, const int bits) {
+    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits);
+    if (count == CHUNK) {
 #pragma GCC unroll 8
-        for (int b = 0; b < full; b++, p += words * rows) {
+        for (int b = 0; b < CHUNK / step; b++, p += words * rows) {
             for (int word = 0; word < words; word++) { v_prefetch((const char *)(p + word * rows) + ahead); }
 #pragma GCC unroll 8
             for (int h = 0; h < step / 4; h++) { vi_store(tile + (b * step / 4 + h) * LINE, codes_of(p, bits, h)); }
@@ -45,10 +62,26 @@ ALWAYS_INLINE void unpack(uint8_t *tile, const uint32_t *p, int64_t count, int64
         return;
     }
     int64_t line = 0;
-    for (int64_t b = 0; b < count; b++, p += words * rows) {
+    for (int64_t b = 0; b < count / step; b++, p += words * rows) {
         for (int h = 0; h < step / 4; h++, line++) { vi_store(tile + line * LINE, codes_of(p, bits, h)); }
     }
     for (; line < LINES; line++) { vi_store(tile + line * LINE, vi_set1(0)); }
+}
+
+/* The codes of a chunk of rows [i, i + 16) of bytes: fours of columns of 16 rows become a line. int8 codes are made unsigned;
+ * what is beyond the chunk's columns is 0. */
+ALWAYS_INLINE void unpack_bytes(uint8_t *tile, const gemv_product *g, int64_t i, const chunk *c) {
+    const ql_weight *w = g->w;
+    int64_t column = c->group * g->l.group + c->j, stride = g->stride, ahead = bytes_ahead(g, column, stride);
+    const char *codes = (const char *)g->codes + i * stride + column;
+    const __mmask64 columns = c->count < CHUNK ? (1ull << c->count) - 1 : ~0ull;
+    const vi sign = _mm512_maskz_set1_epi8(w->format == QL_INT8 ? columns : 0, (char)0x80);
+    alignas(64) uint8_t rows[TILE_BYTES];
+    for (int64_t r = 0; r < LINES; r++) {
+        v_prefetch(codes + r * stride + ahead);
+        vi_store(rows + r * LINE, _mm512_xor_si512(sign, _mm512_maskz_loadu_epi8(i + r < w->n ? columns : 0, codes + r * stride)));
+    }
+    transpose_tile((uint16_t *)(void *)tile, (const uint16_t *)(const void *)rows, LINE / 2);
 }
 
 /* Eight tiles: those of limbs, of codes, and the sums, `tiles` for each vector of W. */
@@ -105,90 +138,132 @@ ALWAYS_INLINE void take_sums(int32_t *sums, const int count) {
     if (count > 5) { _tile_stored(5, sums + 1280, LINE); }
 }
 
-/* total[r][v] += the sums of group `group`, scaled; see few_lanes */
-ALWAYS_INLINE void add_sums(float (*total)[VECTORS][VL], const gemv_product *g, const int32_t *sums, const uint32_t *head, int64_t lane,
-                            int64_t group, const int vectors, const int bits, const int tiles) {
-    const int rows = rows_of(bits);
+/* of the rows of bytes from i on */
+static group_scale byte_scale(const gemv_product *g, int64_t i, int64_t group) {
+    const ql_weight *w = g->w;
+    int64_t count = at_most(VL, w->n - i), middle = w->format == QL_INT8 ? 0 : ql_affine_symmetric_zero(w->bits);
+    alignas(64) float scale[VL] = {0}, offset[VL] = {0};
+    for (int64_t r = 0; r < count; r++) {
+        int64_t at = (i + r) * g->groups + group;
+        scale[r] = w->format == QL_INT8 ? QL_INT8_STEP * w->scales[i + r] : w->scales[at];
+        offset[r] = w->zeros != NULL ? (float)(w->zeros[at] - middle) : 0.0f;
+    }
+    return (group_scale){v_load(scale), v_load(offset)};
+}
+
+/* vectors of rows of W that are multiplied at a time: `vectors` of them from row i on, which are, in panels, those from lane `lane`
+ * of the panel on that begins at p; see lanes_of */
+typedef struct {
+    const gemv_product *g;
+    const uint32_t *p;
+    int64_t lane, i;
+} place;
+
+ALWAYS_INLINE void unpack(uint8_t *tile, const place *at, const chunk *c, const int v, const int vectors, const int bits) {
+    const ql_packed_layout *l = &at->g->l;
+    if (bits == 8) {
+        unpack_bytes(tile, at->g, at->i + v * VL, c);
+    } else {
+        const int rows = rows_of(bits), panels = (vectors * VL + rows - 1) / rows;
+        unpack_words(tile, lanes_of(c->p + at->lane, l, v, rows), c->count, ahead_of(l, c->group, panels, AHEAD), bits);
+    }
+}
+
+/* total[r][v] += the sums of group `group`, scaled; panels: it begins at `head` */
+ALWAYS_INLINE void add_sums(float (*total)[VECTORS][VL], const place *at, const int32_t *sums, const uint32_t *head, int64_t group,
+                            const int vectors, const int bits, const int tiles) {
+    const gemv_product *g = at->g;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-        const uint32_t *scales = lanes_of(head + lane, &g->l, v, rows);
-        int64_t to = 4 * rows - (lane + v % (rows / VL) * VL) * 2; /* scales are 4 bytes, offsets 2 */
+        group_scale by = bits == 8 ? byte_scale(g, at->i + v * VL, group) : panel_scale(g, head, at->lane, v, rows_of(bits));
         for (int64_t r = 0; r < g->m; r++) {
-            const int32_t *line = sums + (v * tiles * LINES + r * LIMBS) * VL, *begin = g->begin + (r * g->l.groups + group) * LIMBS;
+            const int32_t *line = sums + (v * tiles * LINES + r * LIMBS) * VL, *begin = g->begin + (r * g->groups + group) * LIMBS;
             vi sum[LIMBS];
             for (int a = 0; a < LIMBS; a++) { sum[a] = vi_add(vi_load(line + a * VL), vi_set1(begin[a])); }
-            v_store(total[r][v], add_group(g, v_load(total[r][v]), sum, scales, to, r, group));
+            v_store(total[r][v], add_group(g, v_load(total[r][v]), sum, by, r, group));
         }
     }
 }
 
-/* `vectors` vectors of rows of W, the first at lane `lane` of the panel at p, which begins with row i; see lanes_of */
-ALWAYS_INLINE void few_lanes(const gemv_product *g, const uint32_t *p, int64_t lane, int64_t i, const int vectors, const int bits,
-                             const int tiles) {
-    const ql_packed_layout *l = &g->l;
-    const int rows = rows_of(bits), panels = (vectors * VL + rows - 1) / rows;
+/* `vectors` vectors of rows of W for all rows of x */
+ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, const int tiles) {
+    const gemv_product *g = at->g;
     alignas(64) uint8_t codes[2][VECTORS][TILE_BYTES];
     alignas(64) int32_t sums[2][MAX_SUMS * LINES * VL]; /* of a group and the one before it */
     alignas(64) float total[QL_GEMV_TILE_ROWS][VECTORS][VL];
     for (int64_t r = 0; r < g->m; r++) {
         for (int v = 0; v < vectors; v++) { v_store(total[r][v], v_zero()); }
     }
-    const uint32_t *head = p, *before = NULL;
+    const uint32_t *head = at->p, *before = NULL;
     const int8_t *limbs = g->limbs;
-    chunk next = {p + l->head, 0, 0};
+    chunk c = {bits < 8 ? at->p + g->l.head : NULL, 0, 0, at_most(CHUNK, columns_of(g, 0))};
+    int pending = 0; /* whether the sums of the last group are not yet added up */
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) {
-        unpack(codes[0][v], lanes_of(next.p + lane, l, v, rows), blocks_of(l, 0), ahead_of(l, 0, panels, AHEAD), bits);
-    }
+    for (int v = 0; v < vectors; v++) { unpack(codes[0][v], at, &c, v, vectors, bits); }
     zero_sums(vectors * tiles);
-    for (int64_t group = 0, turn = 0; group < l->groups; turn ^= 1, limbs += tiles * TILE_BYTES) {
-        int last_of_group = next_chunk(&next, l, bits);
-        int64_t count = next.group < l->groups ? blocks_of(l, next.group) - next.block : 0;
-        int64_t ahead = ahead_of(l, next.group, panels, AHEAD);
+    for (int64_t turn = 0; c.count > 0; turn ^= 1, limbs += tiles * TILE_BYTES) {
+        chunk next = next_chunk(c, g, bits);
         MEMORY_BARRIER();
         load_limbs(limbs, tiles);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             load_codes(codes[turn][v], tiles, v);
-            if (count > 0) { unpack(codes[turn ^ 1][v], lanes_of(next.p + lane, l, v, rows), count, ahead, bits); }
+            if (next.count > 0) { unpack(codes[turn ^ 1][v], at, &next, v, vectors, bits); }
             multiply(limbs, tiles, v);
         }
-        if (before != NULL) { add_sums(total, g, sums[group % 2 ^ 1], before, lane, group - 1, vectors, bits, tiles), before = NULL; }
-        if (!last_of_group) { continue; }
-        take_sums(sums[group % 2], vectors * tiles);
-        zero_sums(vectors * tiles);
-        before = head, head = next.p - l->head, group++;
+        if (pending) { add_sums(total, at, sums[c.group % 2 ^ 1], before, c.group - 1, vectors, bits, tiles); }
+        pending = next.group > c.group;
+        if (pending) {
+            take_sums(sums[c.group % 2], vectors * tiles);
+            zero_sums(vectors * tiles);
+            before = head, head = bits < 8 ? next.p - g->l.head : NULL;
+        }
+        c = next;
     }
     MEMORY_BARRIER();
-    add_sums(total, g, sums[l->groups % 2 ^ 1], before, lane, l->groups - 1, vectors, bits, tiles);
+    add_sums(total, at, sums[g->groups % 2 ^ 1], before, g->groups - 1, vectors, bits, tiles);
     for (int64_t r = 0; r < g->m; r++) {
-        for (int v = 0; v < vectors; v++) { store_lanes(g, r, i + lane + v * VL, v_load(total[r][v])); }
+        for (int v = 0; v < vectors; v++) { store_lanes(g, r, at->i + v * VL, v_load(total[r][v])); }
     }
 }
 
 ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end, const int bits, const int tiles) {
     const int rows = rows_of(bits), vectors = tiles == 1 ? 4 : 2, at_once = vectors * VL > rows ? 2 : 1; /* panels */
-    const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
-    for (; panel + at_once <= end; panel += at_once, p += at_once * g->l.panel) {
-        for (int64_t lane = 0; lane < rows; lane += vectors * VL) { few_lanes(g, p, lane, panel * rows, vectors, bits, tiles); }
+    const uint32_t *codes = g->codes;
+    for (; panel + at_once <= end; panel += at_once) {
+        for (int64_t lane = 0; lane < rows; lane += vectors * VL) {
+            place at = {g, codes + panel * g->l.panel, lane, panel * rows + lane};
+            few_rows(&at, vectors, bits, tiles);
+        }
     }
-    for (; panel < end; panel++) { few_lanes(g, p, 0, panel * rows, 2, bits, tiles); }
+    for (; panel < end; panel++) {
+        place at = {g, codes + panel * g->l.panel, 0, panel * rows};
+        few_rows(&at, 2, bits, tiles);
+    }
 }
 
-#define OF_TILES(BITS)                                            \
-    switch (g->tiles) {                                           \
-    case 1: few_panels(g, panel, end, BITS, 1); break;            \
-    case 2: few_panels(g, panel, end, BITS, 2); break;            \
-    default: few_panels(g, panel, end, BITS, 3); break;           \
+ALWAYS_INLINE void few_bytes(const gemv_product *g, int64_t first, int64_t end, const int tiles) {
+    for (; first < end; first++) {
+        place at = {g, NULL, 0, first * BYTE_ROWS};
+        few_rows(&at, BYTE_ROWS / VL, 8, tiles);
+    }
+}
+
+#define OF_TILES(FUNCTION, ...)                       \
+    switch (g->tiles) {                               \
+    case 1: FUNCTION(__VA_ARGS__, 1); break;          \
+    case 2: FUNCTION(__VA_ARGS__, 2); break;          \
+    default: FUNCTION(__VA_ARGS__, 3); break;         \
     }
 
-void ql_few_panels_amx(const gemv_product *g, int64_t panel, int64_t end) {
+void ql_few_amx(const gemv_product *g, int64_t first, int64_t end) {
     tile_config before;
     configure_tiles(&before);
-    switch (g->w->bits) {
-    case 2: OF_TILES(2) break;
-    case 3: OF_TILES(3) break;
-    default: OF_TILES(4) break;
+    switch (g->l.rows > 0 ? g->w->bits : 8) {
+    case 2: OF_TILES(few_panels, g, first, end, 2) break;
+    case 3: OF_TILES(few_panels, g, first, end, 3) break;
+    case 4: OF_TILES(few_panels, g, first, end, 4) break;
+    default: OF_TILES(few_bytes, g, first, end) break;
     }
     restore_tiles(&before);
 }

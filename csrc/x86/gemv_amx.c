@@ -14,6 +14,7 @@
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
+    SHORT_GROUP = 32,        /* columns of bytes, less than which leave a tile mostly empty */
     VECTORS = 8,             /* of rows of W at a time, in panels */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
 };
@@ -74,8 +75,8 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
     for (int l = 0; l < LIMBS; l++) {
         int32_t limbs = _mm512_reduce_add_epi32(sum[l]);
         total = total * 256.0f + (float)limbs;
-        if (g->l.rows > 0) {
-            g->begin[at * LIMBS + l] = -(int32_t)ql_affine_symmetric_zero(g->w->bits) * limbs;
+        if (g->l.rows > 0 || g->tiles > 0) {
+            g->begin[at * LIMBS + l] = -(g->l.rows > 0 ? (int32_t)ql_affine_symmetric_zero(g->w->bits) : 128) * limbs;
         } else {
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
@@ -87,7 +88,7 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
 /* columns between the limbs of one group and of the next */
 static int64_t group_columns(const gemv_product *g) {
     int64_t columns = g->l.rows > 0 ? g->l.blocks * g->l.step : g->l.group;
-    return g->tiles > 0 ? round_up(columns, CHUNK) : columns;
+    return g->tiles > 0 ? round_up(columns, CHUNK) : columns; /* of tiles, whole chunks */
 }
 
 typedef struct { gemv_product *g; const float *x; } split_context;
@@ -157,8 +158,7 @@ ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, const int bi
         }
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
-            int64_t to = 4 * rows - v % (rows / VL) * 2 * VL; /* scales are 4 bytes, offsets 2 */
-            total[v] = add_group(g, total[v], sum[v], lanes_of(head, l, v, rows), to, 0, group);
+            total[v] = add_group(g, total[v], sum[v], panel_scale(g, head, 0, v, rows), 0, group);
         }
     }
 #pragma GCC unroll 8
@@ -182,7 +182,8 @@ PANEL_TASK(4)
 
 static void few_task(void *context, int64_t task) {
     const gemv_product *g = context;
-    ql_few_panels_amx(g, task * g->part, at_most((task + 1) * g->part, g->l.panels));
+    int64_t count = g->l.rows > 0 ? g->l.panels : pieces(g->w->n, BYTE_ROWS);
+    ql_few_amx(g, task * g->part, at_most((task + 1) * g->part, count));
 }
 
 /* ---- rows of bytes -------------------------------------------------------------------------------------------------- */
@@ -208,8 +209,8 @@ ALWAYS_INLINE vf add_row_group(const gemv_product *g, vf total, float *offset, c
 /* rows i, i + apart, … of W, `rows` of them, for all m rows of x; int8 codes are made unsigned */
 ALWAYS_INLINE void byte_rows(const gemv_product *g, int64_t i, int64_t apart, const int rows, const int m, const int is_int8) {
     const ql_weight *w = g->w;
-    const int64_t stride = apart * bytes_of_row(w);
-    const char *codes = (const char *)g->codes + i * bytes_of_row(w);
+    const int64_t stride = apart * g->stride;
+    const char *codes = (const char *)g->codes + i * g->stride;
     vf total[QL_GEMV_ROWS][4];
     float offset[QL_GEMV_ROWS][4] = {{0}};
 #pragma GCC unroll 4
@@ -296,15 +297,15 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
     if (w->format != QL_INT8 && w->format != QL_AFFINE) { return 0; }
     gemv_product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
     int panels = g.l.rows > 0;
-    g.groups = pieces(w->k, g.l.group);
+    g.groups = pieces(w->k, g.l.group), g.stride = bytes_of_row(w);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int too_large = m > (panels ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS) || g.l.group > MAX_GROUP;
+    int too_large = m > (panels || g.l.group >= SHORT_GROUP ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS) || g.l.group > MAX_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    g.tiles = panels && m > 1 ? (int)pieces(m * LIMBS, 16) : 0;
-    int64_t count = panels ? g.l.panels : w->n, bytes = panels ? 4 * g.l.panel : bytes_of_row(w);
-    int64_t at_once = !panels ? 4 : g.tiles == 0 ? streams_of(g.l.rows) : g.tiles == 1 && g.l.rows == 32 ? 2 : 1;
-    g.part = part_of(count, bytes, at_once);
+    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * LIMBS, 16) : 0;
+    int64_t rows = g.tiles > 0 ? BYTE_ROWS : 1, count = panels ? g.l.panels : pieces(w->n, rows);
+    int64_t at_once = g.tiles > 0 ? (g.tiles == 1 && g.l.rows == 32 ? 2 : 1) : panels ? streams_of(g.l.rows) : 4;
+    g.part = part_of(count, panels ? 4 * g.l.panel : rows * g.stride, at_once);
     g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
     g.task = g.tiles > 0 ? few_task : panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
@@ -314,7 +315,7 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
 
 /* 0: no memory for x as integers */
 static int run(gemv_product *g, const float *x) {
-    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 ? 1 : VL;
+    int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 || g->tiles > 0 ? 1 : VL;
     int64_t limbs = g->tiles > 0 ? g->tiles * 16 * g->groups * group_columns(g) : g->m * LIMBS * g->ld; /* both whole lines */
     char *memory = ql_scratch((size_t)(limbs + (LIMBS * lanes + 2) * numbers * (int64_t)sizeof(float)));
     if (memory == NULL) { return 0; }

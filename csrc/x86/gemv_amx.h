@@ -10,7 +10,8 @@
 
 enum {
     AHEAD = 2048, /* bytes of a stream: memory answers late */
-    CHUNK = 64    /* columns of a tile product */
+    CHUNK = 64,   /* columns of a tile product */
+    BYTE_ROWS = 32
 };
 
 typedef struct {
@@ -21,7 +22,8 @@ typedef struct {
     const ql_weight *w;
     const void *codes;
     ql_packed_layout l;
-    int64_t m, ld, groups, part, tasks; /* part: panels or rows of a task */
+    int64_t m, ld, groups, part, tasks; /* part: of a task: panels, rows, or on tiles BYTE_ROWS of them each */
+    int64_t stride;        /* bytes from one row of bytes to the next */
     int tiles;             /* 0, or of 16 rows of limbs, those of one row of x side by side */
     void (*task)(void *context, int64_t i);
     int accumulate;
@@ -31,14 +33,24 @@ typedef struct {
 static inline int rows_of(int bits) { return bits == 4 ? 32 : 64; }
 static inline int step_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 
-/* total + the sums of group `group` of row r of x, scaled, for the vector of W whose scales are at `scales`, its offsets `to`
- * bytes on */
-static inline vf add_group(const gemv_product *g, vf total, const vi sum[LIMBS], const uint32_t *scales, int64_t to, int64_t r,
-                           int64_t group) {
+/* what a group of a vector of rows of W is multiplied by, and its zeros less the middle */
+typedef struct { vf scale, offset; } group_scale;
+
+/* those of vector v of `rows` rows in each of some panels, from lane `lane` of the group's head on */
+static inline group_scale panel_scale(const gemv_product *g, const uint32_t *head, int64_t lane, int v, int rows) {
+    const uint32_t *panel = lanes_of(head, &g->l, v / (rows / VL) * (rows / VL), rows);
+    int64_t first = lane + v % (rows / VL) * VL;
+    const int16_t *offsets = (const int16_t *)(const void *)(panel + rows);
+    return (group_scale){v_load((const float *)(const void *)(panel + first)),
+                         g->l.zeros ? vi_to_vf(vi_load_i16(offsets + first)) : v_zero()};
+}
+
+/* total + the sums of group `group` of row r of x, scaled */
+static inline vf add_group(const gemv_product *g, vf total, const vi sum[LIMBS], group_scale by, int64_t r, int64_t group) {
     int64_t at = r * g->groups + group;
     vf value = v_mul(join_limbs(sum[0], sum[1], sum[2]), v_set1(g->scales[at]));
-    if (g->l.zeros) { value = v_fnma(vi_to_vf(vi_load_i16((const char *)scales + to)), v_set1(g->sums[at]), value); }
-    return v_fma(value, v_load((const float *)(const void *)scales), total);
+    if (g->w->zeros != NULL) { value = v_fnma(by.offset, v_set1(g->sums[at]), value); }
+    return v_fma(value, by.scale, total);
 }
 
 /* VL elements of row r of y from column i, as many as there are */
@@ -59,7 +71,7 @@ ALWAYS_INLINE vi codes_of(const uint32_t *p, const int bits, const int h) {
     return vi_or(vi_and(high, vi_set1(0x04040404)), low);
 }
 
-/* panels [panel, end) for all rows of x */
-void ql_few_panels_amx(const gemv_product *g, int64_t panel, int64_t end);
+/* panels [first, end), or BYTE_ROWS rows of bytes each, for all rows of x */
+void ql_few_amx(const gemv_product *g, int64_t first, int64_t end);
 
 #endif
