@@ -189,16 +189,17 @@ class StoredWeight:
 
 def decode_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
+    on_tiles = False
     if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
-        columns = w.k if w.format == "int8" else min(w.group, w.k)  # that share a scale
-        return _core.decode_rows() if columns >= 32 else min(4, _core.decode_rows())
-    if w.format != "affine":
-        return min(4, _core.decode_rows())
-    step = {4: 8, 3: 32, 2: 16}[w.bits]  # columns of a block
-    starts = range(0, w.k, w.group)
-    columns = sum(-(-min(w.group, w.k - start) // step) * step for start in starts)
-    in_panels = 2 * columns <= 3 * w.k + 2 * step  # else they would be padding mostly
-    return _core.decode_rows() if in_panels else min(4, _core.decode_rows())
+        on_tiles = w.k >= 32 and (w.format == "int8" or w.group >= 32)
+    elif w.format in ("affine", "nf4", "fp4"):  # panels, unless they would be padding mostly
+        affine = w.format == "affine"
+        group = w.group if affine or w.k % w.group == 0 else w.k if w.group % w.k == 0 else 0  # of one row
+        step = {4: 8, 3: 32, 2: 16}[w.bits] if affine else 8  # columns of a block
+        columns = sum(-(-min(group, w.k - start) // step) * step for start in range(0, w.k, group or w.k))
+        on_tiles = group > 0 and 2 * columns <= 3 * w.k + 2 * step
+        on_tiles &= affine or (group <= 256 and not _core.precise())
+    return _core.decode_rows() if on_tiles else min(4, _core.decode_rows())
 
 
 def pack(codes, bits) -> np.ndarray:

@@ -5,12 +5,13 @@
  * A tile product takes CHUNK columns of one group. Their codes are unpacked one chunk ahead, since a tile is not loaded before
  * what was stored there is in the cache. Limbs are in the order in which tiles need them, chunk after chunk:
  *
- *     int8 limbs[chunk][tiles][16][CHUNK]     limb l of row r of x is line r LIMBS + l; the lines beyond the last are not used
+ *     int8 limbs[chunk][tiles][16][CHUNK]     limb l of row r of x is line r kept + l; the lines beyond the last are not used
  */
 #include "bf16_amx.h" /* transpose_tile */
 #include "config_amx.h"
 #include "gemv_amx.h"
 
+#include <math.h> /* lrintf */
 #include <stdalign.h>
 
 enum {
@@ -49,23 +50,46 @@ static inline int64_t bytes_ahead(const gemv_product *g, int64_t column, int64_t
     return column + on < g->w->k ? on : (BYTE_ROWS - 1) * stride + on;
 }
 
+/* the high and the low bytes that 16 codes stand for */
+typedef struct { vi high, low; } level_table;
+
+static inline level_table level_table_of(const ql_weight *w) {
+    alignas(16) uint8_t bytes[2][16];
+    for (int code = 0; code < 16; code++) {
+        float value = w->format == QL_NF4 ? ql_nf4_values[code] : ql_fp4_values[code];
+        int32_t level = (int32_t)lrintf(value * LEVEL_ONE) + (1 << 15);
+        bytes[0][code] = (uint8_t)(level >> 8), bytes[1][code] = (uint8_t)level;
+    }
+    return (level_table){_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(const void *)bytes[0])),
+                         _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(const void *)bytes[1]))};
+}
+
+/* a line of a tile of codes; where they are looked up, one of their high bytes and in the next tile one of the low ones */
+ALWAYS_INLINE void store_line(uint8_t *line, vi codes, const level_table *table, const int halves) {
+    vi_store(line, halves == 2 ? _mm512_shuffle_epi8(table->high, codes) : codes);
+    if (halves == 2) { vi_store(line + TILE_BYTES, _mm512_shuffle_epi8(table->low, codes)); }
+}
+
 /* the codes of a chunk of 16 rows of W, whose words begin at p; a chunk that is not full ends with lines of zeros */
-ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count, int64_t ahead, const int bits) {
+ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count, int64_t ahead, const level_table *table,
+                                const int bits, const int halves) {
     const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits);
     if (count == CHUNK) {
 #pragma GCC unroll 8
         for (int b = 0; b < CHUNK / step; b++, p += words * rows) {
             for (int word = 0; word < words; word++) { v_prefetch((const char *)(p + word * rows) + ahead); }
 #pragma GCC unroll 8
-            for (int h = 0; h < step / 4; h++) { vi_store(tile + (b * step / 4 + h) * LINE, codes_of(p, bits, h)); }
+            for (int h = 0; h < step / 4; h++) { store_line(tile + (b * step / 4 + h) * LINE, codes_of(p, bits, h), table, halves); }
         }
         return;
     }
     int64_t line = 0;
     for (int64_t b = 0; b < count / step; b++, p += words * rows) {
-        for (int h = 0; h < step / 4; h++, line++) { vi_store(tile + line * LINE, codes_of(p, bits, h)); }
+        for (int h = 0; h < step / 4; h++, line++) { store_line(tile + line * LINE, codes_of(p, bits, h), table, halves); }
     }
-    for (; line < LINES; line++) { vi_store(tile + line * LINE, vi_set1(0)); }
+    for (; line < LINES; line++) {
+        for (int half = 0; half < halves; half++) { vi_store(tile + half * TILE_BYTES + line * LINE, vi_set1(0)); }
+    }
 }
 
 /* The codes of a chunk of rows [i, i + 16) of bytes: fours of columns of 16 rows become a line. int8 codes are made unsigned;
@@ -151,43 +175,51 @@ static group_scale byte_scale(const gemv_product *g, int64_t i, int64_t group) {
     return (group_scale){v_load(scale), v_load(offset)};
 }
 
-/* vectors of rows of W that are multiplied at a time: `vectors` of them from row i on, which are, in panels, those from lane `lane`
- * of the panel on that begins at p; see lanes_of */
+/* rows of W that are multiplied at a time: vectors of them from row i on; in panels, from lane `lane` of the panel on that
+ * begins at p, see lanes_of */
 typedef struct {
     const gemv_product *g;
     const uint32_t *p;
     int64_t lane, i;
+    level_table table;
 } place;
 
-ALWAYS_INLINE void unpack(uint8_t *tile, const place *at, const chunk *c, const int v, const int vectors, const int bits) {
+/* the codes of vector v of a chunk, `halves` tiles */
+ALWAYS_INLINE void unpack(uint8_t *tile, const place *at, const chunk *c, const int v, const int vectors, const int bits, const int halves) {
     const ql_packed_layout *l = &at->g->l;
     if (bits == 8) {
         unpack_bytes(tile, at->g, at->i + v * VL, c);
     } else {
         const int rows = rows_of(bits), panels = (vectors * VL + rows - 1) / rows;
-        unpack_words(tile, lanes_of(c->p + at->lane, l, v, rows), c->count, ahead_of(l, c->group, panels, AHEAD), bits);
+        int64_t ahead = ahead_of(l, c->group, panels, AHEAD);
+        unpack_words(tile, lanes_of(c->p + at->lane, l, v, rows), c->count, ahead, &at->table, bits, halves);
     }
 }
 
 /* total[r][v] += the sums of group `group`, scaled; panels: it begins at `head` */
 ALWAYS_INLINE void add_sums(float (*total)[VECTORS][VL], const place *at, const int32_t *sums, const uint32_t *head, int64_t group,
-                            const int vectors, const int bits, const int tiles) {
+                            const int vectors, const int bits, const int halves, const int tiles) {
     const gemv_product *g = at->g;
+    const int half = tiles * LINES * VL, kept = halves == 2 ? 2 : LIMBS; /* half: from the sums of high bytes to those of low ones */
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         group_scale by = bits == 8 ? byte_scale(g, at->i + v * VL, group) : panel_scale(g, head, at->lane, v, rows_of(bits));
         for (int64_t r = 0; r < g->m; r++) {
-            const int32_t *line = sums + (v * tiles * LINES + r * LIMBS) * VL, *begin = g->begin + (r * g->groups + group) * LIMBS;
-            vi sum[LIMBS];
-            for (int a = 0; a < LIMBS; a++) { sum[a] = vi_add(vi_load(line + a * VL), vi_set1(begin[a])); }
+            const int32_t *line = sums + v * halves * half + r * kept * VL, *begin = g->begin + (r * g->groups + group) * LIMBS;
+            vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
+            for (int a = 0; a < kept; a++) {
+                sum[a] = vi_add(vi_load(line + a * VL), vi_set1(begin[a]));
+                if (halves == 2) { sum[a] = vi_add(vi_shl(sum[a], 8), vi_load(line + half + a * VL)); }
+            }
             v_store(total[r][v], add_group(g, v_load(total[r][v]), sum, by, r, group));
         }
     }
 }
 
 /* `vectors` vectors of rows of W for all rows of x */
-ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, const int tiles) {
+ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, const int halves, const int tiles) {
     const gemv_product *g = at->g;
+    const int code_tiles = vectors * halves;
     alignas(64) uint8_t codes[2][VECTORS][TILE_BYTES];
     alignas(64) int32_t sums[2][MAX_SUMS * LINES * VL]; /* of a group and the one before it */
     alignas(64) float total[QL_GEMV_TILE_ROWS][VECTORS][VL];
@@ -199,54 +231,52 @@ ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, 
     chunk c = {bits < 8 ? at->p + g->l.head : NULL, 0, 0, at_most(CHUNK, columns_of(g, 0))};
     int pending = 0; /* whether the sums of the last group are not yet added up */
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) { unpack(codes[0][v], at, &c, v, vectors, bits); }
-    zero_sums(vectors * tiles);
+    for (int v = 0; v < vectors; v++) { unpack(codes[0][v * halves], at, &c, v, vectors, bits, halves); }
+    zero_sums(code_tiles * tiles);
     for (int64_t turn = 0; c.count > 0; turn ^= 1, limbs += tiles * TILE_BYTES) {
         chunk next = next_chunk(c, g, bits);
         MEMORY_BARRIER();
         load_limbs(limbs, tiles);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            load_codes(codes[turn][v], tiles, v);
-            if (next.count > 0) { unpack(codes[turn ^ 1][v], at, &next, v, vectors, bits); }
-            multiply(limbs, tiles, v);
+        for (int t = 0; t < code_tiles; t++) {
+            load_codes(codes[turn][t], tiles, t);
+            if (next.count > 0 && t % halves == 0) { unpack(codes[turn ^ 1][t], at, &next, t / halves, vectors, bits, halves); }
+            multiply(limbs, tiles, t);
         }
-        if (pending) { add_sums(total, at, sums[c.group % 2 ^ 1], before, c.group - 1, vectors, bits, tiles); }
+        if (pending) { add_sums(total, at, sums[c.group % 2 ^ 1], before, c.group - 1, vectors, bits, halves, tiles); }
         pending = next.group > c.group;
         if (pending) {
-            take_sums(sums[c.group % 2], vectors * tiles);
-            zero_sums(vectors * tiles);
+            take_sums(sums[c.group % 2], code_tiles * tiles);
+            zero_sums(code_tiles * tiles);
             before = head, head = bits < 8 ? next.p - g->l.head : NULL;
         }
         c = next;
     }
     MEMORY_BARRIER();
-    add_sums(total, at, sums[g->groups % 2 ^ 1], before, g->groups - 1, vectors, bits, tiles);
+    add_sums(total, at, sums[g->groups % 2 ^ 1], before, g->groups - 1, vectors, bits, halves, tiles);
     for (int64_t r = 0; r < g->m; r++) {
         for (int v = 0; v < vectors; v++) { store_lanes(g, r, at->i + v * VL, v_load(total[r][v])); }
     }
 }
 
-ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end, const int bits, const int tiles) {
-    const int rows = rows_of(bits), vectors = tiles == 1 ? 4 : 2, at_once = vectors * VL > rows ? 2 : 1; /* panels */
-    const uint32_t *codes = g->codes;
-    for (; panel + at_once <= end; panel += at_once) {
-        for (int64_t lane = 0; lane < rows; lane += vectors * VL) {
-            place at = {g, codes + panel * g->l.panel, lane, panel * rows + lane};
-            few_rows(&at, vectors, bits, tiles);
+ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end, const int bits, const int halves, const int tiles) {
+    const int rows = rows_of(bits), vectors = (tiles == 1 ? 4 : 2) / halves, at_once = vectors * VL > rows ? 2 : 1; /* panels */
+    place at = {.g = g};
+    if (halves == 2) { at.table = level_table_of(g->w); }
+    for (int count = at_once; panel < end; panel += count) {
+        if (end - panel < at_once) { count = 1; }
+        at.p = (const uint32_t *)g->codes + panel * g->l.panel;
+        for (at.lane = 0; at.lane < rows; at.lane += vectors * VL) {
+            at.i = panel * rows + at.lane;
+            if (count == at_once) { few_rows(&at, vectors, bits, halves, tiles); }
+            if (count < at_once) { few_rows(&at, rows / VL, bits, halves, tiles); }
         }
-    }
-    for (; panel < end; panel++) {
-        place at = {g, codes + panel * g->l.panel, 0, panel * rows};
-        few_rows(&at, 2, bits, tiles);
     }
 }
 
 ALWAYS_INLINE void few_bytes(const gemv_product *g, int64_t first, int64_t end, const int tiles) {
-    for (; first < end; first++) {
-        place at = {g, NULL, 0, first * BYTE_ROWS};
-        few_rows(&at, BYTE_ROWS / VL, 8, tiles);
-    }
+    place at = {.g = g};
+    for (at.i = first * BYTE_ROWS; first < end; first++, at.i += BYTE_ROWS) { few_rows(&at, BYTE_ROWS / VL, 8, 1, tiles); }
 }
 
 #define OF_TILES(FUNCTION, ...)                       \
@@ -259,10 +289,11 @@ ALWAYS_INLINE void few_bytes(const gemv_product *g, int64_t first, int64_t end, 
 void ql_few_amx(const gemv_product *g, int64_t first, int64_t end) {
     tile_config before;
     configure_tiles(&before);
-    switch (g->l.rows > 0 ? g->w->bits : 8) {
-    case 2: OF_TILES(few_panels, g, first, end, 2) break;
-    case 3: OF_TILES(few_panels, g, first, end, 3) break;
-    case 4: OF_TILES(few_panels, g, first, end, 4) break;
+    switch (g->halves == 2 ? 0 : g->l.rows > 0 ? g->w->bits : 8) {
+    case 0: OF_TILES(few_panels, g, first, end, 4, 2) break;
+    case 2: OF_TILES(few_panels, g, first, end, 2, 1) break;
+    case 3: OF_TILES(few_panels, g, first, end, 3, 1) break;
+    case 4: OF_TILES(few_panels, g, first, end, 4, 1) break;
     default: OF_TILES(few_bytes, g, first, end) break;
     }
     restore_tiles(&before);

@@ -14,6 +14,7 @@
 
 enum {
     MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
+    MAX_TABLE_GROUP = 256,   /* the same where codes are looked up: 2^15 * 128 each */
     SHORT_GROUP = 32,        /* columns of bytes, less than which leave a tile mostly empty */
     VECTORS = 8,             /* of rows of W at a time, in panels */
     SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
@@ -44,7 +45,7 @@ static void begin_lanes(int32_t *begin, const int8_t *limbs, int64_t count) {
     vi_store(begin, vi_sub(vi_set1(0), sum));
 }
 
-/* where the limbs of a row, r LIMBS + l for limb l of row r of x, have column j */
+/* where the limbs of a row, r kept + l for limb l of row r of x, have column j */
 static inline int8_t *limb_at(const gemv_product *g, int64_t row, int64_t j) {
     return g->limbs + (g->tiles == 0 ? row * g->ld + j : (j / CHUNK * g->tiles * 16 + row) * CHUNK + j % CHUNK);
 }
@@ -63,10 +64,10 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
     vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
     for (int64_t c = j; c < end; c += VL) {
         vi limbs = to_limbs(to_integers(load_columns(x, perm, c, end), up, inverse));
-        for (int l = 0; l < LIMBS; l++) {
+        for (int l = 0; l < g->kept; l++) {
             vi limb = _mm512_srai_epi32(vi_shl(limbs, 8u * (unsigned)(1 + l)), 24);
             sum[l] = vi_add(sum[l], limb);
-            int8_t *out = limb_at(g, r * LIMBS + l, to + c - j);
+            int8_t *out = limb_at(g, r * g->kept + l, to + c - j);
             _mm_storeu_si128((__m128i *)(void *)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(limb), order));
         }
     }
@@ -76,7 +77,7 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
         int32_t limbs = _mm512_reduce_add_epi32(sum[l]);
         total = total * 256.0f + (float)limbs;
         if (g->l.rows > 0 || g->tiles > 0) {
-            g->begin[at * LIMBS + l] = -(g->l.rows > 0 ? (int32_t)ql_affine_symmetric_zero(g->w->bits) : 128) * limbs;
+            g->begin[at * LIMBS + l] = -g->middle * limbs;
         } else {
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
@@ -294,17 +295,19 @@ BYTE_TASK(code_task, 0)
 static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
     int in_place = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits == 8);
-    if (w->format != QL_INT8 && w->format != QL_AFFINE) { return 0; }
     gemv_product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
-    int panels = g.l.rows > 0;
+    int panels = g.l.rows > 0, tables = w->format == QL_NF4 || w->format == QL_FP4;
+    if (w->format != QL_INT8 && w->format != QL_AFFINE && !tables) { return 0; }
+    if (tables && (!panels || m <= QL_GEMV_ROWS || g.l.group > MAX_TABLE_GROUP || ql_precise())) { return 0; }
     g.groups = pieces(w->k, g.l.group), g.stride = bytes_of_row(w);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
     int too_large = m > (panels || g.l.group >= SHORT_GROUP ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS) || g.l.group > MAX_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * LIMBS, 16) : 0;
+    g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1, g.kept = tables ? 2 : LIMBS;
+    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * g.kept, 16) : 0;
     int64_t rows = g.tiles > 0 ? BYTE_ROWS : 1, count = panels ? g.l.panels : pieces(w->n, rows);
-    int64_t at_once = g.tiles > 0 ? (g.tiles == 1 && g.l.rows == 32 ? 2 : 1) : panels ? streams_of(g.l.rows) : 4;
+    int64_t at_once = g.tiles > 0 ? (g.tiles == 1 && g.l.rows == 32 && !tables ? 2 : 1) : panels ? streams_of(g.l.rows) : 4;
     g.part = part_of(count, panels ? 4 * g.l.panel : rows * g.stride, at_once);
     g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};

@@ -24,7 +24,10 @@ typedef struct {
     ql_packed_layout l;
     int64_t m, ld, groups, part, tasks; /* part: of a task: panels, rows, or on tiles BYTE_ROWS of them each */
     int64_t stride;        /* bytes from one row of bytes to the next */
+    int32_t middle;        /* of the unsigned codes: what stands for 0 */
     int tiles;             /* 0, or of 16 rows of limbs, those of one row of x side by side */
+    int halves;            /* 1, or 2: codes are looked up, and become two bytes each */
+    int kept;              /* limbs of x: all, or the higher two where codes have no more bits either */
     void (*task)(void *context, int64_t i);
     int accumulate;
 } gemv_product;
@@ -36,12 +39,15 @@ static inline int step_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32
 /* what a group of a vector of rows of W is multiplied by, and its zeros less the middle */
 typedef struct { vf scale, offset; } group_scale;
 
+enum { LEVEL_ONE = 32767 }; /* 1 where codes are looked up, and become integers */
+
 /* those of vector v of `rows` rows in each of some panels, from lane `lane` of the group's head on */
 static inline group_scale panel_scale(const gemv_product *g, const uint32_t *head, int64_t lane, int v, int rows) {
     const uint32_t *panel = lanes_of(head, &g->l, v / (rows / VL) * (rows / VL), rows);
     int64_t first = lane + v % (rows / VL) * VL;
     const int16_t *offsets = (const int16_t *)(const void *)(panel + rows);
-    return (group_scale){v_load((const float *)(const void *)(panel + first)),
+    vf scale = v_load((const float *)(const void *)(panel + first));
+    return (group_scale){g->halves == 2 ? v_mul(scale, v_set1(1.0f / LEVEL_ONE)) : scale,
                          g->l.zeros ? vi_to_vf(vi_load_i16(offsets + first)) : v_zero()};
 }
 
