@@ -306,7 +306,7 @@ typedef struct {
     const char *name; /* "cpu" or "cuda" */
     int device;       /* number of the device, 0 on the CPU */
     int kv_bytes;     /* size of the backend's own type: 4 float32, 2 bfloat16 */
-    int decode_rows;  /* products with at most so many rows of x may have kernels that add in another order, on packed weights */
+    int gemv_rows;  /* products with at most so many rows of x may have kernels that add in another order, on packed weights */
     int records;      /* whether steps can be recorded */
     const struct ql_gptq_device *gptq; /* quant/gptq_device.h; NULL on the CPU */
 #define X(op, params) void(*op) params;

@@ -225,7 +225,7 @@ static void fill_table(ql_backend *table, int index) {
         QL_CUDA_FORMAT_OPS(X)
 #undef X
     }
-    table->decode_rows = QL_GEMV_ROWS;
+    table->gemv_rows = QL_GEMV_ROWS;
     table->kv_bytes = table->qkv_forward != NULL ? sizeof(__nv_bfloat16) : sizeof(float);
     ql_cuda_fill_memory(table);
     table->begin = call_begin, table->end = call_end;

@@ -242,7 +242,7 @@ def _linear_like(s: Sizes, op: str, function: Callable, rows: Sequence[int]) -> 
 
 
 def _linear(s: Sizes) -> Iterator[Case]:
-    yield from _linear_like(s, "linear", _core.linear, (1, s.tokens))
+    yield from _linear_like(s, "linear", _core.linear, (1, 8, s.tokens))
     a, x, out = _weight("f32", RANK, s.hidden), _floats(s.tokens, s.hidden), np.empty((s.tokens, RANK), np.float32)
     run = lambda: _core.linear(x, a.handle, out)  # noqa: E731
     flops = 2 * x.size * RANK

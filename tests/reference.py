@@ -187,7 +187,7 @@ class StoredWeight:
                             self.perm, *(self.double or ()))  # fmt: skip
 
 
-def decode_rows(w: StoredWeight) -> int:
+def gemv_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
     on_tiles = False
     if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
@@ -199,7 +199,7 @@ def decode_rows(w: StoredWeight) -> int:
         columns = sum(-(-min(group, w.k - start) // step) * step for start in range(0, w.k, group or w.k))
         on_tiles = group > 0 and 2 * columns <= 3 * w.k + 2 * step
         on_tiles &= affine or (group <= 256 and not _core.precise())
-    return _core.decode_rows() if on_tiles else min(4, _core.decode_rows())
+    return _core.gemv_rows() if on_tiles else min(4, _core.gemv_rows())
 
 
 def pack(codes, bits) -> np.ndarray:

@@ -38,7 +38,7 @@ SHAPES = [(n, k) for n, k in zip(ref.SIZES, reversed(ref.SIZES), strict=True)] +
 
 def rows_of(stored: ref.StoredWeight) -> tuple[int, ...]:
     """Rows of x for which this ISA has a kernel of decode; some for the scalar reference, which has none."""
-    return ROWS + tuple(m for m in TILE_ROWS if m <= ref.decode_rows(stored))
+    return ROWS + tuple(m for m in TILE_ROWS if m <= ref.gemv_rows(stored))
 
 
 def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeight:
@@ -146,9 +146,9 @@ def test_same_bits_for_every_m_and_number_of_threads(isa: str, rng: np.random.Ge
 
 
 def test_weights_are_packed_once_and_reported(rng: np.random.Generator) -> None:
-    if _core.decode_rows() == 0:
+    if _core.gemv_rows() == 0:
         pytest.skip("packed weights are for vector kernels")
-    x = rng.standard_normal((_core.decode_rows() + 1, 256), dtype=np.float32)
+    x = rng.standard_normal((_core.gemv_rows() + 1, 256), dtype=np.float32)
     in_panels = (ql.RTNConfig(4, 64), ql.NF4Config(), ql.RTNConfig(3, 32), ql.RTNConfig(2, 32))
     for config in (*in_panels, ql.RTNConfig(8, 64), ql.Int8Config()):
         weight = ql.QuantWeight.from_float(rng.standard_normal((128, 256), dtype=np.float32), config)

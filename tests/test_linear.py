@@ -91,7 +91,7 @@ def test_matches_float64(isa: str, rng: np.random.Generator, case: str) -> None:
         for op, w, terms in ((_core.linear, values.T, k), (_core.linear_backward_input, values, n)):
             a = rng.standard_normal((31, terms), dtype=np.float32)
             exact, limit = a.astype(np.float64) @ w, bound(a, w, isa, case)
-            few = ref.decode_rows(stored) if op is _core.linear else 0  # test_gemv.py
+            few = ref.gemv_rows(stored) if op is _core.linear else 0  # test_gemv.py
             for m in (m for m in (1, 2, 5, 17, 31) if m > few):
                 out, buffer = ref.guarded(np.full((m, w.shape[1]), np.nan))
                 assert op(a[:m], weight, out) is out
@@ -157,7 +157,7 @@ def test_row_does_not_depend_on_its_batch(isa: str, rng: np.random.Generator, ca
     weight = stored.core()
     for op, size in ((_core.linear, 513), (_core.linear_backward_input, 67)):
         a = rng.standard_normal((301, size), dtype=np.float32)
-        together, few = op(a, weight), ref.decode_rows(stored) if op is _core.linear else 0
+        together, few = op(a, weight), ref.gemv_rows(stored) if op is _core.linear else 0
         for first, last in ((0, few + 1), (300 - few, 301), (5, few + 9), (100, few + 109), (17, 147)):
             assert op(np.ascontiguousarray(a[first:last]), weight).tobytes() == together[first:last].tobytes()
 

@@ -48,7 +48,7 @@ int ql_training_fused(const ql_backend *backend);
 /* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
 int64_t ql_llama_kv_bytes(const ql_backend *backend);
 
-/* floats of workspace that a forward pass over t tokens needs, zero at first where t <= the backend's decode_rows */
+/* floats of workspace that a forward pass over t tokens needs, zero at first where t <= the backend's gemv_rows */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t, const ql_backend *backend);
 
 /* rows (t,) of a batch, from its q_start, kv_start and kv_len: the keys of a sequence end with those of this batch. All

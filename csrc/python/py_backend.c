@@ -76,9 +76,9 @@ static PyObject *op_table(PyObject *self, PyObject *unused) {
     return table;
 }
 
-static PyObject *decode_rows(PyObject *self, PyObject *unused) {
+static PyObject *gemv_rows(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return PyLong_FromLong(ql_cpu()->decode_rows);
+    return PyLong_FromLong(ql_cpu()->gemv_rows);
 }
 
 static PyMethodDef methods[] = {
@@ -89,7 +89,7 @@ static PyMethodDef methods[] = {
     {"set_threads", threads_set, METH_O, "set_threads(n); 0: the default"},
     {"precise", precise_get, METH_NOARGS, "precise() -> bool"},
     {"set_precise", precise_set, METH_O, "set_precise(on): products of 24-bit integers for bfloat16's, float32 for theirs"},
-    {"decode_rows", decode_rows, METH_NOARGS, "decode_rows() -> int: products with so few rows may add in another order"},
+    {"gemv_rows", gemv_rows, METH_NOARGS, "gemv_rows() -> int: products with so few rows may add in another order"},
     {"op_table", op_table, METH_NOARGS, "op_table() -> {op: {format: variant}}"},
     {NULL, NULL, 0, NULL},
 };

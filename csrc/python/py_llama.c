@@ -277,7 +277,7 @@ static ql_status run_call(LlamaObject *self, const llama_call *call) {
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, self->model.d, be);
     if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * self->model.c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float)); }
-    if (status == QL_OK && t <= be->decode_rows) { /* rows that fill a small pass up are zero */
+    if (status == QL_OK && t <= be->gemv_rows) { /* rows that fill a small pass up are zero */
         status = be->fill(workspace, 0, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float));
         if (self->be == NULL && call->cache != NULL) { ql_llama_pack(&self->model); }
     }

@@ -3,7 +3,7 @@
 #include "overlay.h"
 
 void ql_overlay_amx(ql_backend *table) {
-    table->decode_rows = QL_GEMV_TILE_ROWS;
+    table->gemv_rows = QL_GEMV_TILE_ROWS;
     table->gram_forward = ql_gram_forward_amx;
     table->attention_forward = ql_attention_forward_amx;
     table->attention_backward = ql_attention_backward_amx;

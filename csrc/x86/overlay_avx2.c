@@ -3,7 +3,7 @@
 #include "overlay.h"
 
 void ql_overlay_avx2(ql_backend *table) {
-    table->decode_rows = QL_GEMV_ROWS;
+    table->gemv_rows = QL_GEMV_ROWS;
 #define X(op) table->op = ql_##op##_avx2;
     QL_X86_PLAIN_OPS(X)
 #undef X
