@@ -1,8 +1,6 @@
 /* backend.cu: opens a device, fills its table of ops, keeps the first failure of a call, records and replays steps. */
 #include "state.h"
 
-#include "../csrc/formats/packed.h"
-
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -225,7 +223,6 @@ static void fill_table(ql_backend *table, int index) {
         QL_CUDA_FORMAT_OPS(X)
 #undef X
     }
-    table->gemv_rows = QL_GEMV_ROWS;
     table->kv_bytes = table->qkv_forward != NULL ? sizeof(__nv_bfloat16) : sizeof(float);
     ql_cuda_fill_memory(table);
     table->begin = call_begin, table->end = call_end;
