@@ -22,18 +22,22 @@ static inline __m512i round_steps(const float *row, const int32_t *columns, int6
     return to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end));
 }
 
-/* the pairs of steps of rows of x */
+/* the pairs of steps [s, s + 32) of 16 rows of x, of which there are `count`, k long */
+static void pack_tile(uint16_t *tile, const float *x, int64_t ldx, const int32_t *columns, int64_t count, int64_t s, int64_t k) {
+    alignas(64) uint16_t rows[TILE];
+    for (int64_t r = 0; r < 16; r++) { /* rows beyond the last: zeros */
+        _mm512_store_si512(rows + r * SIDE, round_steps(x + r * ldx, columns, s, r < count ? k : s));
+    }
+    transpose_tile(tile, rows, SIDE);
+}
+
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     const int32_t *columns = ((const decoder *)g->b)->w->perm;
-    alignas(64) uint16_t rows[TILE];
     for (int64_t half = 0; half < 2; half++) {
-        uint16_t *tile = panel + half * TILE;
-        for (int64_t s = k0; s < k1; s += SIDE, tile += 2 * TILE) {
-            for (int64_t r = 0, row = i + 16 * half; r < 16; r++, row++) {
-                int64_t end = row < g->m ? k1 : k0; /* rows beyond the last: zeros */
-                _mm512_store_si512(rows + r * SIDE, round_steps((const float *)g->a + row * g->lda, columns, s, end));
-            }
-            transpose_tile(tile, rows, SIDE);
+        int64_t row = i + 16 * half;
+        for (int64_t s = k0; s < k1; s += SIDE) {
+            uint16_t *tile = panel + (s - k0) / SIDE * 2 * TILE + half * TILE;
+            pack_tile(tile, (const float *)g->a + row * g->lda, g->lda, columns, g->m - row, s, k1);
         }
     }
 }
@@ -84,6 +88,81 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
             _mm512_store_si512(tile + s % SIDE / 2 * SIDE, interleave(first, second));
         }
     }
+}
+
+/* ---- bfloat16 for a few rows ------------------------------------------------------------------------------------------- */
+
+enum { FEW_BYTES = 256 << 10, FEW_AHEAD = 2048 }; /* of W: of a task; from what is read to what is fetched meanwhile */
+
+typedef struct {
+    float *y;
+    const uint16_t *x; /* [32 steps][16 pairs][16 rows], as pack_tile leaves them */
+    const ql_weight *w;
+    int64_t m, blocks; /* blocks: of 32 rows of W, of a task */
+    int accumulate;
+} few_product;
+
+/* Rows [i, i + 32) of W for all rows of x. W's rows are tiles as they lie in memory; only those at an edge of it are copied. The products
+ * add in the order of those of many rows (tile_amx.h), so a row of y has the same bits. */
+static void few_columns(const few_product *f, int64_t i) {
+    const ql_weight *w = f->w;
+    const int64_t k = w->k, count = at_most(SIDE, w->n - i);
+    const uint16_t *codes = (const uint16_t *)w->codes + i * k;
+    alignas(64) uint16_t edge[2 * TILE];
+    alignas(64) float sums[2][256], columns[256];
+    const int64_t on = at_most(FEW_AHEAD / 2, k);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t s = 0; s < k; s += SIDE) {
+        const uint16_t *tiles = codes + s;
+        int64_t ld = k, ahead = s + on < k ? on : (SIDE - 1) * k + on; /* the next 32 rows' */
+        for (int64_t r = 0; r < SIDE; r++) { v_prefetch(tiles + r * k + ahead); }
+        if (count < SIDE || s + SIDE > k) {
+            for (int64_t r = 0; r < SIDE; r++) {
+                __mmask32 some = r < count ? first_words(k - s) : 0;
+                _mm512_store_si512(edge + r * SIDE, _mm512_maskz_loadu_epi16(some, tiles + r * k));
+            }
+            tiles = edge, ld = SIDE;
+        }
+        MEMORY_BARRIER();
+        _tile_loadd(4, f->x + s * 16, 64);
+        _tile_loadd(2, tiles, 2 * ld);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_loadd(3, tiles + 16 * ld, 2 * ld);
+        _tile_dpbf16ps(1, 3, 4);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    MEMORY_BARRIER();
+    for (int half = 0; half < 2; half++) {
+        int64_t left = at_most(VL, count - half * VL);
+        transpose_tile((uint16_t *)columns, (const uint16_t *)sums[half], SIDE);
+        for (int64_t r = 0; r < f->m && left > 0; r++) {
+            float *y = f->y + r * w->n + i + half * VL;
+            vf sum = v_load(columns + r * VL);
+            v_store_tail(y, f->accumulate ? v_add(v_load_tail(y, left), sum) : sum, left);
+        }
+    }
+}
+
+static void few_task(void *context, int64_t task) {
+    const few_product *f = context;
+    tile_config before;
+    configure_tiles(&before);
+    int64_t end = at_most((task + 1) * f->blocks * SIDE, f->w->n);
+    for (int64_t i = task * f->blocks * SIDE; i < end; i += SIDE) { few_columns(f, i); }
+    restore_tiles(&before);
+}
+
+/* 0: no memory for x */
+static int few_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    uint16_t *packed = ql_scratch((size_t)(round_up(w->k, SIDE) * 16) * sizeof *packed);
+    if (packed == NULL) { return 0; }
+    for (int64_t s = 0; s < w->k; s += SIDE) { pack_tile(packed + s * 16, x, w->k, w->perm, m, s, w->k); }
+    int64_t blocks = pieces(w->n, SIDE), most = FEW_BYTES / (2 * SIDE * w->k + 1) + 1, share = pieces(blocks, 4 * ql_threads());
+    few_product f = {y, packed, w, m, at_most(share, most), accumulate};
+    ql_parallel_for(pieces(blocks, f.blocks), few_task, &f);
+    return 1;
 }
 
 /* ---- limbs --------------------------------------------------------------------------------------------------------- */
@@ -214,6 +293,7 @@ static int takes_floats(const ql_weight *w) {
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: what is as exact as float32 costs no more */
     if (m <= QL_GEMV_ROWS) { ql_linear_forward_avx512(y, x, w, m, accumulate); return; }
+    if (w->format == QL_BF16 && m <= 16 && !ql_precise() && few_bf16(y, x, w, m, accumulate)) { return; }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
                    .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
