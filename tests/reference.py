@@ -189,7 +189,7 @@ class StoredWeight:
 
 def gemv_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
-    on_tiles = False
+    on_tiles = w.format == "f32"  # or on vectors, while more rows are on tiles
     if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
         on_tiles = w.k >= 32 and (w.format == "int8" or w.group >= 32)
     elif w.format in ("affine", "nf4", "fp4"):  # panels, unless they would be padding mostly

@@ -134,14 +134,15 @@ def test_error_is_at_most_twice_the_scalar_error(isa: str, rng: np.random.Genera
         assert error <= 2 * naive
 
 
-@pytest.mark.parametrize("case", ["f32", "f16", "affine3-ragged", "nf4-crossing"])
-def test_accumulates(isa: str, rng: np.random.Generator, case: str) -> None:
+@pytest.mark.parametrize("rows", [9, 18])
+@pytest.mark.parametrize("case", ["f32", "f16", "bf16", "int8-perm", "affine3-ragged", "nf4-crossing"])
+def test_accumulates(isa: str, rng: np.random.Generator, case: str, rows: int) -> None:
     """out += product: the sum of blocks starts from `out`, so only the last bits may differ from adding afterwards."""
     stored = make(rng, case, 67, 513)
     weight = stored.core()
     for op, size, other in ((_core.linear, 513, 67), (_core.linear_backward_input, 67, 513)):
-        a = rng.standard_normal((18, size), dtype=np.float32)
-        before = rng.standard_normal((18, other), dtype=np.float32)
+        a = rng.standard_normal((rows, size), dtype=np.float32)
+        before = rng.standard_normal((rows, other), dtype=np.float32)
         out, buffer = ref.guarded(before)
         op(a, weight, out, True)
         w = ref.decode(stored).T if size == 513 else ref.decode(stored)

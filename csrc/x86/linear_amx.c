@@ -2,7 +2,7 @@
  * float32, or ql_precise() is set, both become integers of three limbs: off by 2^-24 of the largest of a row's block of k, which
  * is about 2^-20 of a result (of float32's own sums: 2^-21) where the largest are not a thousand times the rest. ql_precise()
  * with a float32 W: float32 products, on AVX-512. */
-#include "../formats/packed.h" /* QL_GEMV_ROWS */
+#include "../formats/packed.h" /* QL_GEMV_ROWS, QL_GEMV_TILE_ROWS */
 #include "overlay.h"
 
 #include "decode_amx.h"
@@ -292,8 +292,11 @@ static int takes_floats(const ql_weight *w) {
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: what is as exact as float32 costs no more */
-    if (m <= QL_GEMV_ROWS) { ql_linear_forward_avx512(y, x, w, m, accumulate); return; }
-    if (w->format == QL_BF16 && m <= 16 && !ql_precise() && few_bf16(y, x, w, m, accumulate)) { return; }
+    if (m <= (w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS)) { /* float32 as limbs is for more rows */
+        ql_linear_forward_avx512(y, x, w, m, accumulate);
+        return;
+    }
+    if (w->format == QL_BF16 && m <= QL_GEMV_TILE_ROWS && !ql_precise() && few_bf16(y, x, w, m, accumulate)) { return; }
     decoder d = decoder_of(w);
     tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
                    .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
