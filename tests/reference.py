@@ -191,14 +191,14 @@ def gemv_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
     on_tiles = w.format == "f32"  # or on vectors, while more rows are on tiles
     if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
-        on_tiles = w.k >= 32 and (w.format == "int8" or w.group >= 32)
+        on_tiles = 32 <= (w.k if w.format == "int8" else min(w.group, w.k)) <= 65_536
     elif w.format in ("affine", "nf4", "fp4"):  # panels, unless they would be padding mostly
         affine = w.format == "affine"
         group = w.group if affine or w.k % w.group == 0 else w.k if w.group % w.k == 0 else 0  # of one row
         step = {4: 8, 3: 32, 2: 16}[w.bits] if affine else 8  # columns of a block
         columns = sum(-(-min(group, w.k - start) // step) * step for start in range(0, w.k, group or w.k))
         on_tiles = group > 0 and 2 * columns <= 3 * w.k + 2 * step
-        on_tiles &= affine or (group <= 256 and not _core.precise())
+        on_tiles &= group <= 65_536 if affine else group <= 256 and not _core.precise()
     return _core.gemv_rows() if on_tiles else min(4, _core.gemv_rows())
 
 

@@ -70,6 +70,22 @@ def test_a_row_does_not_depend_on_its_batch(isa):
         np.testing.assert_array_equal(together[row, : len(ids)], model.hidden_states(ids)[0])
 
 
+@pytest.mark.parametrize("config", [None, ql.Int8Config(), ql.RTNConfig(8, 32), ql.RTNConfig(4, 32), ql.NF4Config(32)])
+def test_a_loss_does_not_depend_on_how_many_there_are(isa, config):
+    """Nor on whether the output matrix was packed for products with few rows."""
+    model, ids = tiny_model(), np.arange(5, 65, dtype=np.int32) % 40
+    head = model.lm_head if config is None else ql.QuantWeight.from_float(model.lm_head.dequantize(), config)
+
+    def losses(t):
+        return model._core.losses(*model.packed([ids[:t]]), head.handle, np.roll(ids, -1)[:t].copy())
+
+    whole = losses(60)
+    for _ in range(2):
+        for t in (1, 3, 4, 5, 10, 16, 17, 30):
+            np.testing.assert_array_equal(losses(t), whole[:t])
+        _core.linear(np.ones((1, head.shape[1]), np.float32), head.handle)
+
+
 def test_padding_and_lengths():
     model = tiny_model()
     padded = np.zeros((2, 6), np.int64)

@@ -21,6 +21,9 @@
 enum {
     QL_GEMV_ROWS = 4,       /* rows of activations of such a product at most, */
     QL_GEMV_TILE_ROWS = 16, /* on tiles */
+    QL_GEMV_BYTE_GROUP = 32,   /* columns of codes of 5 to 8 bits that share a scale there: fewer leave tiles mostly empty */
+    QL_GEMV_TABLE_GROUP = 256, /* of nf4 and fp4, at most: the sums of their 16-bit integers are far from the end of an int32 */
+    QL_GEMV_GROUP = 1 << 16,   /* of all: the same of products of bytes */
     QL_PACKED_ALIGN = 64,
     QL_MAX_PADDING = 3      /* no more than 3/2 of the columns */
 };
@@ -61,6 +64,15 @@ static inline ql_packed_layout ql_packed_layout_of(const ql_weight *w) {
     l.panels = (w->n + l.rows - 1) / l.rows;
     if (2 * l.columns > QL_MAX_PADDING * w->k + 2 * l.step) { l.rows = 0; } /* tiny groups: mostly padding */
     return l;
+}
+
+/* rows of activations of a product on tiles that has a kernel for few of them; precise: as exact as float32 (ql_precise) */
+static inline int64_t ql_gemv_tile_rows(const ql_weight *w, int precise) {
+    int64_t group = ql_row_group(w);
+    int looked_up = w->format == QL_NF4 || w->format == QL_FP4, bytes = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits > 4);
+    if (bytes && group < QL_GEMV_BYTE_GROUP) { return QL_GEMV_ROWS; }
+    if (looked_up && (group > QL_GEMV_TABLE_GROUP || precise)) { return QL_GEMV_ROWS; }
+    return group > QL_GEMV_GROUP ? QL_GEMV_ROWS : QL_GEMV_TILE_ROWS;
 }
 
 /* bytes of a packed copy; 0: this weight has none, it is read where it is or decoded */

@@ -48,6 +48,12 @@ int ql_training_fused(const ql_backend *backend);
 /* bytes of an element of the key-value cache: float32, or of the backend's own type where the pass is fused */
 int64_t ql_llama_kv_bytes(const ql_backend *backend);
 
+/* Products with few rows add in an order of their own, and what is packed may decide it. Where a row's result must not depend on the
+ * rows beside it, a product of t rows has so many: what nothing reads fills it up. */
+static inline int64_t ql_product_rows(int64_t t, const ql_backend *backend) {
+    return t > backend->gemv_rows ? t : backend->gemv_rows + 1;
+}
+
 /* floats of workspace that a forward pass over t tokens needs, zero at first where t <= the backend's gemv_rows */
 int64_t ql_llama_workspace(const ql_llama *model, int64_t t, const ql_backend *backend);
 

@@ -64,7 +64,7 @@ static int64_t widest_input(const pass *p) {
 }
 
 static void cut_losses(pass *p, ql_workspace *w) {
-    int64_t chunk = p->call->count < LOSS_ROWS ? p->call->count : LOSS_ROWS;
+    int64_t chunk = ql_product_rows(p->call->count < LOSS_ROWS ? p->call->count : LOSS_ROWS, p->be);
     p->rows = ql_take(w, chunk * p->m->c);
     p->hidden = ql_take(w, chunk * p->m->c);
     p->inv = ql_take(w, chunk);
@@ -179,7 +179,7 @@ static void chunk_losses(const pass *p, float *losses, int64_t i, int64_t count)
     const ql_backend *be = p->be;
     be->gather_rows_forward(p->rows, p->last, call->kept + i, count, m->c);
     be->rmsnorm_forward(p->hidden, p->inv, p->rows, m->norm, count, m->c, m->eps);
-    be->linear_forward[head->format](p->logits, p->hidden, head, count, 0);
+    be->linear_forward[head->format](p->logits, p->hidden, head, ql_product_rows(count, be), 0);
     be->cross_entropy_forward(losses + i, p->logits, p->logits, call->targets + i, count, head->n);
     if (call->head_gradient != NULL) {
         be->scale_forward(p->hidden, call->factor, count * m->c);

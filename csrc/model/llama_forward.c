@@ -15,11 +15,8 @@ typedef struct {
     int64_t t, m;     /* rows of x, and of the products: t or more */
 } buffers;
 
-/* Rows of a pass' products. Products with few rows add in an order of their own; without a cache a row's result must not
- * depend on the rows beside it, so there a pass is never that small: rows that nothing reads fill it up. */
-static int64_t product_rows(int64_t t, int cached, const ql_backend *be) {
-    return cached || t > be->gemv_rows ? t : be->gemv_rows + 1;
-}
+/* rows of a pass' products: without a cache a row's result must not depend on the rows beside it */
+static int64_t product_rows(int64_t t, int cached, const ql_backend *be) { return cached ? t : ql_product_rows(t, be); }
 
 static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
     buffers s;

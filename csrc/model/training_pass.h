@@ -36,7 +36,7 @@ typedef struct {
     void *da, *dq, *dk, *dv;    /* (t, hq d) (t, hq d) (t, hkv d) (t, hkv d) */
     float *du;                  /* (t, rank) */
     float *dropped;             /* (t, widest input of an adapter), with dropout, where the pass is not fused */
-    float *rows, *hidden, *inv; /* (chunk, c) (chunk, c) (chunk,) of the kept tokens */
+    float *rows, *hidden, *inv; /* (chunk, c) (chunk, c) (chunk,) of the kept tokens, ql_product_rows of them */
     float *logits;              /* (chunk, classes) */
 } ql_training_pass;
 

@@ -31,7 +31,7 @@ typedef struct {
 static inline const ql_backend *ql_llama_backend(const LlamaObject *self) { return self->be != NULL ? self->be : ql_cpu(); }
 
 /* a step of generation on the CPU: its products read packed weights (py_llama.c; without the GIL) */
-void ql_llama_pack(const ql_llama *m);
+void ql_llama_pack(const ql_llama *m, int64_t rows);
 
 /* llama_device.c; all without the GIL */
 ql_status ql_llama_place(LlamaObject *self); /* weights and gains go to self->be */

@@ -78,7 +78,7 @@ static PyObject *op_table(PyObject *self, PyObject *unused) {
 
 static PyObject *gemv_rows(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
-    return PyLong_FromLong(ql_cpu()->gemv_rows);
+    return PyLong_FromLong(ql_selected()->gemv_rows);
 }
 
 static PyMethodDef methods[] = {

@@ -80,7 +80,7 @@ static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t po
     if (status == QL_OK) { status = be->alloc((void **)&g->workspace, (size_t)ql_llama_workspace(m, b, be) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc_shared((void **)&g->history, (size_t)(b * self->steps) * sizeof(int32_t)); }
     if (status == QL_OK) { status = make_state(self, lengths, positions); }
-    if (status == QL_OK && self->llama->be == NULL && b <= be->gemv_rows) { ql_llama_pack(m); }
+    if (status == QL_OK && self->llama->be == NULL) { ql_llama_pack(m, b); }
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }

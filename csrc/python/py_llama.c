@@ -208,9 +208,9 @@ int ql_batch_arg(ql_llama_batch *batch, int32_t **rows, PyObject *const o[5], in
     return 1;
 }
 
-void ql_llama_pack(const ql_llama *m) {
+void ql_llama_pack(const ql_llama *m, int64_t rows) {
     for (int64_t i = 0; i < m->layers; i++) {
-        for (int slot = 0; slot < QL_SLOTS; slot++) { ql_weight_pack((ql_weight *)m->layer[i].matrix[slot]); }
+        for (int slot = 0; slot < QL_SLOTS; slot++) { ql_weight_pack((ql_weight *)m->layer[i].matrix[slot], rows); }
     }
 }
 
@@ -228,13 +228,15 @@ typedef struct {
 
 enum { LOSS_ROWS = 256 }; /* rows of logits held at once */
 
+/* hidden: (t, c), at least ql_product_rows(t) of them */
 static ql_status losses(float *out, const float *hidden, const ql_weight *head, const int32_t *targets, int64_t t, const ql_backend *be) {
     float *logits = NULL;
     ql_status status = be->alloc((void **)&logits, (size_t)(LOSS_ROWS * head->n) * sizeof *logits);
     for (int64_t i = 0; i < t && status == QL_OK && !ql_call_stopped(); i += LOSS_ROWS) {
         int64_t count = t - i < LOSS_ROWS ? t - i : LOSS_ROWS;
-        be->linear_forward[head->format](logits, hidden + i * head->k, head, count, 0);
-        be->cross_entropy_forward(out + i, NULL, logits, targets + i, count, head->n);
+        int64_t rows = ql_product_rows(count, be), first = i + rows > t && t >= rows ? t - rows : i; /* the last ones again */
+        be->linear_forward[head->format](logits, hidden + first * head->k, head, rows, 0);
+        be->cross_entropy_forward(out + i, NULL, logits + (i - first) * head->n, targets + i, count, head->n);
     }
     be->release(logits);
     return status;
@@ -272,14 +274,17 @@ static ql_status run_call(LlamaObject *self, const llama_call *call) {
     ql_llama_batch batch;
     ql_bundle arrays = {.count = 0};
     float *hidden = NULL, *workspace = NULL;
-    int64_t t = call->batch.t;
+    int64_t t = call->batch.t, rows = ql_product_rows(t, be);
     ql_bundle_add(&arrays, call->head != NULL ? call->targets : call->keep, (size_t)(call->head != NULL ? t : call->kept) * sizeof(int32_t));
     status = ql_batch_upload(&batch, &arrays, &call->batch, call->positions, self->model.d, be);
-    if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(t * self->model.c) * sizeof(float)); }
+    if (status == QL_OK) { status = be->alloc((void **)&hidden, (size_t)(rows * self->model.c) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc((void **)&workspace, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float)); }
-    if (status == QL_OK && t <= be->gemv_rows) { /* rows that fill a small pass up are zero */
+    if (status == QL_OK && t < rows) { /* rows that fill a small pass up are zero */
+        status = be->fill(hidden, 0, (size_t)(rows * self->model.c) * sizeof(float));
+    }
+    if (status == QL_OK && t < rows) {
         status = be->fill(workspace, 0, (size_t)ql_llama_workspace(&self->model, t, be) * sizeof(float));
-        if (self->be == NULL && call->cache != NULL) { ql_llama_pack(&self->model); }
+        if (self->be == NULL && call->cache != NULL) { ql_llama_pack(&self->model, t); }
     }
     if (status == QL_OK) { status = ql_llama_forward(hidden, &self->model, &batch, call->cache, workspace, be); }
     be->release(workspace);

@@ -245,7 +245,7 @@ PyObject *ql_linear_on(const ql_backend *be, PyObject *x_object, PyObject *w_obj
     QL_CALL_BEGIN
     ql_stage s;
     ql_stage_begin_on(&s, be);
-    if (!s.staged && !backward && m <= s.be->gemv_rows) { ql_weight_pack(&((WeightObject *)w_object)->weight); }
+    if (!s.staged && !backward) { ql_weight_pack(&((WeightObject *)w_object)->weight, m); }
     float *to = ql_stage_out(&s, ql_data(out), ql_nbytes(out), accumulate);
     const float *from = QL_IN(&s, x);
     const ql_weight *staged = ql_stage_weight(&s, w_object);

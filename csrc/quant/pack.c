@@ -94,10 +94,9 @@ static void pack_bytes(void *context, int64_t task) {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-void ql_weight_pack(ql_weight *w) {
-    if (__atomic_load_n(&w->packed, __ATOMIC_ACQUIRE) != NULL || ql_isa_selected() < QL_ISA_AVX2) { return; }
-    int64_t bytes = ql_packed_nbytes(w);
-    if (bytes == 0) { return; }
+void ql_weight_pack(ql_weight *w, int64_t m) {
+    int64_t bytes = ql_packed_nbytes(w), most = ql_gemv_tile_rows(w, ql_precise());
+    if (__atomic_load_n(&w->packed, __ATOMIC_ACQUIRE) != NULL || bytes == 0 || m > ql_cpu()->gemv_rows || m > most) { return; }
     pthread_mutex_lock(&lock);
     if (w->packed == NULL) {
         pack_context context = {w, ql_packed_layout_of(w), ql_pages_take(bytes)};

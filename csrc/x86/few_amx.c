@@ -1,6 +1,7 @@
-/* few_amx.c: y (m, n) = x (m, k) W^T for a few rows of x on tiles, where W is integers of 2 to 4 bits in panels: a line of a tile is
- * what four columns of 16 rows of W have for codes, a byte each, and its left operand are the limbs of all rows of x. So W is read and
- * unpacked once for all of them, where byte products in vectors (gemv_amx.c) take as much time again for each.
+/* few_amx.c: y (m, n) = x (m, k) W^T for a few rows of x on tiles: a line of a tile is what four columns of 16 rows of W have for
+ * codes, a byte each, and its left operand are the limbs of all rows of x. So W is read and unpacked once for all of them, where byte
+ * products in vectors (gemv_amx.c) take as much time again for each. Codes that are looked up (nf4, fp4) become integers of 16 bits,
+ * the high and the low bytes of which are a tile each, and x has two limbs then: finer than bfloat16, which more rows have.
  *
  * A tile product takes CHUNK columns of one group. Their codes are unpacked one chunk ahead, since a tile is not loaded before
  * what was stored there is in the cache. Limbs are in the order in which tiles need them, chunk after chunk:
@@ -28,7 +29,7 @@ typedef struct {
     int64_t group, j, count;
 } chunk;
 
-/* columns of a group and of a step within it, as stored: of bytes, and of blocks in panels */
+/* columns of a group as they are stored: in panels, those of whole blocks */
 static inline int64_t columns_of(const gemv_product *g, int64_t group) {
     if (g->l.rows > 0) { return (group == g->groups - 1 ? g->l.last : g->l.blocks) * g->l.step; }
     return group == g->groups - 1 ? g->w->k - group * g->l.group : g->l.group;
@@ -73,13 +74,14 @@ ALWAYS_INLINE void store_line(uint8_t *line, vi codes, const level_table *table,
 /* the codes of a chunk of 16 rows of W, whose words begin at p; a chunk that is not full ends with lines of zeros */
 ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count, int64_t ahead, const level_table *table,
                                 const int bits, const int halves) {
-    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits);
+    const int step = step_of(bits), words = bits == 3 ? 3 : 1, rows = rows_of(bits), full = CHUNK / step;
     if (count == CHUNK) {
 #pragma GCC unroll 8
-        for (int b = 0; b < CHUNK / step; b++, p += words * rows) {
-            for (int word = 0; word < words; word++) { v_prefetch((const char *)(p + word * rows) + ahead); }
+        for (int b = 0; b < full; b++) {
+            const uint32_t *block = p + b * words * rows;
+            for (int word = 0; word < words; word++) { v_prefetch((const char *)(block + word * rows) + ahead); }
 #pragma GCC unroll 8
-            for (int h = 0; h < step / 4; h++) { store_line(tile + (b * step / 4 + h) * LINE, codes_of(p, bits, h), table, halves); }
+            for (int h = 0; h < step / 4; h++) { store_line(tile + (b * step / 4 + h) * LINE, codes_of(block, bits, h), table, halves); }
         }
         return;
     }
@@ -108,7 +110,8 @@ ALWAYS_INLINE void unpack_bytes(uint8_t *tile, const gemv_product *g, int64_t i,
     transpose_tile((uint16_t *)(void *)tile, (const uint16_t *)(const void *)rows, LINE / 2);
 }
 
-/* Eight tiles: those of limbs, of codes, and the sums, `tiles` for each vector of W. */
+/* The eight tiles: first the sums, `tiles` for each tile of codes, then limbs, then codes. With three tiles of limbs there is one place
+ * for them: `multiply` loads them for each tile of codes. */
 ALWAYS_INLINE void load_limbs(const int8_t *limbs, const int tiles) {
     if (tiles == 1) { _tile_loadd(4, limbs, LINE); }
     if (tiles == 2) { _tile_loadd(4, limbs, LINE); _tile_loadd(5, limbs + TILE_BYTES, LINE); }
@@ -259,6 +262,7 @@ ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, 
     }
 }
 
+/* panels [panel, end); where two are taken at a time, the last one may be alone */
 ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end, const int bits, const int halves, const int tiles) {
     const int rows = rows_of(bits), vectors = (tiles == 1 ? 4 : 2) / halves, at_once = vectors * VL > rows ? 2 : 1; /* panels */
     place at = {.g = g};
@@ -269,7 +273,7 @@ ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end,
         for (at.lane = 0; at.lane < rows; at.lane += vectors * VL) {
             at.i = panel * rows + at.lane;
             if (count == at_once) { few_rows(&at, vectors, bits, halves, tiles); }
-            if (count < at_once) { few_rows(&at, rows / VL, bits, halves, tiles); }
+            if (count < at_once) { few_rows(&at, vectors / 2, bits, halves, tiles); }
         }
     }
 }

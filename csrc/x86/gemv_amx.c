@@ -1,10 +1,11 @@
 /* gemv_amx.c: y (m, n) = x (m, k) W^T for a few rows of x where codes are integers, of 2 to 4 bits in panels (formats/packed.h) or as
  * bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that
- * arithmetic takes less time than memory. Panels and more than one row of x: on tiles (few_amx.c).
+ * arithmetic takes less time than memory. More than one row of x in panels, more than QL_GEMV_ROWS in rows of bytes, and as many of
+ * nf4 and fp4: on tiles (few_amx.c).
  *
  * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are
- * unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every m and every
- * number of threads. */
+ * unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every number of threads
+ * and every m; with bytes, nf4 and fp4 on tiles others than in vectors, which add up each lane's columns apart. */
 #include "../core/sizes.h"
 #include "../formats/packed.h"
 #include "gemv_amx.h"
@@ -13,11 +14,8 @@
 #include <string.h> /* memcpy */
 
 enum {
-    MAX_GROUP = 1 << 16,     /* columns: 255 * 128 of them fit in an int32 */
-    MAX_TABLE_GROUP = 256,   /* the same where codes are looked up: 2^15 * 128 each */
-    SHORT_GROUP = 32,        /* columns of bytes, less than which leave a tile mostly empty */
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    SCALES_AHEAD = 64        /* the same for the scales of rows: floats */
+    SCALES_AHEAD = 64        /* floats from the scale of a row to the one that is fetched meanwhile */
 };
 
 /* panels at a time, each a stream of memory of its own: one stream alone reaches three quarters of the speed of some */
@@ -82,7 +80,7 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
             begin_lanes(g->begin + (at * LIMBS + l) * VL, g->limbs + (r * LIMBS + l) * g->ld + to, end - j);
         }
     }
-    g->scales[at] = scale.most / MOST;
+    g->scales[at] = scale.most / (g->halves == 2 ? (float)MOST * LEVEL_ONE : (float)MOST);
     g->sums[at] = total * g->scales[at];
 }
 
@@ -298,10 +296,10 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
     gemv_product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
     int panels = g.l.rows > 0, tables = w->format == QL_NF4 || w->format == QL_FP4;
     if (w->format != QL_INT8 && w->format != QL_AFFINE && !tables) { return 0; }
-    if (tables && (!panels || m <= QL_GEMV_ROWS || g.l.group > MAX_TABLE_GROUP || ql_precise())) { return 0; }
+    if (tables && (!panels || m <= QL_GEMV_ROWS)) { return 0; } /* so few: float32, on AVX-512 */
     g.groups = pieces(w->k, g.l.group), g.stride = bytes_of_row(w);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int too_large = m > (panels || g.l.group >= SHORT_GROUP ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS) || g.l.group > MAX_GROUP;
+    int too_large = m > ql_gemv_tile_rows(w, ql_precise()) || g.l.group > QL_GEMV_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1, g.kept = tables ? 2 : LIMBS;

@@ -1,5 +1,5 @@
-/* gemv_amx.h: what the two kernels of products with few rows share, where W is integers in panels (formats/packed.h): byte products
- * in vectors (gemv_amx.c) and on tiles (few_amx.c). Both add up the same integers, so their results have the same bits. */
+/* gemv_amx.h: what products with few rows share, those of bytes in vectors (gemv_amx.c) and those on tiles (few_amx.c). In panels of
+ * integers (formats/packed.h) both add up the same numbers in the same order, so results have the same bits. */
 #ifndef QL_GEMV_AMX_H
 #define QL_GEMV_AMX_H
 
@@ -9,6 +9,7 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, bits and the like are constants after inlining */
 
 enum {
+    LEVEL_ONE = 32767, /* 1 where codes are looked up, and become integers */
     AHEAD = 2048, /* bytes of a stream: memory answers late */
     CHUNK = 64,   /* columns of a tile product */
     BYTE_ROWS = 32
@@ -17,7 +18,7 @@ enum {
 typedef struct {
     float *y;              /* (m, n) */
     int8_t *limbs;         /* (m, LIMBS, ld), the highest limb first; on tiles see few_amx.c */
-    int32_t *begin;        /* (m, groups, LIMBS, lanes) what sums begin at; lanes: 1 in panels, VL in rows */
+    int32_t *begin;        /* (m, groups, LIMBS, lanes) what sums begin at; lanes: VL in vectors of rows, else 1 */
     float *scales, *sums;  /* (m, groups) of the integers of a group; the sum of its x, where W has zeros */
     const ql_weight *w;
     const void *codes;
@@ -39,15 +40,12 @@ static inline int step_of(int bits) { return bits == 4 ? 8 : bits == 2 ? 16 : 32
 /* what a group of a vector of rows of W is multiplied by, and its zeros less the middle */
 typedef struct { vf scale, offset; } group_scale;
 
-enum { LEVEL_ONE = 32767 }; /* 1 where codes are looked up, and become integers */
-
 /* those of vector v of `rows` rows in each of some panels, from lane `lane` of the group's head on */
 static inline group_scale panel_scale(const gemv_product *g, const uint32_t *head, int64_t lane, int v, int rows) {
     const uint32_t *panel = lanes_of(head, &g->l, v / (rows / VL) * (rows / VL), rows);
     int64_t first = lane + v % (rows / VL) * VL;
     const int16_t *offsets = (const int16_t *)(const void *)(panel + rows);
-    vf scale = v_load((const float *)(const void *)(panel + first));
-    return (group_scale){g->halves == 2 ? v_mul(scale, v_set1(1.0f / LEVEL_ONE)) : scale,
+    return (group_scale){v_load((const float *)(const void *)(panel + first)),
                          g->l.zeros ? vi_to_vf(vi_load_i16(offsets + first)) : v_zero()};
 }
 

@@ -291,7 +291,7 @@ static int takes_floats(const ql_weight *w) {
 }
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: what is as exact as float32 costs no more */
+    if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
     if (m <= (w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS)) { /* float32 as limbs is for more rows */
         ql_linear_forward_avx512(y, x, w, m, accumulate);
         return;

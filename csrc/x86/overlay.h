@@ -33,7 +33,7 @@ void ql_overlay_amx(ql_backend *table);
     X(linear_forward)        \
     X(linear_backward_input)
 
-/* y = x W^T for m <= QL_GEMV_ROWS rows (gemv_body.h, gemv_amx.c); 0: nothing done, this weight or this m has no such kernel */
+/* y = x W^T for a few rows (gemv_body.h, gemv_amx.c); 0: nothing done, this weight or this m has no such kernel */
 int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
 int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
