@@ -86,7 +86,7 @@ def compare(
 
 
 def products(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """y = x W^T at 4096 x 4096 in 4 bits, one token and 512, on one thread and on all."""
+    """y = x W^T at 4096 x 4096 in 4 bits, one token, 8 and 512, on one thread and on all."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -100,7 +100,7 @@ def products(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     layer = layer.to("cpu").eval()
     for threads in sorted({1, arguments.threads}):
         torch.set_num_threads(threads)
-        for m in (1, PROMPT):
+        for m in (1, 8, PROMPT):
             x = np.random.default_rng(1).standard_normal((m, k), np.float32)
             half = torch.from_numpy(x).to(torch.bfloat16)
 
@@ -116,7 +116,7 @@ def products(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                 ours = lambda w=weight.handle, x=x: _core.linear(x, w)  # noqa: E731  a new output a call, as theirs
                 yield compare(
                     f"linear {name}, m {m}", ours, {f"torch {torch.__version__} bf16": torch_bf16, bnb_name(): bnb},
-                    arguments.rounds, threads, 20 if m == 1 else 1, flops=2 * m * n * k, bytes=weight.nbytes,
+                    arguments.rounds, threads, 1 if m == PROMPT else 20, flops=2 * m * n * k, bytes=weight.nbytes,
                 )  # fmt: skip
 
 
