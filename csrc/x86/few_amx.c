@@ -23,7 +23,7 @@ enum {
     MAX_SUMS = 6 /* tiles of them */
 };
 
-/* A chunk: columns [j, j + count) of W, of one group. */
+/* A chunk: columns [j, j + count) of group `group`. */
 typedef struct {
     const uint32_t *p; /* panels: its words in the first of them */
     int64_t group, j, count;

@@ -22,11 +22,12 @@ static inline int64_t ahead_of(const ql_packed_layout *l, int64_t group, int pan
 }
 
 /* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`: as many tasks for each thread, four at
- * least. */
+ * least if that leaves `at_once` to each. */
 static inline int64_t part_of(int64_t count, int64_t bytes, int64_t at_once) {
     int64_t large = TASK_BYTES / bytes > at_once ? TASK_BYTES / bytes : at_once;
     int64_t rounds = pieces(count, ql_threads() * large), part = pieces(count, ql_threads() * (rounds > 4 ? rounds : 4));
-    return part < at_once ? 1 : round_up(part, at_once);
+    if (part < at_once) { return count < 2 * ql_threads() * at_once ? 1 : at_once; }
+    return round_up(part, at_once);
 }
 
 #endif
