@@ -23,6 +23,14 @@ enum {
     MAX_SUMS = 6 /* tiles of them */
 };
 
+/* what a task works in */
+typedef struct {
+    alignas(64) uint8_t codes[2][VECTORS][TILE_BYTES]; /* of a chunk and the next one */
+    alignas(64) uint8_t rows[TILE_BYTES];
+    alignas(64) int32_t sums[2][MAX_SUMS * LINES * VL]; /* of a group and the one before it */
+    alignas(64) float total[QL_GEMV_TILE_ROWS][VECTORS][VL];
+} buffers;
+
 /* A chunk: columns [j, j + count) of group `group`. */
 typedef struct {
     const uint32_t *p; /* panels: its words in the first of them */
@@ -96,13 +104,12 @@ ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count,
 
 /* The codes of a chunk of rows [i, i + 16) of bytes: fours of columns of 16 rows become a line. int8 codes are made unsigned;
  * what is beyond the chunk's columns is 0. */
-ALWAYS_INLINE void unpack_bytes(uint8_t *tile, const gemv_product *g, int64_t i, const chunk *c) {
+ALWAYS_INLINE void unpack_bytes(uint8_t *tile, uint8_t *rows, const gemv_product *g, int64_t i, const chunk *c) {
     const ql_weight *w = g->w;
     int64_t column = c->group * g->l.group + c->j, stride = g->stride, ahead = bytes_ahead(g, column, stride);
     const char *codes = (const char *)g->codes + i * stride + column;
     const __mmask64 columns = c->count < CHUNK ? (1ull << c->count) - 1 : ~0ull;
     const vi sign = _mm512_maskz_set1_epi8(w->format == QL_INT8 ? columns : 0, (char)0x80);
-    alignas(64) uint8_t rows[TILE_BYTES];
     for (int64_t r = 0; r < LINES; r++) {
         v_prefetch(codes + r * stride + ahead);
         vi_store(rows + r * LINE, _mm512_xor_si512(sign, _mm512_maskz_loadu_epi8(i + r < w->n ? columns : 0, codes + r * stride)));
@@ -182,6 +189,7 @@ static group_scale byte_scale(const gemv_product *g, int64_t i, int64_t group) {
  * begins at p, see lanes_of */
 typedef struct {
     const gemv_product *g;
+    buffers *b;
     const uint32_t *p;
     int64_t lane, i;
     level_table table;
@@ -191,7 +199,7 @@ typedef struct {
 ALWAYS_INLINE void unpack(uint8_t *tile, const place *at, const chunk *c, const int v, const int vectors, const int bits, const int halves) {
     const ql_packed_layout *l = &at->g->l;
     if (bits == 8) {
-        unpack_bytes(tile, at->g, at->i + v * VL, c);
+        unpack_bytes(tile, at->b->rows, at->g, at->i + v * VL, c);
     } else {
         const int rows = rows_of(bits), panels = (vectors * VL + rows - 1) / rows;
         int64_t ahead = ahead_of(l, c->group, panels, AHEAD);
@@ -200,9 +208,11 @@ ALWAYS_INLINE void unpack(uint8_t *tile, const place *at, const chunk *c, const 
 }
 
 /* total[r][v] += the sums of group `group`, scaled; panels: it begins at `head` */
-ALWAYS_INLINE void add_sums(float (*total)[VECTORS][VL], const place *at, const int32_t *sums, const uint32_t *head, int64_t group,
-                            const int vectors, const int bits, const int halves, const int tiles) {
+ALWAYS_INLINE void add_sums(const place *at, const uint32_t *head, int64_t group, const int vectors, const int bits, const int halves,
+                            const int tiles) {
     const gemv_product *g = at->g;
+    const int32_t *sums = at->b->sums[group % 2];
+    float (*total)[VECTORS][VL] = at->b->total;
     const int half = tiles * LINES * VL, kept = halves == 2 ? 2 : LIMBS; /* half: from the sums of high bytes to those of low ones */
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
@@ -223,18 +233,16 @@ ALWAYS_INLINE void add_sums(float (*total)[VECTORS][VL], const place *at, const 
 ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, const int halves, const int tiles) {
     const gemv_product *g = at->g;
     const int code_tiles = vectors * halves;
-    alignas(64) uint8_t codes[2][VECTORS][TILE_BYTES];
-    alignas(64) int32_t sums[2][MAX_SUMS * LINES * VL]; /* of a group and the one before it */
-    alignas(64) float total[QL_GEMV_TILE_ROWS][VECTORS][VL];
+    buffers *b = at->b;
     for (int64_t r = 0; r < g->m; r++) {
-        for (int v = 0; v < vectors; v++) { v_store(total[r][v], v_zero()); }
+        for (int v = 0; v < vectors; v++) { v_store(b->total[r][v], v_zero()); }
     }
     const uint32_t *head = at->p, *before = NULL;
     const int8_t *limbs = g->limbs;
     chunk c = {bits < 8 ? at->p + g->l.head : NULL, 0, 0, at_most(CHUNK, columns_of(g, 0))};
     int pending = 0; /* whether the sums of the last group are not yet added up */
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) { unpack(codes[0][v * halves], at, &c, v, vectors, bits, halves); }
+    for (int v = 0; v < vectors; v++) { unpack(b->codes[0][v * halves], at, &c, v, vectors, bits, halves); }
     zero_sums(code_tiles * tiles);
     for (int64_t turn = 0; c.count > 0; turn ^= 1, limbs += tiles * TILE_BYTES) {
         chunk next = next_chunk(c, g, bits);
@@ -242,30 +250,30 @@ ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, 
         load_limbs(limbs, tiles);
 #pragma GCC unroll 4
         for (int t = 0; t < code_tiles; t++) {
-            load_codes(codes[turn][t], tiles, t);
-            if (next.count > 0 && t % halves == 0) { unpack(codes[turn ^ 1][t], at, &next, t / halves, vectors, bits, halves); }
+            load_codes(b->codes[turn][t], tiles, t);
+            if (next.count > 0 && t % halves == 0) { unpack(b->codes[turn ^ 1][t], at, &next, t / halves, vectors, bits, halves); }
             multiply(limbs, tiles, t);
         }
-        if (pending) { add_sums(total, at, sums[c.group % 2 ^ 1], before, c.group - 1, vectors, bits, halves, tiles); }
+        if (pending) { add_sums(at, before, c.group - 1, vectors, bits, halves, tiles); }
         pending = next.group > c.group;
         if (pending) {
-            take_sums(sums[c.group % 2], code_tiles * tiles);
+            take_sums(b->sums[c.group % 2], code_tiles * tiles);
             zero_sums(code_tiles * tiles);
             before = head, head = bits < 8 ? next.p - g->l.head : NULL;
         }
         c = next;
     }
     MEMORY_BARRIER();
-    add_sums(total, at, sums[g->groups % 2 ^ 1], before, g->groups - 1, vectors, bits, halves, tiles);
+    add_sums(at, before, g->groups - 1, vectors, bits, halves, tiles);
     for (int64_t r = 0; r < g->m; r++) {
-        for (int v = 0; v < vectors; v++) { store_lanes(g, r, at->i + v * VL, v_load(total[r][v])); }
+        for (int v = 0; v < vectors; v++) { store_lanes(g, r, at->i + v * VL, v_load(b->total[r][v])); }
     }
 }
 
 /* panels [panel, end); where two are taken at a time, the last one may be alone */
-ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end, const int bits, const int halves, const int tiles) {
+ALWAYS_INLINE void few_panels(const gemv_product *g, buffers *b, int64_t panel, int64_t end, const int bits, const int halves, const int tiles) {
     const int rows = rows_of(bits), vectors = (tiles == 1 ? 4 : 2) / halves, at_once = vectors * VL > rows ? 2 : 1; /* panels */
-    place at = {.g = g};
+    place at = {.g = g, .b = b};
     if (halves == 2) { at.table = level_table_of(g->w); }
     for (int count = at_once; panel < end; panel += count) {
         if (end - panel < at_once) { count = 1; }
@@ -278,8 +286,8 @@ ALWAYS_INLINE void few_panels(const gemv_product *g, int64_t panel, int64_t end,
     }
 }
 
-ALWAYS_INLINE void few_bytes(const gemv_product *g, int64_t first, int64_t end, const int tiles) {
-    place at = {.g = g};
+ALWAYS_INLINE void few_bytes(const gemv_product *g, buffers *b, int64_t first, int64_t end, const int tiles) {
+    place at = {.g = g, .b = b};
     for (at.i = first * BYTE_ROWS; first < end; first++, at.i += BYTE_ROWS) { few_rows(&at, BYTE_ROWS / VL, 8, 1, tiles); }
 }
 
@@ -291,14 +299,15 @@ ALWAYS_INLINE void few_bytes(const gemv_product *g, int64_t first, int64_t end, 
     }
 
 void ql_few_amx(const gemv_product *g, int64_t first, int64_t end) {
+    buffers b;
     tile_config before;
     configure_tiles(&before);
     switch (g->halves == 2 ? 0 : g->l.rows > 0 ? g->w->bits : 8) {
-    case 0: OF_TILES(few_panels, g, first, end, 4, 2) break;
-    case 2: OF_TILES(few_panels, g, first, end, 2, 1) break;
-    case 3: OF_TILES(few_panels, g, first, end, 3, 1) break;
-    case 4: OF_TILES(few_panels, g, first, end, 4, 1) break;
-    default: OF_TILES(few_bytes, g, first, end) break;
+    case 0: OF_TILES(few_panels, g, &b, first, end, 4, 2) break;
+    case 2: OF_TILES(few_panels, g, &b, first, end, 2, 1) break;
+    case 3: OF_TILES(few_panels, g, &b, first, end, 3, 1) break;
+    case 4: OF_TILES(few_panels, g, &b, first, end, 4, 1) break;
+    default: OF_TILES(few_bytes, g, &b, first, end) break;
     }
     restore_tiles(&before);
 }
