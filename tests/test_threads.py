@@ -200,7 +200,7 @@ def test_a_small_stack_is_enough() -> None:
                 if state["usable"] and isa != "scalar":
                     for weight in weights:
                         with ql.backend.use(isa=isa):
-                            for m in (1, 4, 40):
+                            for m in (1, 4, 5, 16, 40):
                                 ql.linear(x[:m], weight)
                             _core.linear_backward_input(dy, weight.handle)
             done.append(True)
