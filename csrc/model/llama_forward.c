@@ -15,9 +15,6 @@ typedef struct {
     int64_t t, m;     /* rows of x, and of the products: t or more */
 } buffers;
 
-/* rows of a pass' products: without a cache a row's result must not depend on the rows beside it */
-static int64_t product_rows(int64_t t, int cached, const ql_backend *be) { return cached ? t : ql_product_rows(t, be); }
-
 static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
     buffers s;
     s.t = s.m = t;
@@ -35,7 +32,7 @@ static buffers cut(const ql_llama *m, int64_t t, ql_workspace *w) {
 
 int64_t ql_llama_workspace(const ql_llama *m, int64_t t, const ql_backend *be) {
     ql_workspace size = {NULL, 0};
-    cut(m, product_rows(t, 0, be), &size);
+    cut(m, ql_product_rows(t, be), &size);
     return size.used;
 }
 
@@ -93,7 +90,7 @@ static void keep_rows(const ql_llama *m, const ql_llama_batch *batch, buffers *s
     be->gather_rows_forward(x, s->x, batch->kept, batch->count, m->c);
     be->gather_rows_forward(a, s->a, batch->kept, batch->count, m->hq * m->d);
     s->h = s->x, s->x = x, s->a = a;
-    s->t = batch->count, s->m = product_rows(batch->count, 0, be);
+    s->t = batch->count, s->m = ql_product_rows(batch->count, be);
 }
 
 static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, const buffers *s, const ql_backend *be) {
@@ -130,7 +127,8 @@ ql_status ql_llama_forward(float *hidden, const ql_llama *m, const ql_llama_batc
                            float *workspace, const ql_backend *be) {
     int fused = ql_llama_fused(be);
     ql_workspace memory = {workspace, 0};
-    buffers s = cut(m, fused ? batch->t : product_rows(batch->t, cache != NULL, be), &memory);
+    /* with a cache a row may depend on the rows beside it */
+    buffers s = cut(m, fused || cache != NULL ? batch->t : ql_product_rows(batch->t, be), &memory);
     s.t = batch->t;
     int64_t layer_bytes = cache != NULL ? cache->rows * m->hkv * m->d * ql_llama_kv_bytes(be) : 0;
     ql_norm norm = {m->layers > 0 ? m->layer[0].input_norm : NULL, m->eps, s.h, 0};

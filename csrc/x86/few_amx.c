@@ -6,7 +6,7 @@
  * A tile product takes CHUNK columns of one group. Their codes are unpacked one chunk ahead, since a tile is not loaded before
  * what was stored there is in the cache. Limbs are in the order in which tiles need them, chunk after chunk:
  *
- *     int8 limbs[chunk][tiles][16][CHUNK]     limb l of row r of x is line r kept + l; the lines beyond the last are not used
+ *     int8 limbs[chunk][tiles][16][CHUNK]     limb l of row r of x is line r kept_limbs + l; the lines beyond the last are not used
  */
 #include "bf16_amx.h" /* transpose_tile */
 #include "config_amx.h"
@@ -17,7 +17,6 @@
 
 enum {
     LINE = 64,
-    LINES = 16,
     TILE_BYTES = LINES * LINE,
     VECTORS = 4, /* of 16 rows of W at a time */
     MAX_SUMS = 6 /* tiles of them */
@@ -51,12 +50,6 @@ ALWAYS_INLINE chunk next_chunk(chunk c, const gemv_product *g, const int bits) {
     if (c.j == columns_of(g, c.group)) { c.group++, c.j = 0, c.p += bits < 8 ? g->l.head : 0; }
     c.count = c.group < g->groups ? at_most(CHUNK, columns_of(g, c.group) - c.j) : 0;
     return c;
-}
-
-/* bytes from a chunk's codes to those to fetch meanwhile, of 32 rows at a time: see ahead_of */
-static inline int64_t bytes_ahead(const gemv_product *g, int64_t column, int64_t stride) {
-    int64_t on = at_most(AHEAD, g->w->k);
-    return column + on < g->w->k ? on : (BYTE_ROWS - 1) * stride + on;
 }
 
 /* the high and the low bytes that 16 codes stand for */
@@ -106,7 +99,7 @@ ALWAYS_INLINE void unpack_words(uint8_t *tile, const uint32_t *p, int64_t count,
  * what is beyond the chunk's columns is 0. */
 ALWAYS_INLINE void unpack_bytes(uint8_t *tile, uint8_t *rows, const gemv_product *g, int64_t i, const chunk *c) {
     const ql_weight *w = g->w;
-    int64_t column = c->group * g->l.group + c->j, stride = g->stride, ahead = bytes_ahead(g, column, stride);
+    int64_t column = c->group * g->l.group + c->j, stride = g->stride, ahead = row_ahead(column, w->k, stride, BYTE_ROWS, AHEAD);
     const char *codes = (const char *)g->codes + i * stride + column;
     const __mmask64 columns = c->count < CHUNK ? (1ull << c->count) - 1 : ~0ull;
     const vi sign = _mm512_maskz_set1_epi8(w->format == QL_INT8 ? columns : 0, (char)0x80);
@@ -213,7 +206,7 @@ ALWAYS_INLINE void add_sums(const place *at, const uint32_t *head, int64_t group
     const gemv_product *g = at->g;
     const int32_t *sums = at->b->sums[group % 2];
     float (*total)[VECTORS][VL] = at->b->total;
-    const int half = tiles * LINES * VL, kept = halves == 2 ? 2 : LIMBS; /* half: from the sums of high bytes to those of low ones */
+    const int half = tiles * LINES * VL, kept = kept_limbs(halves); /* half: from the sums of high bytes to those of low ones */
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
         group_scale by = bits == 8 ? byte_scale(g, at->i + v * VL, group) : panel_scale(g, head, at->lane, v, rows_of(bits));
@@ -266,7 +259,7 @@ ALWAYS_INLINE void few_rows(const place *at, const int vectors, const int bits, 
     MEMORY_BARRIER();
     add_sums(at, before, g->groups - 1, vectors, bits, halves, tiles);
     for (int64_t r = 0; r < g->m; r++) {
-        for (int v = 0; v < vectors; v++) { store_lanes(g, r, at->i + v * VL, v_load(b->total[r][v])); }
+        for (int v = 0; v < vectors; v++) { store_lanes(g->y, g->w->n, r, at->i + v * VL, v_load(b->total[r][v]), g->accumulate); }
     }
 }
 

@@ -43,9 +43,10 @@ static void begin_lanes(int32_t *begin, const int8_t *limbs, int64_t count) {
     vi_store(begin, vi_sub(vi_set1(0), sum));
 }
 
-/* where the limbs of a row, r kept + l for limb l of row r of x, have column j */
-static inline int8_t *limb_at(const gemv_product *g, int64_t row, int64_t j) {
-    return g->limbs + (g->tiles == 0 ? row * g->ld + j : (j / CHUNK * g->tiles * 16 + row) * CHUNK + j % CHUNK);
+/* where limb l of row r of x has column j */
+static inline int8_t *limb_at(const gemv_product *g, int64_t r, int l, int64_t j) {
+    int64_t row = r * kept_limbs(g->halves) + l;
+    return g->limbs + (g->tiles == 0 ? row * g->ld + j : (j / CHUNK * g->tiles * LINES + row) * CHUNK + j % CHUNK);
 }
 
 /* group `group` of row r, stored columns [j, end), to its limbs from column `to` on */
@@ -62,10 +63,10 @@ static void split_group(gemv_product *g, const float *x, int64_t r, int64_t grou
     vi sum[LIMBS] = {vi_set1(0), vi_set1(0), vi_set1(0)};
     for (int64_t c = j; c < end; c += VL) {
         vi limbs = to_limbs(to_integers(load_columns(x, perm, c, end), up, inverse));
-        for (int l = 0; l < g->kept; l++) {
+        for (int l = 0; l < kept_limbs(g->halves); l++) {
             vi limb = _mm512_srai_epi32(vi_shl(limbs, 8u * (unsigned)(1 + l)), 24);
             sum[l] = vi_add(sum[l], limb);
-            int8_t *out = limb_at(g, r * g->kept + l, to + c - j);
+            int8_t *out = limb_at(g, r, l, to + c - j);
             _mm_storeu_si128((__m128i *)(void *)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(limb), order));
         }
     }
@@ -161,7 +162,7 @@ ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, const int bi
         }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
+    for (int v = 0; v < vectors; v++) { store_lanes(g->y, g->w->n, 0, i + v * VL, total[v], g->accumulate); }
 }
 
 ALWAYS_INLINE void panel_range(const gemv_product *g, int64_t panel, int64_t end, const int bits) {
@@ -302,8 +303,8 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
     int too_large = m > ql_gemv_tile_rows(w, ql_precise()) || g.l.group > QL_GEMV_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
-    g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1, g.kept = tables ? 2 : LIMBS;
-    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * g.kept, 16) : 0;
+    g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1;
+    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * kept_limbs(g.halves), LINES) : 0;
     int64_t rows = g.tiles > 0 ? BYTE_ROWS : 1, count = panels ? g.l.panels : pieces(w->n, rows);
     int64_t at_once = g.tiles > 0 ? (g.tiles == 1 && g.l.rows == 32 && !tables ? 2 : 1) : panels ? streams_of(g.l.rows) : 4;
     g.part = part_of(count, panels ? 4 * g.l.panel : rows * g.stride, at_once);
@@ -317,7 +318,7 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
 /* 0: no memory for x as integers */
 static int run(gemv_product *g, const float *x) {
     int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 || g->tiles > 0 ? 1 : VL;
-    int64_t limbs = g->tiles > 0 ? g->tiles * 16 * g->groups * group_columns(g) : g->m * LIMBS * g->ld; /* both whole lines */
+    int64_t limbs = g->tiles > 0 ? g->tiles * LINES * g->groups * group_columns(g) : g->m * LIMBS * g->ld; /* both whole lines */
     char *memory = ql_scratch((size_t)(limbs + (LIMBS * lanes + 2) * numbers * (int64_t)sizeof(float)));
     if (memory == NULL) { return 0; }
     g->limbs = (int8_t *)memory, g->begin = (int32_t *)(void *)(memory + limbs);

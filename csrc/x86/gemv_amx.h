@@ -6,12 +6,11 @@
 #include "limbs_amx.h"
 #include "panels.h"
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, bits and the like are constants after inlining */
-
 enum {
     LEVEL_ONE = 32767, /* 1 where codes are looked up, and become integers */
     AHEAD = 2048, /* bytes of a stream: memory answers late */
     CHUNK = 64,   /* columns of a tile product */
+    LINES = 16,   /* of a tile */
     BYTE_ROWS = 32
 };
 
@@ -28,10 +27,12 @@ typedef struct {
     int32_t middle;        /* of the unsigned codes: what stands for 0 */
     int tiles;             /* 0, or of 16 rows of limbs, those of one row of x side by side */
     int halves;            /* 1, or 2: codes are looked up, and become two bytes each */
-    int kept;              /* limbs of x: all, or the higher two where codes have no more bits either */
     void (*task)(void *context, int64_t i);
     int accumulate;
 } gemv_product;
+
+/* limbs of x that a product has: all, or the higher two where codes have no more bits either */
+static inline int kept_limbs(int halves) { return halves == 2 ? 2 : LIMBS; }
 
 /* of a panel of `bits` bits, as ql_packed_layout has them: rows, and codes of a row in a block; constants after inlining */
 static inline int rows_of(int bits) { return bits == 4 ? 32 : 64; }
@@ -55,14 +56,6 @@ static inline vf add_group(const gemv_product *g, vf total, const vi sum[LIMBS],
     vf value = v_mul(join_limbs(sum[0], sum[1], sum[2]), v_set1(g->scales[at]));
     if (g->w->zeros != NULL) { value = v_fnma(by.offset, v_set1(g->sums[at]), value); }
     return v_fma(value, by.scale, total);
-}
-
-/* VL elements of row r of y from column i, as many as there are */
-static inline void store_lanes(const gemv_product *g, int64_t r, int64_t i, vf value) {
-    int64_t count = at_most(VL, g->w->n - i);
-    if (count < 1) { return; }
-    float *y = g->y + r * g->w->n + i;
-    v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
 }
 
 /* four codes a lane of a block whose words of these lanes begin at p, one to a byte; 0 <= h < step / 4 says which */

@@ -21,8 +21,6 @@
 #include <stdalign.h>
 #include <string.h> /* memcpy */
 
-#define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, format and rows are constants after inlining */
-
 enum {
     PANELS = V_AVX512 ? 2 : 1, /* of 4 bits at a time, each a stream of memory of its own: one stream alone is not as fast */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
@@ -43,14 +41,6 @@ typedef struct {
 } gemv;
 
 /* ---- panels --------------------------------------------------------------------------------------------------- */
-
-/* VL elements of row r of y from column i, as many as there are */
-static inline void store_lanes(const gemv *g, int64_t r, int64_t i, vf value) {
-    int64_t count = at_most(VL, g->w->n - i);
-    if (count < 1) { return; }
-    float *y = g->y + r * g->w->n + i;
-    v_store_tail(y, g->accumulate ? v_add(v_load_tail(y, count), value) : value, count);
-}
 
 /* - offset * sum of x over group `group` of row r of x, for VL rows of W: `offsets` are theirs */
 static inline vf offset_term(const gemv *g, const void *offsets, int64_t r, int64_t group) {
@@ -114,7 +104,7 @@ ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) { store_lanes(g, r, i + v / 2 * 32 + lane + v % 2 * VL, total[r][v]); }
+        for (int v = 0; v < vectors; v++) { store_lanes(g->y, g->w->n, r, i + v / 2 * 32 + lane + v % 2 * VL, total[r][v], g->accumulate); }
     }
 }
 
@@ -173,7 +163,7 @@ static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i
         for (int v = 0; v < 4; v++) { total[v] = v_fma(sum[v], v_load(scales + v * VL), total[v]); }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) { store_lanes(g, 0, i + v * VL, total[v]); }
+    for (int v = 0; v < 4; v++) { store_lanes(g->y, g->w->n, 0, i + v * VL, total[v], g->accumulate); }
 }
 
 static void sums_task(void *context, int64_t task) {

@@ -6,6 +6,7 @@
 #include "overlay.h"
 
 #include "decode_amx.h"
+#include "panels.h"
 
 #include <string.h> /* memcpy, memset */
 
@@ -92,7 +93,7 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
 
 /* ---- bfloat16 for a few rows ------------------------------------------------------------------------------------------- */
 
-enum { FEW_BYTES = 256 << 10, FEW_AHEAD = 2048 }; /* of W: of a task; from what is read to what is fetched meanwhile */
+enum { FEW_AHEAD = 1024 }; /* columns from what is read to what is fetched meanwhile */
 
 typedef struct {
     float *y;
@@ -110,12 +111,11 @@ static void few_columns(const few_product *f, int64_t i) {
     const uint16_t *codes = (const uint16_t *)w->codes + i * k;
     alignas(64) uint16_t edge[2 * TILE];
     alignas(64) float sums[2][256], columns[256];
-    const int64_t on = at_most(FEW_AHEAD / 2, k);
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t s = 0; s < k; s += SIDE) {
         const uint16_t *tiles = codes + s;
-        int64_t ld = k, ahead = s + on < k ? on : (SIDE - 1) * k + on; /* the next 32 rows' */
+        int64_t ld = k, ahead = row_ahead(s, k, k, SIDE, FEW_AHEAD);
         for (int64_t r = 0; r < SIDE; r++) { v_prefetch(tiles + r * k + ahead); }
         if (count < SIDE || s + SIDE > k) {
             for (int64_t r = 0; r < SIDE; r++) {
@@ -135,13 +135,8 @@ static void few_columns(const few_product *f, int64_t i) {
     _tile_stored(1, sums[1], 64);
     MEMORY_BARRIER();
     for (int half = 0; half < 2; half++) {
-        int64_t left = at_most(VL, count - half * VL);
         transpose_tile((uint16_t *)columns, (const uint16_t *)sums[half], SIDE);
-        for (int64_t r = 0; r < f->m && left > 0; r++) {
-            float *y = f->y + r * w->n + i + half * VL;
-            vf sum = v_load(columns + r * VL);
-            v_store_tail(y, f->accumulate ? v_add(v_load_tail(y, left), sum) : sum, left);
-        }
+        for (int64_t r = 0; r < f->m; r++) { store_lanes(f->y, w->n, r, i + half * VL, v_load(columns + r * VL), f->accumulate); }
     }
 }
 
@@ -159,8 +154,8 @@ static int few_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int
     uint16_t *packed = ql_scratch((size_t)(round_up(w->k, SIDE) * 16) * sizeof *packed);
     if (packed == NULL) { return 0; }
     for (int64_t s = 0; s < w->k; s += SIDE) { pack_tile(packed + s * 16, x, w->k, w->perm, m, s, w->k); }
-    int64_t blocks = pieces(w->n, SIDE), most = FEW_BYTES / (2 * SIDE * w->k + 1) + 1, share = pieces(blocks, 4 * ql_threads());
-    few_product f = {y, packed, w, m, at_most(share, most), accumulate};
+    int64_t blocks = pieces(w->n, SIDE);
+    few_product f = {y, packed, w, m, part_of(blocks, SIDE * w->k * (int64_t)sizeof *packed, 1), accumulate};
     ql_parallel_for(pieces(blocks, f.blocks), few_task, &f);
     return 1;
 }
