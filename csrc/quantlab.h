@@ -32,6 +32,15 @@ const char *ql_status_detail(void); /* of the last ql_fail on this thread */
 /* Runs task(context, i) for i in [0, count) on ql_threads() threads. Tasks must be independent, and each must give the
  * same result whoever runs it: so a result never depends on the number of threads. In a forked child it runs serially. */
 void ql_parallel_for(int64_t count, void (*task)(void *context, int64_t i), void *context);
+
+typedef struct {
+    int64_t count;
+    void (*task)(void *context, int64_t i);
+    void *context;
+} ql_loop;
+/* the same of `n` loops, whose tasks are independent of one another, for the price of one */
+void ql_parallel_loops(ql_loop *loops, int64_t n);
+
 int ql_threads(void);
 void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
 int ql_default_threads(void);
@@ -94,6 +103,13 @@ typedef struct {
     void *packed;               /* backend-private prepacked copy, rebuildable, never saved */
 } ql_weight;
 
+/* a product x W^T */
+typedef struct {
+    float *y; /* (m, n) */
+    const ql_weight *w;
+} ql_linear_product;
+enum { QL_PRODUCTS = 3 }; /* that are given to an op at once, at most */
+
 /* some steps of GPTQ's column loop on a tile; scale, zero and w are (count, QL_GPTQ_ROWS) */
 enum { QL_GPTQ_ROWS = 48 };
 typedef struct {
@@ -131,6 +147,8 @@ typedef struct {
     /* out = x / sqrt(mean(x^2) + eps) * gain; (t, c); inv_rms (t,) or NULL is kept for the backward pass */            \
     X(rmsnorm_forward,                                                                                                  \
       (float *out, float *inv_rms, const float *x, const float *gain, int64_t t, int64_t c, float eps))                 \
+    /* for each of `count` products, QL_PRODUCTS at most: y (m, n) = x (m, k) W^T, as linear_forward; all have one k */   \
+    X(linear_many_forward, (const ql_linear_product *products, int64_t count, const float *x, int64_t m))                      \
     /* x (t, heads, d), rotated in place, half-split layout; cos, sin (positions, d/2); positions (t,) rows of them */  \
     X(rope_forward, (float *x, const float *cos, const float *sin, const int32_t *positions, int64_t t, int64_t heads,  \
                      int64_t d))                                                                                        \

@@ -20,6 +20,7 @@
 
 #define QL_CUDA_PLAIN_OPS(X)  \
     X(embedding_forward)      \
+    X(linear_many_forward)    \
     X(rmsnorm_forward)        \
     X(rope_forward)           \
     X(attention_forward)      \

@@ -54,6 +54,10 @@ extern "C" void ql_linear_forward_cuda(float *y, const float *x, const ql_weight
     if (rows != NULL) { ql_cuda_linear_large(y, CUDA_R_32F, rows, w, m, accumulate); }
 }
 
+extern "C" void ql_linear_many_forward_cuda(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
+    for (int64_t i = 0; i < count; i++) { ql_linear_forward_cuda(products[i].y, x, products[i].w, m, 0); }
+}
+
 /* columns as stored */
 static void backward_product(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
     if (w->format == QL_F32) { return float_product(dx, dy, w, m, accumulate, true); }

@@ -127,6 +127,9 @@ def attention(
 def swiglu(gate: F32, up: F32, out: F32 | None = None, /) -> F32: ...  # gate * sigmoid(gate) * up
 def add_into(y: F32, x: F32, /) -> None: ...  # y += x
 def linear(x: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /) -> F32: ...  # (m, k) -> (m, n)
+def linear_many(
+    x: F32, weights: tuple[Weight, ...], outs: tuple[F32, ...] = ..., /
+) -> tuple[F32, ...]: ...  # linear of one x with 1 to 3 weights, faster than one by one
 def linear_backward_input(
     dy: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /
 ) -> F32: ...  # (m, n) -> (m, k)

@@ -138,11 +138,9 @@ class Activations:
 
         def attend(i: int, out: np.ndarray) -> np.ndarray:
             chunk, x = self.chunks[i], inputs(i)
-            q, k, v = (
-                _core.linear(x, weights[module], buffer(module, len(x), heads * config.head_dim))
-                for module, heads in heads_of.items()
-            )
-            q, k, v = (part.reshape(len(x), -1, config.head_dim) for part in (q, k, v))
+            outs = tuple(buffer(module, len(x), heads * config.head_dim) for module, heads in heads_of.items())
+            products = _core.linear_many(x, tuple(weights[module] for module in heads_of), outs)
+            q, k, v = (part.reshape(len(x), -1, config.head_dim) for part in products)
             tables = self._rope(int(chunk.lengths.max()))
             q = _core.rope(q, *tables, chunk.positions, buffer("q", *q.shape))
             k = _core.rope(k, *tables, chunk.positions, buffer("k", *k.shape))
@@ -157,7 +155,8 @@ class Activations:
 
         def activate(i: int, out: np.ndarray) -> np.ndarray:
             x = inputs(i)
-            gate, up = (_core.linear(x, weights[module], buffer(module, *out.shape)) for module in STAGES[2])
+            outs = tuple(buffer(module, *out.shape) for module in STAGES[2])
+            gate, up = _core.linear_many(x, tuple(weights[module] for module in STAGES[2]), outs)
             return _core.swiglu(gate, up, out)
 
         return activate

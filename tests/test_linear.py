@@ -180,6 +180,31 @@ def test_result_does_not_depend_on_threads(isa: str, rng: np.random.Generator, c
         _core.set_threads(threads)
 
 
+@pytest.mark.parametrize("m", [1, 3, 5, 16, 17, 130])
+@pytest.mark.parametrize("case", CASES)
+def test_many_have_the_bits_of_each_alone(isa: str, rng: np.random.Generator, case: str, m: int) -> None:
+    """Products of one x: alike, so that they share what is made of it, and of several kinds."""
+    for k, rows in ((96, (67, 33)), (513, (130, 1, 65)), (300, (64,)), (640, (201, 96, 385))):
+        x = rng.standard_normal((m, k), dtype=np.float32)
+        alike = [make(rng, case, n, k) for n in rows]
+        for stored in alike[1:]:
+            stored.perm = alike[0].perm
+        for weights in (alike, [*alike[:-1], make(rng, "affine4", 40, k)], [make(rng, "bf16", 40, k), *alike[1:]]):
+            handles = tuple(stored.core() for stored in weights)
+            for threads in (1, 3):
+                with backend.use(threads=threads):
+                    each = [_core.linear(x, handle).tobytes() for handle in handles]
+                    filled = [ref.guarded(np.full((m, stored.n), np.nan)) for stored in weights]
+                    outs = _core.linear_many(x, handles, tuple(out for out, _ in filled))
+                    assert [out.tobytes() for out in outs] == each, (k, rows)
+                    assert all(ref.guards_intact(buffer) for _, buffer in filled)
+
+
+def test_many_without_rows(isa: str, rng: np.random.Generator) -> None:
+    weights = tuple(make(rng, case, 5, 9).core() for case in ("nf4", "f32"))
+    assert [y.shape for y in _core.linear_many(np.zeros((0, 9), np.float32), weights)] == [(0, 5), (0, 5)]
+
+
 def test_vector_kernels_agree_bit_for_bit(rng: np.random.Generator) -> None:
     """Lanes are columns of the output, so AVX2 and AVX-512 add in the same order."""
     usable = [isa for isa, state in _core.isa_info().items() if state["usable"] and isa in ("avx2", "avx512")]
@@ -288,6 +313,15 @@ def test_refuses_bad_arguments(rng: np.random.Generator) -> None:
         _core.linear(np.zeros((1, 6), np.float32), weight, None, True)
     with pytest.raises(TypeError, match="weight: got"):
         _core.linear(np.zeros((1, 6), np.float32), np.zeros((4, 6), np.float32))
+    x = np.zeros((1, 6), np.float32)
+    with pytest.raises(ValueError, match="weights: got 4, expected 1 to 3"):
+        _core.linear_many(x, (weight,) * 4)
+    with pytest.raises(ValueError, match="x: dimension 1 is 6, expected 7"):
+        _core.linear_many(x, (weight, make(rng, "f32", 4, 7).core()))
+    with pytest.raises(ValueError, match="outs: got 1, expected one for each of 2 weights"):
+        _core.linear_many(x, (weight, weight), (np.zeros((1, 4), np.float32),))
+    with pytest.raises(TypeError, match="weights: got"):
+        _core.linear_many(x, (weight, x))
 
 
 def test_new_outputs_lie_on_cache_lines(rng: np.random.Generator) -> None:

@@ -281,6 +281,18 @@ static void wait_for_workers(unsigned tasks) {
     atomic_store(&pool.caller_sleeps, 0);
 }
 
+static void task_of_loops(void *context, int64_t i) {
+    const ql_loop *loop = context;
+    for (; i >= loop->count; loop++) { i -= loop->count; }
+    loop->task(loop->context, i);
+}
+
+void ql_parallel_loops(ql_loop *loops, int64_t n) {
+    int64_t count = 0;
+    for (int64_t l = 0; l < n; l++) { count += loops[l].count; }
+    ql_parallel_for(count, task_of_loops, loops);
+}
+
 void ql_parallel_for(int64_t count, void (*task)(void *context, int64_t i), void *context) {
     int threads = ql_threads();
     if (threads > count) { threads = (int)count; }

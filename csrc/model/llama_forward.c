@@ -51,27 +51,40 @@ int ql_llama_fused(const ql_backend *be) {
 
 int64_t ql_llama_kv_bytes(const ql_backend *be) { return ql_llama_fused(be) ? be->kv_bytes : (int64_t)sizeof(float); }
 
+/* y += the part of the adapter of matrix `slot` */
+static void add_adapter(float *y, float *u, const float *x, const ql_llama_layer *layer, int slot, const ql_lora_dropout *dropout,
+                        int64_t t, const ql_backend *be) {
+    if (layer->lora != NULL && layer->lora[slot].r > 0) { ql_lora_forward(y, u, x, &layer->lora[slot], dropout, t, be); }
+}
+
 void ql_llama_product(float *y, float *u, const float *x, const ql_llama_layer *layer, int slot, const ql_lora_dropout *dropout,
                       int64_t t, int accumulate, const ql_backend *be) {
     const ql_weight *w = layer->matrix[slot];
     be->linear_forward[w->format](y, x, w, t, accumulate);
-    if (layer->lora != NULL && layer->lora[slot].r > 0) { ql_lora_forward(y, u, x, &layer->lora[slot], dropout, t, be); }
+    add_adapter(y, u, x, layer, slot, dropout, t, be);
 }
 
-/* y (m, n) = x (m, k) times matrix `slot`, or += */
-static void product(float *y, const float *x, const ql_llama_layer *layer, int slot, const buffers *s, int accumulate,
-                    const ql_backend *be) {
-    const ql_lora_dropout none = {.p = 0.0f};
-    ql_llama_product(y, s->u, x, layer, slot, &none, s->m, accumulate, be);
+static const ql_lora_dropout no_dropout = {.p = 0.0f};
+
+/* y (m, n) += x (m, k) times matrix `slot` */
+static void add_product(float *y, const float *x, const ql_llama_layer *layer, int slot, const buffers *s, const ql_backend *be) {
+    ql_llama_product(y, s->u, x, layer, slot, &no_dropout, s->m, 1, be);
+}
+
+/* y[i] (m, n) = x (m, k) times matrix `slot` + i, for i < count */
+static void products(float *const *y, const float *x, const ql_llama_layer *layer, int slot, int count, const buffers *s,
+                     const ql_backend *be) {
+    ql_linear_product base[QL_PRODUCTS];
+    for (int i = 0; i < count; i++) { base[i] = (ql_linear_product){y[i], layer->matrix[slot + i]}; }
+    be->linear_many_forward(base, count, x, s->m);
+    for (int i = 0; i < count; i++) { add_adapter(y[i], s->u, x, layer, slot + i, &no_dropout, s->m, be); }
 }
 
 static void attention_block(const ql_llama *m, const ql_llama_layer *layer, const ql_llama_batch *batch, const buffers *s,
                             void *cache_k, void *cache_v, const ql_backend *be) {
     int64_t t = batch->t;
     be->rmsnorm_forward(s->h, NULL, s->x, layer->input_norm, t, m->c, m->eps);
-    product(s->q, s->h, layer, QL_SLOT_Q, s, 0, be);
-    product(s->k, s->h, layer, QL_SLOT_K, s, 0, be);
-    product(s->v, s->h, layer, QL_SLOT_V, s, 0, be);
+    products((float *[]){s->q, s->k, s->v}, s->h, layer, QL_SLOT_Q, 3, s, be);
     be->rope_forward(s->q, batch->cos, batch->sin, batch->positions, t, m->hq, m->d);
     be->rope_forward(s->k, batch->cos, batch->sin, batch->positions, t, m->hkv, m->d);
     const float *k = s->k, *v = s->v;
@@ -94,12 +107,11 @@ static void keep_rows(const ql_llama *m, const ql_llama_batch *batch, buffers *s
 }
 
 static void mlp_block(const ql_llama *m, const ql_llama_layer *layer, const buffers *s, const ql_backend *be) {
-    product(s->x, s->a, layer, QL_SLOT_O, s, 1, be);
+    add_product(s->x, s->a, layer, QL_SLOT_O, s, be);
     be->rmsnorm_forward(s->h, NULL, s->x, layer->post_norm, s->t, m->c, m->eps);
-    product(s->gate, s->h, layer, QL_SLOT_GATE, s, 0, be);
-    product(s->up, s->h, layer, QL_SLOT_UP, s, 0, be);
+    products((float *[]){s->gate, s->up}, s->h, layer, QL_SLOT_GATE, 2, s, be);
     be->swiglu_forward(s->gate, s->gate, s->up, s->t * m->f);
-    product(s->x, s->gate, layer, QL_SLOT_DOWN, s, 1, be);
+    add_product(s->x, s->gate, layer, QL_SLOT_DOWN, s, be);
 }
 
 /* norm: of x ahead of the layer, and then of x behind it, whose gain is `next` (NULL: not to be prepared) */

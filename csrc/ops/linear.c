@@ -44,6 +44,10 @@ void ql_linear_forward_scalar(float *y, const float *x, const ql_weight *w, int6
     ql_parallel_for(pieces(w->n, ROWS_PER_TASK) * pieces(m, INPUTS_PER_TASK), forward_rows, &context);
 }
 
+void ql_linear_many_forward_scalar(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
+    for (int64_t i = 0; i < count; i++) { ql_linear_forward_scalar(products[i].y, x, products[i].w, m, 0); }
+}
+
 static void backward_columns(void *context, int64_t task) {
     const linear_context *c = context;
     const ql_weight *w = c->w;

@@ -269,6 +269,55 @@ static PyObject *linear_like(PyObject *arguments, int backward) {
 static PyObject *linear(PyObject *self, PyObject *arguments) { return (void)self, linear_like(arguments, 0); }
 static PyObject *linear_backward_input(PyObject *self, PyObject *arguments) { return (void)self, linear_like(arguments, 1); }
 
+/* outs[i] = the i-th of `weights` on x; a tuple, or NULL with an error */
+static PyObject *outputs_of(PyArrayObject *x, PyObject *weights, PyObject *outs) {
+    Py_ssize_t count = PyTuple_GET_SIZE(weights);
+    if (count < 1 || count > QL_PRODUCTS) {
+        return PyErr_Format(PyExc_ValueError, "weights: got %zd, expected 1 to %d", count, QL_PRODUCTS);
+    }
+    if (outs != NULL && PyTuple_GET_SIZE(outs) != count) {
+        return PyErr_Format(PyExc_ValueError, "outs: got %zd, expected one for each of %zd weights", PyTuple_GET_SIZE(outs), count);
+    }
+    PyObject *result = PyTuple_New(count);
+    for (Py_ssize_t i = 0; result != NULL && i < count; i++) {
+        const ql_weight *w = ql_weight_arg(PyTuple_GET_ITEM(weights, i), "weights");
+        PyArrayObject *out = NULL;
+        if (w != NULL && ql_check_dim(x, "x", 1, w->k)) {
+            out = ql_out(outs != NULL ? PyTuple_GET_ITEM(outs, i) : NULL, 2, (int64_t[]){ql_dim(x, 0), w->n}, NPY_FLOAT32);
+        }
+        if (out == NULL) { return Py_DECREF(result), NULL; }
+        PyTuple_SET_ITEM(result, i, (PyObject *)out);
+    }
+    return result;
+}
+
+static PyObject *linear_many(PyObject *self, PyObject *arguments) {
+    (void)self;
+    PyObject *x_object, *weights, *outs = NULL;
+    if (!PyArg_ParseTuple(arguments, "OO!|O!", &x_object, &PyTuple_Type, &weights, &PyTuple_Type, &outs)) { return NULL; }
+    PyArrayObject *x = ql_array(x_object, "x", NPY_FLOAT32, 2);
+    PyObject *result = x == NULL ? NULL : outputs_of(x, weights, outs);
+    if (result == NULL) { return NULL; }
+    int64_t count = PyTuple_GET_SIZE(result), m = ql_dim(x, 0);
+    ql_linear_product products[QL_PRODUCTS];
+    int stopped;
+    ql_status status;
+    QL_CALL_BEGIN
+    ql_stage s;
+    ql_stage_begin(&s);
+    for (int64_t i = 0; i < count; i++) {
+        PyObject *weight = PyTuple_GET_ITEM(weights, i);
+        PyArrayObject *out = (PyArrayObject *)PyTuple_GET_ITEM(result, i);
+        if (!s.staged) { ql_weight_pack(&((WeightObject *)weight)->weight, m); }
+        products[i] = (ql_linear_product){QL_OUT(&s, out), ql_stage_weight(&s, weight)};
+    }
+    const float *from = QL_IN(&s, x);
+    if (QL_READY(&s, linear_many_forward)) { s.be->linear_many_forward(products, count, from, m); }
+    status = ql_stage_end(&s);
+    QL_CALL_END(stopped)
+    return ql_finish(result, stopped, status);
+}
+
 static PyObject *cross_entropy(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *logits_object, *targets_object;
@@ -398,6 +447,7 @@ static PyMethodDef methods[] = {
     {"swiglu", swiglu, METH_VARARGS, "swiglu(gate, up, out=None) -> gate * sigmoid(gate) * up"},
     {"add_into", add_into, METH_VARARGS, "add_into(y, x): y += x"},
     {"linear", linear, METH_VARARGS, "linear(x (m, k), weight, out=None, accumulate=False) -> x W^T (m, n)"},
+    {"linear_many", linear_many, METH_VARARGS, "linear_many(x (m, k), weights, outs=None) -> x W^T (m, n) of each of 1 to 3 weights; tuples"},
     {"linear_backward_input", linear_backward_input, METH_VARARGS, "linear_backward_input(dy (m, n), weight, out=None, accumulate=False) -> dy W (m, k)"},
     {"cross_entropy", cross_entropy, METH_VARARGS, "cross_entropy(logits (t, v), targets int32 (t,), gradient=False) -> loss (t,) or (loss, dlogits)"},
     {"gram_into", gram_into, METH_VARARGS, "gram_into(h (ka, kb), a (t, ka), b (t, kb), lower): h += a^T b"},

@@ -180,10 +180,14 @@ PANEL_TASK(2)
 PANEL_TASK(3)
 PANEL_TASK(4)
 
+/* panels, or rows of bytes that a kernel takes at a time, of W */
+static int64_t units_of(const gemv_product *g) {
+    return g->l.rows > 0 ? g->l.panels : pieces(g->w->n, g->tiles > 0 ? BYTE_ROWS : 1);
+}
+
 static void few_task(void *context, int64_t task) {
     const gemv_product *g = context;
-    int64_t count = g->l.rows > 0 ? g->l.panels : pieces(g->w->n, BYTE_ROWS);
-    ql_few_amx(g, task * g->part, at_most((task + 1) * g->part, count));
+    ql_few_amx(g, task * g->part, at_most((task + 1) * g->part, units_of(g)));
 }
 
 /* ---- rows of bytes -------------------------------------------------------------------------------------------------- */
@@ -291,10 +295,12 @@ BYTE_TASK(code_task, 0)
 /* ---- the product ------------------------------------------------------------------------------------------------------ */
 
 /* what `of` begins with: the kernel, the codes and the sizes of y = x W^T; 0: there is no such kernel */
-static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, int accumulate) {
+static int prepare(gemv_product *of, const ql_linear_product *product, int64_t m, int accumulate) {
+    const ql_weight *w = product->w;
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
     int in_place = w->format == QL_INT8 || (w->format == QL_AFFINE && w->bits == 8);
-    gemv_product g = {.y = y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m, .accumulate = accumulate};
+    gemv_product g = {.y = product->y, .w = w, .codes = in_place ? w->codes : packed, .l = ql_packed_layout_of(w), .m = m,
+                      .accumulate = accumulate};
     int panels = g.l.rows > 0, tables = w->format == QL_NF4 || w->format == QL_FP4;
     if (w->format != QL_INT8 && w->format != QL_AFFINE && !tables) { return 0; }
     if (tables && (!panels || m <= QL_GEMV_ROWS)) { return 0; } /* so few: float32, on AVX-512 */
@@ -305,18 +311,21 @@ static int prepare(gemv_product *of, float *y, const ql_weight *w, int64_t m, in
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1;
     g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * kept_limbs(g.halves), LINES) : 0;
-    int64_t rows = g.tiles > 0 ? BYTE_ROWS : 1, count = panels ? g.l.panels : pieces(w->n, rows);
-    int64_t at_once = g.tiles > 0 ? (g.tiles == 1 && g.l.rows == 32 && !tables ? 2 : 1) : panels ? streams_of(g.l.rows) : 4;
-    g.part = part_of(count, panels ? 4 * g.l.panel : rows * g.stride, at_once);
-    g.tasks = pieces(count, g.part);
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
     g.task = g.tiles > 0 ? few_task : panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
     *of = g;
     return 1;
 }
 
-/* 0: no memory for x as integers */
-static int run(gemv_product *g, const float *x) {
+/* units of a task, of `all` there are */
+static int64_t part_of_product(const gemv_product *g, int64_t all) {
+    int panels = g->l.rows > 0;
+    int64_t at_once = g->tiles > 0 ? (g->tiles == 1 && g->l.rows == 32 && g->halves == 1 ? 2 : 1) : panels ? streams_of(g->l.rows) : 4;
+    return part_of(all, panels ? 4 * g->l.panel : (g->tiles > 0 ? BYTE_ROWS : 1) * g->stride, at_once);
+}
+
+/* x as integers, for all of `count` products; 0: no memory for them */
+static int split(gemv_product *g, int64_t count, const float *x) {
     int64_t numbers = round_up(g->m * g->groups, 16), lanes = g->l.rows > 0 || g->tiles > 0 ? 1 : VL;
     int64_t limbs = g->tiles > 0 ? g->tiles * LINES * g->groups * group_columns(g) : g->m * LIMBS * g->ld; /* both whole lines */
     char *memory = ql_scratch((size_t)(limbs + (LIMBS * lanes + 2) * numbers * (int64_t)sizeof(float)));
@@ -326,11 +335,23 @@ static int run(gemv_product *g, const float *x) {
     split_context context = {g, x};
     if (g->tiles > 0) { ql_parallel_for(g->m, split_row, &context); }
     for (int64_t r = 0; r < g->m && g->tiles == 0; r++) { split_row(&context, r); }
-    ql_parallel_for(g->tasks, g->task, g);
+    for (int64_t i = 1; i < count; i++) { g[i].limbs = g->limbs, g[i].begin = g->begin, g[i].scales = g->scales, g[i].sums = g->sums; }
     return 1;
 }
 
-int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    gemv_product g;
-    return prepare(&g, y, w, m, accumulate) && run(&g, x);
+int ql_gemv_forward_amx(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate) {
+    gemv_product g[QL_PRODUCTS];
+    ql_loop loops[QL_PRODUCTS];
+    int64_t units = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (!prepare(&g[i], &products[i], m, accumulate)) { return 0; }
+        units += units_of(&g[i]);
+    }
+    if (!split(g, count, x)) { return 0; }
+    for (int64_t i = 0; i < count; i++) {
+        g[i].part = part_of_product(&g[i], units);
+        loops[i] = (ql_loop){pieces(units_of(&g[i]), g[i].part), g[i].task, &g[i]};
+    }
+    ql_parallel_loops(loops, count);
+    return 1;
 }

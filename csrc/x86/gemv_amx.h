@@ -22,7 +22,7 @@ typedef struct {
     const ql_weight *w;
     const void *codes;
     ql_packed_layout l;
-    int64_t m, ld, groups, part, tasks; /* part: of a task: panels, rows, or on tiles BYTE_ROWS of them each */
+    int64_t m, ld, groups, part; /* part: of a task: panels, rows, or on tiles BYTE_ROWS of them each */
     int64_t stride;        /* bytes from one row of bytes to the next */
     int32_t middle;        /* of the unsigned codes: what stands for 0 */
     int tiles;             /* 0, or of 16 rows of limbs, those of one row of x side by side */

@@ -369,74 +369,105 @@ static void group_sums(float *sums, const float *x, int64_t columns, int64_t gro
     }
 }
 
-static void run_rows(gemv *g) {
+/* The rest is for `count` products of one x, alike: all their tasks are one loop. */
+
+static void run_rows(gemv *g, int64_t count) {
     void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
         [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
-    int64_t bytes = g->w->k * (g->w->format == QL_F32 ? 4 : g->w->format == QL_F16 || g->w->format == QL_BF16 ? 2 : 1);
-    g->part = round_up(part_of(g->w->n, bytes, 1), VL); /* whichever rows are left over are the last of W */
-    ql_parallel_for(pieces(g->w->n, g->part), tasks[g->w->format], g);
+    const ql_weight *w = g->w;
+    int64_t bytes = w->k * (w->format == QL_F32 ? 4 : w->format == QL_F16 || w->format == QL_BF16 ? 2 : 1), rows = 0;
+    ql_loop loops[QL_PRODUCTS];
+    for (int64_t i = 0; i < count; i++) { rows += g[i].w->n; }
+    for (int64_t i = 0; i < count; i++) {
+        g[i].part = round_up(part_of(rows, bytes, 1), VL); /* whichever rows are left over are the last of W */
+        loops[i] = (ql_loop){pieces(g[i].w->n, g[i].part), tasks[w->format], &g[i]};
+    }
+    ql_parallel_loops(loops, count);
 }
 
-static void run_nibbles(gemv *g) {
+static void run_panels(gemv *g, int64_t count, int64_t at_once, void (*task)(void *context, int64_t i)) {
+    int64_t panels = 0;
+    ql_loop loops[QL_PRODUCTS];
+    for (int64_t i = 0; i < count; i++) { panels += g[i].l.panels; }
+    for (int64_t i = 0; i < count; i++) {
+        g[i].part = part_of(panels, 4 * g->l.panel, at_once);
+        loops[i] = (ql_loop){pieces(g[i].l.panels, g[i].part), task, &g[i]};
+    }
+    ql_parallel_loops(loops, count);
+}
+
+static void run_nibbles(gemv *g, int64_t count) {
     alignas(64) float values[16];
     for (int i = 0; i < 16; i++) {
         values[i] = g->w->format == QL_NF4 ? ql_nf4_values[i] : g->w->format == QL_FP4 ? ql_fp4_values[i] : (float)(i - 8);
     }
-    g->table = values;
-    ql_parallel_for(pieces(g->l.panels, g->part), nibble_task, g);
+    for (int64_t i = 0; i < count; i++) { g[i].table = values; }
+    run_panels(g, count, PANELS, nibble_task);
 }
 
 /* one row of x after the other, since each has its own tables */
-static void run_sums(const gemv *all, float *table) {
+static void run_sums(const gemv *all, int64_t count, float *table) {
     for (int64_t r = 0; r < all->m; r++) {
-        gemv g = *all;
+        gemv g[QL_PRODUCTS];
         sums_table(table, all->x + r * all->ldx, all->l.columns, all->w->bits);
-        g.y += r * all->w->n, g.m = 1, g.table = table;
-        g.sums = all->sums == NULL ? NULL : all->sums + r * all->l.groups;
-        ql_parallel_for(pieces(g.l.panels, g.part), sums_task, &g);
+        for (int64_t i = 0; i < count; i++) {
+            g[i] = all[i];
+            g[i].y += r * g[i].w->n, g[i].m = 1, g[i].table = table;
+            g[i].sums = all->sums == NULL ? NULL : all->sums + r * all->l.groups;
+        }
+        run_panels(g, count, 1, sums_task);
     }
 }
 
 typedef struct { int64_t x, sums, table; } scratch_sizes; /* floats, each a multiple of 16 */
 
 /* 0: no memory to work in */
-static int run(gemv *g, const float *x, const scratch_sizes *s) {
+static int run(gemv *g, int64_t count, const float *x, const scratch_sizes *s) {
     int64_t size = s->x + s->sums + s->table;
     float *scratch = size > 0 ? ql_scratch((size_t)size * sizeof *scratch) : NULL;
     if (size > 0 && scratch == NULL) { return 0; }
     const ql_packed_layout *l = &g->l;
     float *sums = size > 0 ? scratch + s->x : NULL;
+    const float *arranged = s->x > 0 ? scratch : x;
     for (int64_t r = 0; r < g->m && s->x > 0; r++) { arrange(scratch + r * g->ldx, x + r * g->w->k, g->w, l); }
-    g->x = s->x > 0 ? scratch : x;
-    g->sums = s->sums > 0 ? sums : NULL;
     int64_t group = l->rows > 0 ? l->blocks * l->step : l->group, columns = l->rows > 0 ? l->columns : g->w->k;
     for (int64_t r = 0; r < g->m && s->sums > 0; r++) {
-        group_sums(sums + r * l->groups, g->x + r * g->ldx, columns, group, l->groups);
+        group_sums(sums + r * l->groups, arranged + r * g->ldx, columns, group, l->groups);
     }
-    if (l->rows == 0) {
-        run_rows(g);
-    } else {
-        g->part = part_of(l->panels, 4 * l->panel, l->rows == 32 ? PANELS : 1);
-        if (l->rows == 32) { run_nibbles(g); } else { run_sums(g, sums + s->sums); }
+    for (int64_t i = 0; i < count; i++) { g[i].x = arranged, g[i].sums = s->sums > 0 ? sums : NULL; }
+    switch (l->rows) {
+    case 0: run_rows(g, count); break;
+    case 32: run_nibbles(g, count); break;
+    default: run_sums(g, count, sums + s->sums); break;
     }
     return 1;
 }
 
 static int64_t lines(int64_t floats) { return round_up(floats, 16); }
 
-int V_NAME(gemv_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+/* 0: this weight or this m has no such kernel */
+static int prepare(gemv *of, const ql_linear_product *product, int64_t m, int accumulate) {
+    const ql_weight *w = product->w;
     const void *packed = __atomic_load_n(&w->packed, __ATOMIC_ACQUIRE);
-    gemv g = {.y = y, .w = w, .l = ql_packed_layout_of(w), .m = m, .ldx = w->k, .accumulate = accumulate};
+    gemv g = {.y = product->y, .w = w, .l = ql_packed_layout_of(w), .m = m, .ldx = w->k, .accumulate = accumulate};
     int in_place = w->format == QL_AFFINE ? w->bits == 8 : w->format != QL_NF4 && w->format != QL_FP4;
     g.codes = in_place ? w->codes : packed;
     if (m < 1 || m > QL_GEMV_ROWS || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
     if (g.l.rows == 0) { g.l.groups = pieces(w->k, g.l.group); }
-    scratch_sizes s = {0};
-    if (w->perm != NULL || (g.l.rows > 0 && g.l.columns != w->k)) {
-        g.ldx = g.l.rows > 0 ? lines(g.l.columns) : lines(w->k);
-        s.x = m * g.ldx;
+    if (w->perm != NULL || (g.l.rows > 0 && g.l.columns != w->k)) { g.ldx = lines(g.l.rows > 0 ? g.l.columns : w->k); }
+    *of = g;
+    return 1;
+}
+
+int V_NAME(gemv_forward)(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate) {
+    gemv g[QL_PRODUCTS];
+    for (int64_t i = 0; i < count; i++) {
+        if (!prepare(&g[i], &products[i], m, accumulate)) { return 0; }
     }
-    if (w->zeros != NULL) { s.sums = lines(m * g.l.groups); }
-    if (g.l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g.l.columns; }
-    return run(&g, x, &s);
+    const ql_weight *w = g->w;
+    scratch_sizes s = {0};
+    if (w->perm != NULL || (g->l.rows > 0 && g->l.columns != w->k)) { s.x = m * g->ldx; }
+    if (w->zeros != NULL) { s.sums = lines(m * g->l.groups); }
+    if (g->l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g->l.columns; }
+    return run(g, count, x, &s);
 }

@@ -67,6 +67,6 @@ void ql_gram_forward_amx(float *h, const float *a, const float *b, int64_t t, in
         tile_gemm g = {.c = h, .ldc = kb, .accumulate = 1, .lower = lower, .a = a + s * ka, .lda = ka, .b = b + s * kb, .ldb = kb,
                        .pack_a = pack_a, .pack_b = pack_b, .planes = 2, .m = ka, .n = kb, .k = tokens,
                        .symmetric = a == b && ka == kb};
-        if (!tile_gemm_run(&g)) { ql_gram_forward_avx512(h, a + s * ka, b + s * kb, tokens, ka, kb, lower); }
+        if (!tile_gemm_run(&g, 1)) { ql_gram_forward_avx512(h, a + s * ka, b + s * kb, tokens, ka, kb, lower); }
     }
 }

@@ -285,22 +285,51 @@ static int takes_floats(const ql_weight *w) {
     return w->format == QL_F32 && (ql_precise() || w->n < NARROW || w->k < NARROW);
 }
 
+/* y = x W^T on tiles, of `count` products that are alike; 0: nothing done, they have no such kernel, or there is no memory */
+static int tile_forward(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate) {
+    decoder d[QL_PRODUCTS];
+    tile_gemm g[QL_PRODUCTS];
+    for (int64_t i = 0; i < count; i++) {
+        const ql_weight *w = products[i].w;
+        if (takes_floats(w)) { return 0; }
+        d[i] = decoder_of(w);
+        g[i] = (tile_gemm){.c = products[i].y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d[i], .pack_a = pack_x,
+                           .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
+                           .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
+        if (takes_limbs(w)) {
+            g[i].planes = LIMBS, g[i].k = pieces(w->k, 2), g[i].pack_a = split_x, g[i].pack_b = split_transposed;
+            g[i].transposed = 0, g[i].codes = NULL;
+        }
+    }
+    return tile_gemm_run(g, count);
+}
+
+static int takes_few_bf16(const ql_weight *w, int64_t m) { return w->format == QL_BF16 && m <= QL_GEMV_TILE_ROWS && !ql_precise(); }
+
+/* rows of x, at most, that AVX-512 takes where no kernel here does: float32 as limbs is for more rows */
+static int64_t vector_rows(const ql_weight *w) { return w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS; }
+
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    if (ql_gemv_forward_amx(y, x, w, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
-    if (m <= (w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS)) { /* float32 as limbs is for more rows */
-        ql_linear_forward_avx512(y, x, w, m, accumulate);
-        return;
+    const ql_linear_product product = {y, w};
+    if (ql_gemv_forward_amx(&product, 1, x, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
+    if (m > vector_rows(w)) {
+        if (takes_few_bf16(w, m) && few_bf16(y, x, w, m, accumulate)) { return; }
+        if (tile_forward(&product, 1, x, m, accumulate)) { return; }
     }
-    if (w->format == QL_BF16 && m <= QL_GEMV_TILE_ROWS && !ql_precise() && few_bf16(y, x, w, m, accumulate)) { return; }
-    decoder d = decoder_of(w);
-    tile_gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d, .pack_a = pack_x,
-                   .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
-                   .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
-    if (takes_limbs(w)) {
-        g.planes = LIMBS, g.k = pieces(w->k, 2), g.pack_a = split_x, g.pack_b = split_transposed;
-        g.transposed = 0, g.codes = NULL;
+    ql_linear_forward_avx512(y, x, w, m, accumulate);
+}
+
+void ql_linear_many_forward_amx(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
+    const ql_weight *w = products[0].w;
+    if (ql_products_alike(products, count)) {
+        if (ql_gemv_forward_amx(products, count, x, m, 0)) { return; }
+        if (m <= vector_rows(w)) {
+            ql_linear_many_forward_avx512(products, count, x, m);
+            return;
+        }
+        if (!takes_few_bf16(w, m) && tile_forward(products, count, x, m, 0)) { return; }
     }
-    if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
+    for (int64_t i = 0; i < count; i++) { ql_linear_forward_amx(products[i].y, x, products[i].w, m, 0); }
 }
 
 void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
@@ -310,5 +339,5 @@ void ql_linear_backward_input_amx(float *dx, const float *dy, const ql_weight *w
     if (takes_limbs(w)) {
         g.planes = LIMBS, g.k = pieces(w->n, 2), g.pack_a = split_dy, g.pack_b = split_fours;
     }
-    if (takes_floats(w) || !tile_gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
+    if (takes_floats(w) || !tile_gemm_run(&g, 1)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
 }

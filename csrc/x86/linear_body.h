@@ -32,7 +32,8 @@ static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1,
 }
 
 void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    if (V_NAME(gemv_forward)(y, x, w, m, accumulate)) { return; }
+    const ql_linear_product product = {y, w};
+    if (V_NAME(gemv_forward)(&product, 1, x, m, accumulate)) { return; }
     if (w->format == QL_F32 && w->n <= QL_FEW && w->perm == NULL) {
         narrow g = {y, x, w->codes, m, w->n, w->k, accumulate};
         narrow_run(&g);
@@ -41,6 +42,11 @@ void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
               .pack_b = pack_transposed, .m = m, .n = w->n, .k = w->k};
     if (!gemm_run(&g)) { ql_linear_forward_scalar(y, x, w, m, accumulate); }
+}
+
+void V_NAME(linear_many_forward)(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
+    if (ql_products_alike(products, count) && V_NAME(gemv_forward)(products, count, x, m, 0)) { return; }
+    for (int64_t i = 0; i < count; i++) { V_NAME(linear_forward)(products[i].y, x, products[i].w, m, 0); }
 }
 
 /* b = W: its rows are the steps */

@@ -12,6 +12,7 @@ void ql_overlay_amx(ql_backend *table);
 /* the ops that have a kernel for every ISA, written once as <op>_body.h */
 #define QL_X86_PLAIN_OPS(X)  \
     X(embedding_forward)     \
+    X(linear_many_forward)   \
     X(rmsnorm_forward)       \
     X(rmsnorm_backward)      \
     X(rope_forward)          \
@@ -33,10 +34,24 @@ void ql_overlay_amx(ql_backend *table);
     X(linear_forward)        \
     X(linear_backward_input)
 
-/* y = x W^T for a few rows (gemv_body.h, gemv_amx.c); 0: nothing done, this weight or this m has no such kernel */
-int ql_gemv_forward_avx2(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
-int ql_gemv_forward_avx512(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
-int ql_gemv_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate);
+/* y = x W^T for a few rows (gemv_body.h, gemv_amx.c), of `count` products that are alike; 0: nothing done, these weights or this m
+ * have no such kernel */
+int ql_gemv_forward_avx2(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
+int ql_gemv_forward_avx512(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
+int ql_gemv_forward_amx(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
+
+/* Whether all of them run in the same kernel, which reads the same of x: then they can share what is made of x, and their tasks. */
+static inline int ql_products_alike(const ql_linear_product *products, int64_t count) {
+    const ql_weight *a = products[0].w;
+    const int a_packed = __atomic_load_n(&a->packed, __ATOMIC_ACQUIRE) != NULL;
+    for (int64_t i = 0; i < count; i++) {
+        const ql_weight *b = products[i].w;
+        int stored_alike = a->format == b->format && a->bits == b->bits && a->group == b->group && a->perm == b->perm;
+        int b_packed = __atomic_load_n(&b->packed, __ATOMIC_ACQUIRE) != NULL;
+        if (b->n < 1 || !stored_alike || a_packed != b_packed || (a->zeros == NULL) != (b->zeros == NULL)) { return 0; }
+    }
+    return 1;
+}
 
 /* the arguments of attention_forward */
 typedef struct {

@@ -4,6 +4,7 @@
 
 void ql_overlay_amx(ql_backend *table) {
     table->gemv_rows = QL_GEMV_TILE_ROWS;
+    table->linear_many_forward = ql_linear_many_forward_amx;
     table->gram_forward = ql_gram_forward_amx;
     table->attention_forward = ql_attention_forward_amx;
     table->attention_backward = ql_attention_backward_amx;

@@ -225,26 +225,56 @@ static void tile_gemm_task(void *context, int64_t task) {
 
 static int64_t task_count(const tile_gemm *g) { return pieces(g->i1 - g->i0, g->chunk) * pieces(g->n, g->width); }
 
-/* 1: no thread waits for another at the end, were all tasks equal */
-static double balance(const tile_gemm *g, int64_t threads) {
-    int64_t tasks = task_count(g);
-    return (double)tasks / (double)(pieces(tasks, threads) * threads);
+/* The rest is for `count` products of one a, of one kind and one k: all their tasks are one loop. */
+
+static int64_t widest_of(const tile_gemm *g, int64_t count) {
+    int64_t widest = 0;
+    for (int64_t p = 0; p < count; p++) { widest = g[p].width > widest ? g[p].width : widest; }
+    return widest;
 }
 
-static void choose_tasks(tile_gemm *g, int64_t threads) {
+/* 1: no thread waits for another at the end, were all tasks as large as the largest */
+static double balance(const tile_gemm *g, int64_t count, int64_t threads) {
+    int64_t tasks = 0, columns = 0;
+    for (int64_t p = 0; p < count; p++) { tasks += task_count(&g[p]), columns += g[p].n; }
+    double shares = (double)(threads * pieces(tasks, threads)) * (double)(widest_of(g, count) * g->chunk);
+    return threads == 1 ? 1.0 : (double)(g->i1 - g->i0) * (double)columns / shares;
+}
+
+static void narrow(tile_gemm *g, int64_t count) {
+    int64_t width = widest_of(g, count) - SIDE;
+    for (int64_t p = 0; p < count; p++) { g[p].width = at_most(g[p].width, width); }
+}
+
+static void choose_tasks(tile_gemm *g, int64_t count, int64_t threads) {
     const double enough = 0.9;
     int64_t rows = g->i1 - g->i0, most = MAX_WIDTH;
     if (rows > MAX_SUMS / MAX_WIDTH || g->planes * g->block_k > BLOCK_SIZE / MAX_WIDTH) { most = MAX_WIDTH / 2; }
     most = at_most(most, BLOCK_SIZE / panel_size(g, g->block_k) * SIDE);
-    g->width = round_up(pieces(g->n, pieces(g->n, most)), SIDE);
-    g->chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
-    while (balance(g, threads) < enough && g->width > 3 * SIDE) { g->width -= SIDE; }
-    while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = round_up(pieces(g->chunk, 2), SIDE); }
-    while (balance(g, threads) < enough && g->width > SIDE) { g->width -= SIDE; }
+    for (int64_t p = 0; p < count; p++) {
+        g[p].width = round_up(pieces(g[p].n, pieces(g[p].n, most)), SIDE);
+        g[p].chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
+    }
+    while (balance(g, count, threads) < enough && widest_of(g, count) > 3 * SIDE) { narrow(g, count); }
+    while (balance(g, count, threads) < enough && g->chunk >= 2 * MIN_CHUNK) {
+        int64_t chunk = round_up(pieces(g->chunk, 2), SIDE);
+        for (int64_t p = 0; p < count; p++) { g[p].chunk = chunk; }
+    }
+    while (balance(g, count, threads) < enough && widest_of(g, count) > SIDE) { narrow(g, count); }
+}
+
+/* rows [i0, i1) of all products */
+static void run_pass(tile_gemm *g, int64_t count, int64_t i0, int64_t i1) {
+    ql_loop loops[QL_PRODUCTS];
+    for (int64_t p = 0; p < count; p++) { g[p].i0 = i0, g[p].i1 = i1; }
+    choose_tasks(g, count, g->workers.count);
+    ql_parallel_for(pieces(i1 - i0, SIDE), pack_a_task, g);
+    for (int64_t p = 0; p < count; p++) { loops[p] = (ql_loop){task_count(&g[p]), tile_gemm_task, &g[p]}; }
+    ql_parallel_loops(loops, count);
 }
 
 /* 0: no memory for the packed operands, nothing is written */
-static int tile_gemm_run(tile_gemm *g) {
+static int tile_gemm_run(tile_gemm *g, int64_t count) {
     if (g->m < 1 || g->n < 1) { return 1; }
     int64_t workers = ql_threads();
     int64_t most = (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
@@ -263,12 +293,11 @@ static int tile_gemm_run(tile_gemm *g) {
     g->blocks = g->packed_a + a_size + b_size;
     g->sums = (float *)(void *)(g->blocks + workers * BLOCK_SIZE);
     g->workers = make_places((atomic_int *)(void *)(g->sums + workers * g->sums_size), workers);
-    for (g->i0 = 0; g->i0 < g->m; g->i0 = g->i1) {
-        g->i1 = at_most(g->i0 + PASS_ROWS, g->m);
-        choose_tasks(g, workers);
-        ql_parallel_for(pieces(g->i1 - g->i0, SIDE), pack_a_task, g);
-        ql_parallel_for(task_count(g), tile_gemm_task, g);
+    for (int64_t p = 1; p < count; p++) {
+        g[p].block_k = g->block_k, g[p].packed_a = g->packed_a, g[p].packed_b = NULL, g[p].blocks = g->blocks;
+        g[p].sums = g->sums, g[p].sums_size = g->sums_size, g[p].workers = g->workers;
     }
+    for (int64_t i = 0; i < g->m; i += PASS_ROWS) { run_pass(g, count, i, at_most(i + PASS_ROWS, g->m)); }
     return 1;
 }
 
