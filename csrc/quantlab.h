@@ -168,8 +168,9 @@ typedef struct {
     X(gather_rows_forward, (float *out, const float *x, const int32_t *rows, int64_t t, int64_t c))                     \
     /* tokens[i] = a choice from row i of logits (b, v). temperature 0: the largest, the first of equals. Else a draw   \
      * from softmax(logits / temperature) over the top_k largest (0: all), of them the smallest set of largest with a   \
-     * share of at least top_p; what equals the last of a set belongs to it. The draw walks the set in order of index   \
-     * until its share passes ql_uniform(seed, streams[i], step[0]) (core/random.h); streams (b,), step (1,) */         \
+     * share of at least top_p; what equals the last of a set belongs to it, NaN counts as less than all. The draw      \
+     * walks the set in order of index until its share passes ql_uniform(seed, streams[i], step[0]) (core/random.h);    \
+     * streams (b,), step (1,) */                                                                                       \
     X(sample_forward, (int32_t *tokens, const float *logits, const int32_t *streams, const int64_t *step, int64_t b,    \
                        int64_t v, float temperature, int64_t top_k, float top_p, uint64_t seed))                        \
     /* after a step of b sequences: row step[0] of history (steps, b) = tokens; ids = tokens; positions, rows and       \

@@ -18,7 +18,7 @@ import numpy as np
 
 from quantlab import _core, cuda
 from quantlab.bench import environment
-from quantlab.generate import device_steps
+from quantlab.generate import generation_steps
 from quantlab.llama import BATCH_TOKENS, LlamaForCausalLM
 from quantlab.llama_config import LINEARS, LlamaConfig
 from quantlab.progress import progress
@@ -233,7 +233,7 @@ def predict(llama: LlamaForCausalLM, rows: list[np.ndarray]) -> np.ndarray:
 
 
 def short_generation(llama: LlamaForCausalLM, prompts: list[np.ndarray]) -> None:
-    for _ in device_steps(llama, prompts, 30):
+    for _ in generation_steps(llama, prompts, 30):
         pass
 
 
@@ -241,7 +241,7 @@ def steps_of(llama: LlamaForCausalLM, prompts: list[np.ndarray], tokens: int) ->
     """Seconds a step over the last hundred of each of three generations."""
     found = []
     for _ in range(4):
-        marks = [time.perf_counter() for _ in device_steps(llama, prompts, tokens)]
+        marks = [time.perf_counter() for _ in generation_steps(llama, prompts, tokens)]
         found.append((marks[-1] - marks[-101]) / 100)
     return found[1:]
 

@@ -9,32 +9,11 @@ import numpy as np
 
 from quantlab import _core
 from quantlab.config import is_integer, is_number
-from quantlab.llama import BATCH_TOKENS, KVCache
+from quantlab.llama import BATCH_TOKENS
 from quantlab.token_rows import Ids, to_sequences
 
 if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM
-
-
-def pick(
-    logits: np.ndarray, generator: np.random.Generator | None, temperature: float, top_k: int, top_p: float
-) -> int:
-    """The next token from one row of logits (vocabulary,): the largest, or, with a generator, a draw.
-
-    top_k keeps the k largest (0: all); top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
-    """
-    if generator is None:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    order = np.argsort(-scaled, kind="stable")
-    if top_k:
-        order = order[:top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    cumulative = np.cumsum(weights / weights.sum())
-    if top_p < 1.0:
-        kept = int(np.searchsorted(cumulative, top_p)) + 1
-        order, cumulative = order[:kept], cumulative[:kept] / cumulative[min(kept, len(cumulative)) - 1]
-    return int(order[min(int(np.searchsorted(cumulative, generator.random(), side="right")), len(order) - 1)])
 
 
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
@@ -46,26 +25,11 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, se
         raise ValueError(f"top_k: got {top_k!r}, expected an integer of 0 (all) or more")
     if not is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p!r}, expected a number above 0 and at most 1")
-    if not is_integer(seed) or seed < 0:
-        raise ValueError(f"seed: got {seed!r}, expected an integer of at least 0")
+    if not is_integer(seed) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed: got {seed!r}, expected an integer of 0 to 2^64 - 1")
 
 
-def _prefill(model: LlamaForCausalLM, sequences: list[np.ndarray], cache: KVCache) -> np.ndarray:
-    """Fills the cache with the prompts, in chunks, and returns the hidden state of each row's last token (B,
-    hidden)."""
-    last = np.empty((len(sequences), model.config.hidden_size), np.float32)
-    step = max(1, BATCH_TOKENS // len(sequences))
-    for start in range(0, max(len(row) for row in sequences), step):
-        chunks = [row[start : start + step] for row in sequences]
-        hidden, end = model.packed_hidden(chunks, cache), 0
-        for index, chunk in enumerate(chunks):
-            end += len(chunk)
-            if len(chunk):
-                last[index] = hidden[end - 1]
-    return last
-
-
-def device_steps(
+def generation_steps(
     model: LlamaForCausalLM,
     sequences: list[np.ndarray],
     max_new_tokens: int,
@@ -75,7 +39,10 @@ def device_steps(
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
     """The next token of each row, int32 (rows,), `max_new_tokens` times: all of it on the model's device, where the
-    steps run ahead of what is read here. temperature 0: the likeliest token."""
+    steps run ahead of what is read here. temperature 0: the likeliest token.
+
+    top_k keeps the k largest (0: all); top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
+    """
     lengths = np.array([len(row) for row in sequences], np.int64)
     tables = model.rope(int(lengths.max()) + max_new_tokens)
     generation = _core.Generation(
@@ -154,34 +121,15 @@ def generate(
     """Continues each row of `input_ids` (one row, (B, T), or rows of any length) by up to `max_new_tokens` tokens.
 
     Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
-    never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. Each row
-    draws from its own generator seeded by (seed, row): its text does not depend on the rows beside it.
-    `on_token(row, token)` is called as tokens come. On a device the draws are others than on the CPU, and a row's
-    greedy choice between two tokens that bfloat16 cannot tell apart may be too.
+    never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. A draw
+    depends on the logits, the seed, the number of the row and the step: not on the rows beside it. `on_token(row,
+    token)` is called as tokens come. On a GPU a choice between two tokens that bfloat16 cannot tell apart may be
+    another.
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
     stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
-    if model.device != "cpu" or not do_sample:  # without a step of Python's, and without allocating, for each token
-        sampling = (temperature if do_sample else 0.0, top_k, top_p, seed)
-        found = read_steps(device_steps(model, sequences, max_new_tokens, *sampling), len(sequences), stop, on_token)
-        return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, found, strict=True)]
-    generators = [np.random.default_rng([seed, row]) if do_sample else None for row in range(len(sequences))]
-    cache = KVCache(model.config, len(sequences), max(len(row) for row in sequences) + max_new_tokens)
-    hidden = _prefill(model, sequences, cache)
-    new: list[list[int]] = [[] for _ in sequences]
-    running = set(range(len(sequences)))
-    for _ in range(max_new_tokens):
-        active = sorted(running)
-        for row, logits in zip(active, model.logits(hidden[active]), strict=True):
-            token = pick(logits, generators[row], temperature, top_k, top_p)
-            new[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if stop(new[row]) or len(new[row]) == max_new_tokens:
-                running.discard(row)
-        if not running:
-            break
-        step = [np.array(new[row][-1:] if row in running else [], np.int32) for row in range(len(sequences))]
-        hidden[sorted(running)] = model.packed_hidden(step, cache)
+    sampling = (temperature if do_sample else 0.0, min(top_k, model.config.vocab_size), top_p, seed)
+    steps = generation_steps(model, sequences, max_new_tokens, *sampling)
+    new = read_steps(steps, len(sequences), stop, on_token)
     return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]

@@ -9,7 +9,7 @@ from models import tiny_model
 
 import quantlab as ql
 from quantlab import _core
-from quantlab.generate import device_steps, read_steps
+from quantlab.generate import generation_steps, read_steps
 
 I32 = np.int32
 
@@ -61,6 +61,39 @@ def test_a_draw_depends_on_seed_stream_and_step_alone(rng: np.random.Generator) 
     assert (sample(logits, 5, seed=7) != tokens).any() and (sample(logits, 4, seed=8) != tokens).any()
 
 
+def test_top_k_and_top_p() -> None:
+    logits = np.tile(np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), (300, 1))
+    sets = (({}, {0, 1, 2, 3}), ({"top_k": 2}, {0, 1}), ({"top_p": 0.7}, {0, 1}), ({"top_p": 0.4}, {0}))
+    for options, expected in sets:
+        assert set(sample(logits, **options)) == expected
+
+
+@pytest.mark.parametrize("v", [1, 7, 8, 16, 17, 63, 64, 65, 129, 1000, 49152])
+def test_vectors_choose_what_the_reference_does(isa: str, rng: np.random.Generator, v: int) -> None:
+    """Weights are float32 there and float64 here: at most one draw in a thousand ends within their difference."""
+    rows = 2000 if v < 1000 else 60
+    logits = np.round(rng.standard_normal((rows, v), dtype=np.float32) * 3, 1)  # with equals
+    logits[rng.random((rows, v)) < 0.05] = -np.inf
+    logits[:, rng.integers(v)] = 2.5
+    if v > 1:
+        logits[:: rows // 20, (v // 2) :: max(1, v // 3)] = np.nan
+        logits[1 :: rows // 20, 0] = np.nan
+    for options in ((0.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 5, 1.0), (0.9, 0, 0.8), (1.0, 40, 0.9), (1e-3, 0, 1.0)):
+        chosen = _core.sample(logits, np.arange(rows, dtype=I32), 3, *options, 11)
+        with ql.backend.use(isa="scalar"):
+            expected = _core.sample(logits, np.arange(rows, dtype=I32), 3, *options, 11)
+        assert (chosen != expected).sum() <= (rows // 1000 if options[0] else 0), options
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_still_gives_a_token(isa: str, bad: float) -> None:
+    for v in (1, 5, 40):
+        logits = np.full((3, v), bad, np.float32)
+        for temperature in (0.0, 1.0):
+            tokens = sample(logits, temperature=temperature, top_k=3, top_p=0.5)
+            assert ((tokens >= 0) & (tokens < v)).all()
+
+
 def test_rows_move(rng: np.random.Generator) -> None:
     x, rows = rng.standard_normal((7, 33), dtype=np.float32), rng.permutation(20)[:7].astype(I32)
     out, back = np.zeros((20, 33), np.float32), np.zeros((7, 33), np.float32)
@@ -79,7 +112,7 @@ def prompts_of(model: ql.LlamaForCausalLM, lengths: tuple[int, ...]) -> list[np.
 def test_steps_are_those_of_generate() -> None:
     model = tiny_model()
     prompts = prompts_of(model, (5, 1, 17))
-    steps = read_steps(device_steps(model, prompts, 12), 3, endless, None)
+    steps = read_steps(generation_steps(model, prompts, 12), 3, endless, None)
     expected = model.generate(prompts, max_new_tokens=12, eos_token_id=[])
     assert [row[len(prompt) :].tolist() for row, prompt in zip(expected, prompts, strict=True)] == steps
 
@@ -87,18 +120,18 @@ def test_steps_are_those_of_generate() -> None:
 def test_steps_of_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     prompts = prompts_of(model, (40, 3, 21, 9))
-    whole = read_steps(device_steps(model, prompts, 5), 4, endless, None)
+    whole = read_steps(generation_steps(model, prompts, 5), 4, endless, None)
     monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 40)  # ten tokens of each prompt at a time
-    assert read_steps(device_steps(model, prompts, 5), 4, endless, None) == whole
+    assert read_steps(generation_steps(model, prompts, 5), 4, endless, None) == whole
 
 
 def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     model = tiny_model()
     prompts = prompts_of(model, (5, 4, 17))
     options = (12, 0.9, 10, 0.9, 3)
-    together = read_steps(device_steps(model, prompts, *options), 3, endless, None)
-    assert read_steps(device_steps(model, prompts[:2], *options), 2, endless, None) == together[:2]
-    assert read_steps(device_steps(model, prompts, *options), 3, endless, None) == together
+    together = read_steps(generation_steps(model, prompts, *options), 3, endless, None)
+    assert read_steps(generation_steps(model, prompts[:2], *options), 2, endless, None) == together[:2]
+    assert read_steps(generation_steps(model, prompts, *options), 3, endless, None) == together
 
 
 def test_generation_refuses() -> None:

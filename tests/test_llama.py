@@ -8,7 +8,6 @@ from reference import attention, rmsnorm, rope, swiglu
 import quantlab as ql
 from quantlab import _core
 from quantlab.classify import LlamaForSequenceClassification, pooled_position
-from quantlab.generate import pick
 from quantlab.llama import LlamaConfig, LlamaForCausalLM
 from quantlab.rope import inverse_frequencies, rope_parameters, rope_tables
 from quantlab.size import size_from_config
@@ -123,15 +122,6 @@ def test_sampling_is_seeded_and_independent_of_the_batch():
     both = model.generate([[5, 9, 3], [7, 7]], **options)
     np.testing.assert_array_equal(both[0], model.generate([5, 9, 3], **options)[0])
     assert not np.array_equal(both[0], model.generate([5, 9, 3], **{**options, "seed": 4})[0])
-
-
-def test_pick_follows_top_k_and_top_p():
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-
-    def draws(k=0, p=1.0):
-        return {pick(logits, np.random.default_rng(i), 1.0, k, p) for i in range(200)}
-
-    assert draws() == {0, 1, 2, 3} and draws(k=2) == {0, 1} and draws(p=0.7) == {0, 1} and draws(p=0.4) == {0}
 
 
 def test_perplexity_beyond_the_trained_context_warns():

@@ -52,22 +52,22 @@ typedef struct {
 static _Thread_local call_state call;
 static _Thread_local int in_region; /* this thread runs tasks: what they begin is serial */
 
-static int64_t now_ns(void) {
+static int64_t now_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 void ql_call_begin(ql_poll poll) {
     call.poll = poll;
     atomic_store(&call.stopped, 0);
-    call.last_poll_ns = now_ns();
+    call.last_poll_ns = now_ns(CLOCK_MONOTONIC_COARSE);
 }
 
 /* Only the thread that began the call polls: the poll may need what only that thread has. */
 static int poll_now(void) {
     if (call.poll != NULL && !atomic_load(&call.stopped)) {
-        int64_t now = now_ns();
+        int64_t now = now_ns(CLOCK_MONOTONIC_COARSE); /* some milliseconds coarse, and cheap: it is asked for before each task */
         if (now - call.last_poll_ns > POLL_INTERVAL_NS) {
             call.last_poll_ns = now;
             if (call.poll()) { atomic_store(&call.stopped, 1); }
@@ -152,12 +152,12 @@ static void futex_wake(atomic_uint *word, int waiters) { syscall(SYS_futex, word
 
 /* Waits, awake and for SPIN_NS at most, until *word equals `value` (or differs from it); 1 if it came to that. */
 static int spin_until(atomic_uint *word, int equals, unsigned value) {
-    for (int64_t end = 0; end == 0 || now_ns() < end;) {
+    for (int64_t end = 0; end == 0 || now_ns(CLOCK_MONOTONIC) < end;) {
         for (int i = 0; i < PAUSES_PER_LOOK; i++) {
             if ((atomic_load(word) == value) == equals) { return 1; }
             relax();
         }
-        if (end == 0) { end = now_ns() + SPIN_NS; }
+        if (end == 0) { end = now_ns(CLOCK_MONOTONIC) + SPIN_NS; }
         sched_yield(); /* who is waited for may have no other core */
     }
     return 0;

@@ -1,6 +1,6 @@
 /* sample.c: the choice of the next tokens, and the counters of a generation. */
+#include "../core/keys.h"
 #include "../core/random.h"
-#include "../core/half.h"
 #include "../quantlab.h"
 
 #include <math.h> /* exp */
@@ -15,16 +15,14 @@ typedef struct {
     uint64_t seed;
 } sample_context;
 
+/* NaN counts as less than all */
 static int32_t largest(const float *logits, int64_t v) {
     int64_t best = 0;
     for (int64_t j = 1; j < v; j++) {
-        if (logits[j] > logits[best]) { best = j; }
+        if (logits[j] > logits[best] || (logits[best] != logits[best] && logits[j] == logits[j])) { best = j; }
     }
     return (int32_t)best;
 }
-
-/* the float of an order-preserving key, so that a threshold is found by halving */
-static float of_key(uint32_t key) { return ql_bits_to_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 /* what is counted of the logits from `threshold` on: their number, or their share of the largest one's weight */
 static double amount(const float *logits, int64_t v, float threshold, float best, float temperature, int weights) {
@@ -37,22 +35,22 @@ static double amount(const float *logits, int64_t v, float threshold, float best
 
 /* the highest threshold, at least `lowest`, whose amount reaches `wanted` */
 static float threshold_of(const float *logits, int64_t v, float best, float temperature, int weights, float lowest, double wanted) {
-    uint32_t low = 0x00800000u, high = 0xff7fffffu; /* keys of the lowest and the highest finite float */
+    uint32_t low = QL_LOWEST_KEY, high = QL_HIGHEST_KEY;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2 + 1;
-        float threshold = of_key(middle);
+        float threshold = ql_float_of_key(middle);
         if (threshold <= lowest || amount(logits, v, threshold, best, temperature, weights) >= wanted) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
-    return of_key(low);
+    return ql_float_of_key(low);
 }
 
 static int32_t draw(const sample_context *c, const float *logits, float uniform) {
     int64_t v = c->v;
-    float best = logits[largest(logits, v)], threshold = of_key(0x00800000u);
+    float best = logits[largest(logits, v)], threshold = ql_float_of_key(QL_LOWEST_KEY);
     if (c->top_k > 0 && c->top_k < v) { threshold = threshold_of(logits, v, best, c->temperature, 0, threshold, (double)c->top_k); }
     double total = amount(logits, v, threshold, best, c->temperature, 1);
     if (c->top_p < 1.0f) {
@@ -62,7 +60,7 @@ static int32_t draw(const sample_context *c, const float *logits, float uniform)
     double passed = 0, goal = uniform * total;
     int32_t last = 0;
     for (int64_t j = 0; j < v; j++) {
-        if (logits[j] < threshold) { continue; }
+        if (!(logits[j] >= threshold)) { continue; } /* NaN too */
         passed += exp(((double)logits[j] - best) / c->temperature);
         last = (int32_t)j;
         if (passed > goal) { break; }

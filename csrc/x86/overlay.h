@@ -23,6 +23,7 @@ void ql_overlay_amx(ql_backend *table);
     X(dropout_forward)       \
     X(add_forward)           \
     X(cross_entropy_forward) \
+    X(sample_forward)        \
     X(gram_forward)          \
     X(feedback_forward)      \
     X(gptq_panel_forward)    \

@@ -19,7 +19,7 @@ from training_reference import AdapterParts
 
 import quantlab as ql
 from quantlab import _core
-from quantlab.generate import device_steps
+from quantlab.generate import generation_steps
 from quantlab.llama import KVCache, LlamaForCausalLM
 
 LAYERS = 2
@@ -267,7 +267,7 @@ def test_recorded_steps_see_new_parameters() -> None:
     ahead, before, after = 4, 20, 20  # the first: STEPS_AHEAD of py_generation.c
     cpu, gpu, parts = adapted(BASES["nf4"], ADAPTERS["all"])
     prompt = rows_of(cpu, (5,))[0]
-    steps = device_steps(gpu, [prompt], before + after)
+    steps = generation_steps(gpu, [prompt], before + after)
     tokens = [int(token[0]) for token in islice(steps, before)]
     zeros = [np.zeros_like(parts.parameters) for _ in range(3)]
     trainer = _core.Trainer(gpu._core, gpu.lm_head.handle, zeros[0])
