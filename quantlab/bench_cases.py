@@ -197,6 +197,14 @@ def _cross_entropy(s: Sizes) -> Iterator[Case]:
     yield Case("cross_entropy", "f32", s.model, f"t{len(targets)} v{s.vocabulary}", run, logits.nbytes, 0)
 
 
+def _sample(s: Sizes) -> Iterator[Case]:
+    logits, streams = 3 * _floats(1, s.vocabulary), np.zeros(1, np.int32)
+    choices = (("greedy", 0.0, 0, 1.0), ("top_k 50", 0.8, 50, 1.0), ("top_p 0.9", 0.8, 0, 0.9))
+    for name, temperature, top_k, top_p in choices:
+        run = lambda t=temperature, k=top_k, p=top_p: _core.sample(logits, streams, 0, t, k, p, 1)  # noqa: E731
+        yield Case("sample", "f32", s.model, f"v{s.vocabulary} {name}", run, logits.nbytes, 0)
+
+
 def _gram(s: Sizes) -> Iterator[Case]:
     x, h = _floats(s.tokens, s.hidden), np.zeros((s.hidden, s.hidden), np.float32)
 
@@ -249,6 +257,19 @@ def _linear(s: Sizes) -> Iterator[Case]:
     yield Case("linear", "f32", s.model, f"m{s.tokens} n{RANK} k{s.hidden}", run, a.nbytes + _nbytes(x, out), flops)
 
 
+def _linear_many(s: Sizes) -> Iterator[Case]:
+    """q, k and v of a layer."""
+    rows = (s.heads * s.head_dim, *[s.kv_heads * s.head_dim] * 2)
+    for name in ("bf16", "int8", "affine4", "nf4"):
+        weights = [_weight(name, n, s.hidden) for n in rows]
+        handles, n = tuple(w.handle for w in weights), sum(rows)
+        for m in (1, 8, s.tokens):
+            x, outs = _floats(m, s.hidden), tuple(np.empty((m, n), np.float32) for n in rows)
+            run = lambda x=x, handles=handles, outs=outs: _core.linear_many(x, handles, outs)  # noqa: E731
+            size = sum(w.nbytes for w in weights) + _nbytes(x, *outs)
+            yield Case("linear_many", name, s.model, f"m{m} n{n} k{s.hidden}", run, size, 2 * m * n * s.hidden)
+
+
 def _linear_backward_input(s: Sizes) -> Iterator[Case]:
     return _linear_like(s, "linear_backward_input", _core.linear_backward_input, (s.tokens,))
 
@@ -278,7 +299,8 @@ def _gptq_panel(s: Sizes) -> Iterator[Case]:
 OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "embedding": _embedding, "rmsnorm": _rmsnorm, "rope": _rope, "attention": _attention, "swiglu": _swiglu,
     "add": _add, "cross_entropy": _cross_entropy, "gram": _gram, "decode": _decode, "linear": _linear,
-    "linear_backward_input": _linear_backward_input, "quantize": _quantize, "gptq_panel": _gptq_panel,
+    "linear_many": _linear_many, "sample": _sample, "linear_backward_input": _linear_backward_input,
+    "quantize": _quantize, "gptq_panel": _gptq_panel,
     "rmsnorm_backward": _rmsnorm_backward, "attention_backward": _attention_backward,
     "swiglu_backward": _swiglu_backward, "dropout": _dropout, "adamw": _adamw,
 }  # fmt: skip

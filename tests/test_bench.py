@@ -50,7 +50,6 @@ def test_every_op_of_the_core_has_cases() -> None:
         "feedback",
         "scatter_rows",
         "gather_rows",
-        "sample",
         "advance",
         "gptq_steps",
         "gptq_error",
