@@ -118,7 +118,8 @@ void ql_set_threads(int threads) { atomic_store(&chosen_threads, threads < 1 ? 0
 
 /* ---- the pool -------------------------------------------------------------------------------------------------- */
 
-typedef struct { alignas(64) _Atomic uint64_t claim; } task_run; /* region << 32 | next task */
+typedef struct { alignas(64) _Atomic uint64_t claim; } task_run;   /* region << 32 | next task */
+typedef struct { alignas(64) _Atomic uint64_t count; } task_count; /* region << 32 | tasks finished */
 
 static struct {
     task_run run[MAX_RUNS];
@@ -131,7 +132,8 @@ static struct {
     atomic_int helpers; /* workers that may take part */
     alignas(64) atomic_uint region; /* futex of the workers: number of the latest region */
     atomic_int sleeping_workers;
-    alignas(64) atomic_uint finished; /* futex of the caller: tasks that workers have finished */
+    task_count finished[MAX_THREADS]; /* by each worker, which alone writes it */
+    alignas(64) atomic_uint reports;  /* futex of the caller: grows where it sleeps and a worker has finished tasks */
     atomic_int caller_sleeps;
     alignas(64) atomic_flag busy; /* held by the caller of the region, guards what follows */
     int workers;
@@ -150,11 +152,11 @@ static void relax(void) {
 static void futex_wait(atomic_uint *word, unsigned value) { syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL); }
 static void futex_wake(atomic_uint *word, int waiters) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, waiters); }
 
-/* Waits, awake and for SPIN_NS at most, until *word equals `value` (or differs from it); 1 if it came to that. */
-static int spin_until(atomic_uint *word, int equals, unsigned value) {
+/* Waits, awake and for SPIN_NS at most, until `is_so` of the pool; 1 if it came to that. */
+static int spin_until(int (*is_so)(unsigned value), unsigned value) {
     for (int64_t end = 0; end == 0 || now_ns(CLOCK_MONOTONIC) < end;) {
         for (int i = 0; i < PAUSES_PER_LOOK; i++) {
-            if ((atomic_load(word) == value) == equals) { return 1; }
+            if (is_so(value)) { return 1; }
             relax();
         }
         if (end == 0) { end = now_ns(CLOCK_MONOTONIC) + SPIN_NS; }
@@ -166,10 +168,22 @@ static int spin_until(atomic_uint *word, int equals, unsigned value) {
 static unsigned runs_of(int threads) { return threads < MAX_RUNS ? (unsigned)threads : MAX_RUNS; }
 static uint32_t first_of(unsigned run, unsigned runs, uint32_t count) { return (uint32_t)((uint64_t)count * run / runs); }
 
-/* Claims and runs tasks of run `run` until none is left, on worker `worker` (-1: the caller); how many. Between a claim and
- * the sum at the end of `help` the region cannot change: its caller waits for them. */
+/* Worker `worker` has finished `count` more tasks of a region, whose caller waits for them. */
+static void report(int worker, uint64_t region, unsigned count) {
+    uint64_t before = atomic_load_explicit(&pool.finished[worker].count, memory_order_relaxed);
+    uint64_t all = (before >> 32 == region ? (uint32_t)before : 0) + count;
+    atomic_store(&pool.finished[worker].count, region << 32 | all);
+    if (atomic_load(&pool.caller_sleeps)) {
+        atomic_fetch_add(&pool.reports, 1);
+        futex_wake(&pool.reports, 1);
+    }
+}
+
+/* Claims and runs tasks of run `run` until none is left, on worker `worker`, which reports them (-1: the caller); how many.
+ * Between a claim and the report the region cannot change: its caller waits for it. */
 static unsigned empty_run(unsigned run, int worker) {
     unsigned done = 0;
+    uint64_t region = 0;
     uint64_t claim = atomic_load(&pool.run[run].claim);
     for (;;) {
         task_function *task = atomic_load_explicit(&pool.task, memory_order_acquire);
@@ -178,12 +192,14 @@ static unsigned empty_run(unsigned run, int worker) {
         int helpers = atomic_load_explicit(&pool.helpers, memory_order_acquire);
         uint32_t count = atomic_load_explicit(&pool.count, memory_order_acquire), next = (uint32_t)claim;
         unsigned runs = runs_of(helpers + 1);
-        if (worker >= helpers || run >= runs || next >= first_of(run + 1, runs, count)) { return done; }
+        if (worker >= helpers || run >= runs || next >= first_of(run + 1, runs, count)) { break; }
         if (!atomic_compare_exchange_weak(&pool.run[run].claim, &claim, claim + 1)) { continue; }
         if (worker < 0 ? !poll_now() : !atomic_load(stopped)) { task(context, next); }
-        done++;
+        done++, region = claim >> 32;
         claim = atomic_load(&pool.run[run].claim);
     }
+    if (worker >= 0 && done > 0) { report(worker, region, done); }
+    return done;
 }
 
 /* all runs, the thread's own first */
@@ -193,17 +209,11 @@ static unsigned empty_runs(int worker) {
     return done;
 }
 
-static void help(int worker) {
-    unsigned done = empty_runs(worker);
-    if (done > 0) {
-        atomic_fetch_add(&pool.finished, done);
-        if (atomic_load(&pool.caller_sleeps)) { futex_wake(&pool.finished, 1); }
-    }
-}
+static int is_newer(unsigned seen) { return atomic_load(&pool.region) != seen; }
 
 /* The number of the latest region once it is not `seen`. */
 static unsigned wait_for_region(unsigned seen) {
-    if (!spin_until(&pool.region, 0, seen)) {
+    if (!spin_until(is_newer, seen)) {
         atomic_fetch_add(&pool.sleeping_workers, 1);
         while (atomic_load(&pool.region) == seen) { futex_wait(&pool.region, seen); }
         atomic_fetch_sub(&pool.sleeping_workers, 1);
@@ -216,7 +226,7 @@ static void *work(void *number) {
     in_region = 1;
     for (unsigned region = 0;;) {
         region = wait_for_region(region);
-        help(worker);
+        empty_runs(worker);
     }
     return NULL;
 }
@@ -255,7 +265,7 @@ static void open_region(uint32_t count, task_function *task, void *context, int 
     unsigned region = atomic_load(&pool.region) + 1;
     unsigned used = region > 1 ? pool.runs : MAX_RUNS;
     for (unsigned i = 0; i < used; i++) { /* first: an old claim, or one that never was, must not meet the new count */
-        atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | NO_TASK);
+        atomic_store_explicit(&pool.run[i].claim, (uint64_t)region << 32 | NO_TASK, memory_order_release);
     }
     pool.runs = runs_of(helpers + 1);
     atomic_store_explicit(&pool.task, task, memory_order_release);
@@ -263,21 +273,33 @@ static void open_region(uint32_t count, task_function *task, void *context, int 
     atomic_store_explicit(&pool.stopped, &call.stopped, memory_order_release);
     atomic_store_explicit(&pool.count, count, memory_order_release);
     atomic_store_explicit(&pool.helpers, helpers, memory_order_release);
-    atomic_store_explicit(&pool.finished, 0, memory_order_release);
     for (unsigned i = 0; i < pool.runs; i++) {
-        atomic_store(&pool.run[i].claim, (uint64_t)region << 32 | first_of(i, pool.runs, count));
+        atomic_store_explicit(&pool.run[i].claim, (uint64_t)region << 32 | first_of(i, pool.runs, count), memory_order_release);
     }
-    atomic_store(&pool.region, region);
+    atomic_store(&pool.region, region); /* and before the look at who sleeps */
     if (atomic_load(&pool.sleeping_workers) > 0) {
         move_workers(helpers);
         futex_wake(&pool.region, pool.workers > helpers ? INT_MAX : helpers);
     }
 }
 
+/* whether the workers have finished so many tasks of the latest region */
+static int have_finished(unsigned tasks) {
+    uint64_t region = atomic_load_explicit(&pool.region, memory_order_relaxed);
+    unsigned done = 0;
+    for (int i = 0, helpers = atomic_load(&pool.helpers); i < helpers && done < tasks; i++) {
+        uint64_t count = atomic_load(&pool.finished[i].count);
+        if (count >> 32 == region) { done += (uint32_t)count; }
+    }
+    return done == tasks;
+}
+
 static void wait_for_workers(unsigned tasks) {
-    if (spin_until(&pool.finished, 1, tasks)) { return; }
+    if (spin_until(have_finished, tasks)) { return; }
     atomic_store(&pool.caller_sleeps, 1);
-    for (unsigned finished; (finished = atomic_load(&pool.finished)) != tasks;) { futex_wait(&pool.finished, finished); }
+    for (unsigned seen = atomic_load(&pool.reports); !have_finished(tasks); seen = atomic_load(&pool.reports)) {
+        futex_wait(&pool.reports, seen);
+    }
     atomic_store(&pool.caller_sleeps, 0);
 }
 
