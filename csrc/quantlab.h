@@ -147,8 +147,8 @@ typedef struct {
     /* out = x / sqrt(mean(x^2) + eps) * gain; (t, c); inv_rms (t,) or NULL is kept for the backward pass */            \
     X(rmsnorm_forward,                                                                                                  \
       (float *out, float *inv_rms, const float *x, const float *gain, int64_t t, int64_t c, float eps))                 \
-    /* for each of `count` products, QL_PRODUCTS at most: y (m, n) = x (m, k) W^T, as linear_forward; all have one k */   \
-    X(linear_many_forward, (const ql_linear_product *products, int64_t count, const float *x, int64_t m))                      \
+    /* for each of `count` products, QL_PRODUCTS at most: y (m, n) = x (m, k) W^T, as linear_forward; all have one k */ \
+    X(linear_many_forward, (const ql_linear_product *products, int64_t count, const float *x, int64_t m))               \
     /* x (t, heads, d), rotated in place, half-split layout; cos, sin (positions, d/2); positions (t,) rows of them */  \
     X(rope_forward, (float *x, const float *cos, const float *sin, const int32_t *positions, int64_t t, int64_t heads,  \
                      int64_t d))                                                                                        \

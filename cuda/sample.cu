@@ -3,20 +3,12 @@
  * and top-p are found by halving the range of floats, a pass each step; all sums have a fixed order.
  *
  * Weights are float32 here and float64 in the reference: a token whose share ends within 1e-6 of the number drawn may differ. */
+#include "../csrc/core/keys.h"
 #include "../csrc/core/random.h"
 #include "cuda.h"
 #include "device.cuh"
 
 enum { THREADS = 1024, WARPS = THREADS / WARP };
-
-/* an order-preserving integer of a float: larger floats have larger keys */
-static __device__ __forceinline__ uint32_t key_of(float x) {
-    uint32_t bits = __float_as_uint(x);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-static __device__ __forceinline__ float of_key(uint32_t key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
 
 /* a row, and what became of it; E: elements a thread holds, 0: none */
 template <int E> struct row {
@@ -60,7 +52,7 @@ template <int E> static __device__ __forceinline__ int largest(const row<E> &r, 
     unsigned long long best = 0;
     r.template each<false>([&](int i, float x) {
         unsigned index = i * THREADS + threadIdx.x;
-        if (index < (unsigned)r.v) { best = max(best, (unsigned long long)key_of(x + 0.0f) << 32 | (r.v - index)); }
+        if (index < (unsigned)r.v) { best = max(best, (unsigned long long)ql_key_of_float(x + 0.0f) << 32 | (r.v - index)); }
     });
 #pragma unroll
     for (int i = WARP / 2; i > 0; i /= 2) { best = max(best, __shfl_xor_sync(QL_FULL_WARP, best, i)); }
@@ -82,16 +74,16 @@ template <bool weights, int E> static __device__ __forceinline__ double amount(c
 /* the highest threshold of `low` to `high` whose amount reaches `wanted`; that of `low` does */
 template <bool weights, int E>
 static __device__ __forceinline__ float threshold_of(const row<E> &r, float lowest, float highest, double wanted) {
-    uint32_t low = key_of(lowest), high = key_of(highest);
+    uint32_t low = ql_key_of_float(lowest), high = ql_key_of_float(highest);
     while (low < high) {
         uint32_t middle = low + (high - low) / 2 + 1;
-        if (amount<weights>(r, of_key(middle)) >= wanted) {
+        if (amount<weights>(r, ql_float_of_key(middle)) >= wanted) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
-    return of_key(low);
+    return ql_float_of_key(low);
 }
 
 /* Inclusive sums of a value a thread, in order of threads; sums: THREADS in shared memory */

@@ -128,7 +128,7 @@ def swiglu(gate: F32, up: F32, out: F32 | None = None, /) -> F32: ...  # gate * 
 def add_into(y: F32, x: F32, /) -> None: ...  # y += x
 def linear(x: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /) -> F32: ...  # (m, k) -> (m, n)
 def linear_many(
-    x: F32, weights: tuple[Weight, ...], outs: tuple[F32, ...] = ..., /
+    x: F32, weights: tuple[Weight, ...], outs: tuple[F32, ...] | None = None, /
 ) -> tuple[F32, ...]: ...  # linear of one x with 1 to 3 weights, faster than one by one
 def linear_backward_input(
     dy: F32, weight: Weight, out: F32 | None = None, accumulate: bool = False, /
@@ -435,6 +435,7 @@ class Generation:
         self, input_ids: I32, positions: I32, q_start: I64, kv_start: I64, kv_len: I64, cos: F32, sin: F32, ends: I32, /
     ) -> None: ...  # ends (b,): the token that is the last of a sequence's prompt, -1: none of these
     def next(self) -> I32: ...  # (b,)
+    def keep(self, rows: I32, /) -> bool: ...  # only these of the last step's sequences go on; False: all do
 
 # ---- GPTQ: the factor and the column loop (csrc/quant/gptq.h) --------------------------------------------------------
 

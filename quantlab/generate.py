@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM
 
 
+Steps = Generator[np.ndarray, "list[int] | None", None]  # see generation_steps
+
+
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens!r}, expected an integer of at least 1")
-    if not is_number(temperature) or not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}, expected a number above 0 (do_sample=False is greedy)")
+    if not is_number(temperature) or not 1e-30 <= temperature <= 1e30:
+        raise ValueError(
+            f"temperature: got {temperature!r}, expected a number of 1e-30 to 1e30 (do_sample=False is greedy)"
+        )
     if not is_integer(top_k) or top_k < 0:
         raise ValueError(f"top_k: got {top_k!r}, expected an integer of 0 (all) or more")
-    if not is_number(top_p) or not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p!r}, expected a number above 0 and at most 1")
+    if not is_number(top_p) or not 1e-30 <= top_p <= 1:
+        raise ValueError(f"top_p: got {top_p!r}, expected a number of 1e-30 to 1")
     if not is_integer(seed) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed: got {seed!r}, expected an integer of 0 to 2^64 - 1")
 
@@ -37,9 +42,10 @@ def generation_steps(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-) -> Iterator[np.ndarray]:
+) -> Steps:
     """The next token of each row, int32 (rows,), `max_new_tokens` times: all of it on the model's device, where the
-    steps run ahead of what is read here. temperature 0: the likeliest token.
+    steps run ahead of what is read here. May be sent the places of those rows that go on; the others' tokens are then
+    left out. temperature 0: the likeliest token.
 
     top_k keeps the k largest (0: all); top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
     """
@@ -55,8 +61,13 @@ def generation_steps(
         batch = model.packed(chunks, held, generation.capacity)
         last = (lengths > start) & (lengths <= start + step)  # rows whose prompt ends in this chunk
         generation.prefill(*batch, np.where(last, batch[2][1:] - 1, -1).astype(np.int32))
+    running = np.arange(len(sequences), dtype=np.int32)  # places among what the generation computes
     for _ in range(max_new_tokens):
-        yield generation.next()
+        kept = yield generation.next()[running]
+        if kept is not None:
+            running = running[kept]
+            if generation.keep(running):
+                running = np.arange(len(running), dtype=np.int32)
 
 
 class Stop:
@@ -87,21 +98,22 @@ class Stop:
         return any(string in text for string in self.strings)
 
 
-def read_steps(
-    steps: Iterable[np.ndarray], rows: int, stop: Stop, on_token: Callable[[int, int], None] | None
-) -> list[list[int]]:
+def read_steps(steps: Steps, rows: int, stop: Stop, on_token: Callable[[int, int], None] | None) -> list[list[int]]:
     """The tokens of each row up to its stop; ends with the last row's."""
     new: list[list[int]] = [[] for _ in range(rows)]
-    running = list(range(rows))
-    for tokens in steps:
-        for row in running:
-            token = int(tokens[row])
+    running, kept = list(range(rows)), None
+    while running:
+        try:
+            tokens = steps.send(kept)
+        except StopIteration:
+            break
+        for row, token in zip(running, tokens.tolist(), strict=True):
             new[row].append(token)
             if on_token is not None:
                 on_token(row, token)
-        running = [row for row in running if not stop(new[row])]
-        if not running:
-            break
+        going = [place for place, row in enumerate(running) if not stop(new[row])]
+        kept = None if len(going) == len(running) else going
+        running = [running[place] for place in going]
     return new
 
 
@@ -123,13 +135,13 @@ def generate(
     Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
     never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. A draw
     depends on the logits, the seed, the number of the row and the step: not on the rows beside it. `on_token(row,
-    token)` is called as tokens come. On a GPU a choice between two tokens that bfloat16 cannot tell apart may be
-    another.
+    token)` is called as tokens come. Which kernels compute the logits may depend on how many rows run together, and on
+    the device: a choice between two tokens that are as likely but for rounding may then be another.
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
     stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
-    sampling = (temperature if do_sample else 0.0, min(top_k, model.config.vocab_size), top_p, seed)
+    sampling = (temperature if do_sample else 0.0, min(int(top_k), model.config.vocab_size), top_p, int(seed))
     steps = generation_steps(model, sequences, max_new_tokens, *sampling)
     new = read_steps(steps, len(sequences), stop, on_token)
     return [np.concatenate([row, np.array(tokens, np.int32)]) for row, tokens in zip(sequences, new, strict=True)]

@@ -43,8 +43,10 @@ Self = TypeVar("Self", bound="Llama")
 
 
 class KVCache:
-    """Keys and values of `batch` sequences of up to `capacity` tokens; float32 (layers, batch * capacity, kv heads,
-    d)."""
+    """Keys and values of `batch` sequences of up to `capacity` tokens; float32 (layers, batch * capacity, kv heads, d).
+
+    For `packed_hidden`, where a caller goes on from tokens that it gave before; `generate` has one of its own.
+    """
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int):
         shape = (config.num_hidden_layers, batch * capacity, config.num_key_value_heads, config.head_dim)

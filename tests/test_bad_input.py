@@ -162,6 +162,11 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "top_p of 2": (lambda m: m.generate(IDS, do_sample=True, top_p=2), "top_p"),
     "a seed below zero": (lambda m: m.generate(IDS, do_sample=True, seed=-1), "seed: got -1"),
     "top_k below zero": (lambda m: m.generate(IDS, do_sample=True, top_k=-1), "top_k"),
+    "a temperature that float32 has not": (
+        lambda m: m.generate(IDS, do_sample=True, temperature=1e-50),
+        "temperature: got 1e-50, expected a number of 1e-30",
+    ),
+    "a seed of 65 bits": (lambda m: m.generate(IDS, do_sample=True, seed=1 << 64), "seed: got 18446744073709551616"),
     "half a top_k": (lambda m: m.generate(IDS, do_sample=True, top_k=1.5), "top_k: got 1.5"),
     "a temperature of text": (lambda m: m.generate(IDS, do_sample=True, temperature="x"), "temperature: got 'x'"),
     "an end of text": (lambda m: m.generate(IDS, eos_token_id="x"), "eos_token_id: got 'x'"),

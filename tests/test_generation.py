@@ -92,6 +92,25 @@ def test_a_row_that_is_not_finite_still_gives_a_token(isa: str, bad: float) -> N
         for temperature in (0.0, 1.0):
             tokens = sample(logits, temperature=temperature, top_k=3, top_p=0.5)
             assert ((tokens >= 0) & (tokens < v)).all()
+            if isa != "cuda":
+                with ql.backend.use(isa="scalar"):
+                    assert (sample(logits, temperature=temperature, top_k=3, top_p=0.5) == tokens).all()
+
+
+def test_a_draw_stays_in_its_set_where_sums_round(isa: str) -> None:
+    """Two weights of 1 and a tail that only some orders of adding see; the number drawn is 1/2, where the first ends."""
+    half = 18163963  # the step whose number is 1/2 for seed 0 and stream 0
+    for lanes in (8, 16):
+        logits = np.full((1, 2 * lanes), -36.75, np.float32)
+        logits[0, 0], logits[0, lanes:], logits[0, lanes + 3] = 0.0, -np.inf, 0.0
+        assert np.isfinite(logits[0, sample(logits, half)[0]])
+
+
+def test_sample_refuses() -> None:
+    logits = np.zeros((1, 4), np.float32)
+    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match="temperature, top_k or top_p: out of range"):
+            sample(logits, **options)
 
 
 def test_rows_move(rng: np.random.Generator) -> None:
@@ -134,6 +153,26 @@ def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     assert read_steps(generation_steps(model, prompts, *options), 3, endless, None) == together
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_that_end_do_not_change_the_others(do_sample: bool) -> None:
+    """They leave the batch; each row ends where it ends alone, with the tokens it has where none does."""
+    model = tiny_model()
+    prompts = prompts_of(model, (5, 4, 17, 3, 9, 6))
+    options = {"max_new_tokens": 40, "do_sample": do_sample, "temperature": 2.0, "seed": 5}
+    whole = model.generate(prompts, eos_token_id=[], **options)
+    stops = [int(row[len(prompt) + at]) for row, prompt, at in zip(whole, prompts, (0, 3, 9, 9, 20, 38), strict=True)]
+    for stop in (stops[:1], stops[1:3], stops):
+        seen: dict[int, list[int]] = {row: [] for row in range(len(prompts))}
+        found = model.generate(
+            prompts, eos_token_id=stop, on_token=lambda row, token, seen=seen: seen[row].append(token), **options
+        )
+        for index, (prompt, row, tokens) in enumerate(zip(prompts, whole, found, strict=True)):
+            new = row[len(prompt) :].tolist()
+            end = min((new.index(token) + 1 for token in stop if token in new), default=len(new))
+            assert tokens.tolist() == [*prompt.tolist(), *new[:end]]
+            assert seen[index] == new[:end]
+
+
 def test_generation_refuses() -> None:
     model = tiny_model()
     tables = model.rope(16)
@@ -148,7 +187,12 @@ def test_generation_refuses() -> None:
     with pytest.raises(ValueError, match="ends: out of range"):
         generation.prefill(*batch, np.array([3], I32))
     generation.prefill(*batch, np.array([2], I32))
+    with pytest.raises(ValueError, match="rows: expected ascending places"):
+        generation.keep(np.zeros(1, I32))  # no step was done
     assert generation.next().shape == (1,)
+    for rows in ([], [1], [-1], [0, 0]):
+        with pytest.raises(ValueError, match="rows: expected ascending places"):
+            generation.keep(np.array(rows, I32))
     with pytest.raises(ValueError, match="next: all 1 steps are done"):
         generation.next()
 

@@ -122,6 +122,7 @@ def test_sampling_is_seeded_and_independent_of_the_batch():
     both = model.generate([[5, 9, 3], [7, 7]], **options)
     np.testing.assert_array_equal(both[0], model.generate([5, 9, 3], **options)[0])
     assert not np.array_equal(both[0], model.generate([5, 9, 3], **{**options, "seed": 4})[0])
+    np.testing.assert_array_equal(both[0], model.generate([5, 9, 3], **{**options, "seed": np.int64(3)})[0])
 
 
 def test_perplexity_beyond_the_trained_context_warns():

@@ -58,14 +58,12 @@ static int32_t draw(const sample_context *c, const float *logits, float uniform)
         total = amount(logits, v, threshold, best, c->temperature, 1);
     }
     double passed = 0, goal = uniform * total;
-    int32_t last = 0;
     for (int64_t j = 0; j < v; j++) {
         if (!(logits[j] >= threshold)) { continue; } /* NaN too */
         passed += exp(((double)logits[j] - best) / c->temperature);
-        last = (int32_t)j;
-        if (passed > goal) { break; }
+        if (passed > goal) { return (int32_t)j; }
     }
-    return last;
+    return largest(logits, v); /* the weights are not finite */
 }
 
 static void sample_task(void *context, int64_t i) {

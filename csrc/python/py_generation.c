@@ -80,7 +80,7 @@ static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t po
     if (status == QL_OK) { status = be->alloc((void **)&g->workspace, (size_t)ql_llama_workspace(m, b, be) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc_shared((void **)&g->history, (size_t)(b * self->steps) * sizeof(int32_t)); }
     if (status == QL_OK) { status = make_state(self, lengths, positions); }
-    if (status == QL_OK && self->llama->be == NULL) { ql_llama_pack(m, b); }
+    if (status == QL_OK && self->llama->be == NULL) { ql_llama_pack(m, b), ql_weight_pack(&self->head_object->weight, b); }
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }
@@ -315,10 +315,42 @@ static PyObject *generation_next(PyObject *object, PyObject *unused) {
     return (PyObject *)out;
 }
 
+/* The sequences `rows` alone go on; nothing is on its way. */
+static void keep_rows(GenerationObject *self, const int32_t *rows, int64_t count) {
+    ql_llama_generation *g = &self->g;
+    int64_t *kv_start = (int64_t *)g->batch.kv_start; /* of this object's state */
+    int32_t *streams = (int32_t *)g->streams;
+    for (int64_t i = 0; i < count; i++) { /* rows[i] >= i */
+        int64_t from = rows[i];
+        g->ids[i] = g->ids[from], g->positions[i] = g->positions[from], g->rows[i] = g->rows[from];
+        g->kv_len[i] = g->kv_len[from], kv_start[i] = kv_start[from], streams[i] = streams[from];
+    }
+    g->batch.t = g->batch.b = count;
+}
+
+/* keep(rows int32 (n,)) -> bool: the next steps are of these sequences alone, ascending places among those of the last step, after which
+ * next() gives n tokens. False: this backend goes on with all, since its step is recorded. */
+static PyObject *generation_keep(PyObject *object, PyObject *arguments) {
+    GenerationObject *self = (GenerationObject *)object;
+    PyObject *rows_object;
+    if (!PyArg_ParseTuple(arguments, "O", &rows_object)) { return NULL; }
+    PyArrayObject *rows = ql_array(rows_object, "rows", NPY_INT32, 1);
+    if (rows == NULL) { return NULL; }
+    const int32_t *values = ql_data(rows);
+    int64_t count = ql_dim(rows, 0);
+    int bad = count < 1 || count > self->g.batch.b || self->taken == 0;
+    for (int64_t i = 0; i < count && !bad; i++) { bad = values[i] >= self->g.batch.b || values[i] < (i > 0 ? values[i - 1] + 1 : 0); }
+    if (bad) { return PyErr_Format(PyExc_ValueError, "rows: expected ascending places among the sequences of the last step"); }
+    if (self->be->records) { Py_RETURN_FALSE; }
+    keep_rows(self, values, count);
+    Py_RETURN_TRUE;
+}
+
 static PyMethodDef generation_methods[] = {
     {"prefill", generation_prefill, METH_VARARGS,
      "prefill(input_ids (t,), positions (t,), q_start (b+1,), kv_start (b,), kv_len (b,), cos, sin, ends (sequences,))"},
     {"next", generation_next, METH_NOARGS, "next() -> int32 (sequences,): the next token of each"},
+    {"keep", generation_keep, METH_VARARGS, "keep(rows int32 (n,)) -> bool: only these sequences go on; False: all do"},
     {NULL, NULL, 0, NULL},
 };
 

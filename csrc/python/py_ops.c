@@ -294,7 +294,9 @@ static PyObject *outputs_of(PyArrayObject *x, PyObject *weights, PyObject *outs)
 static PyObject *linear_many(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *x_object, *weights, *outs = NULL;
-    if (!PyArg_ParseTuple(arguments, "OO!|O!", &x_object, &PyTuple_Type, &weights, &PyTuple_Type, &outs)) { return NULL; }
+    if (!PyArg_ParseTuple(arguments, "OO!|O", &x_object, &PyTuple_Type, &weights, &outs)) { return NULL; }
+    if (outs == Py_None) { outs = NULL; }
+    if (outs != NULL && !PyTuple_Check(outs)) { return PyErr_Format(PyExc_TypeError, "outs: got %s, expected a tuple", Py_TYPE(outs)->tp_name); }
     PyArrayObject *x = ql_array(x_object, "x", NPY_FLOAT32, 2);
     PyObject *result = x == NULL ? NULL : outputs_of(x, weights, outs);
     if (result == NULL) { return NULL; }
@@ -416,6 +418,9 @@ static PyObject *sample(PyObject *self, PyObject *arguments) {
     PyArrayObject *streams = logits == NULL ? NULL : ql_array(streams_object, "streams", NPY_INT32, 1);
     if (streams == NULL || !ql_check_dim(streams, "streams", 0, ql_dim(logits, 0))) { return NULL; }
     if (ql_dim(logits, 1) < 1) { return PyErr_Format(PyExc_ValueError, "logits: got no classes, expected at least 1"); }
+    if (!(temperature >= 0) || top_k < 0 || !(top_p > 0 && top_p <= 1)) {
+        return PyErr_Format(PyExc_ValueError, "temperature, top_k or top_p: out of range");
+    }
     PyArrayObject *out = ql_new(1, (int64_t[]){ql_dim(logits, 0)}, NPY_INT32);
     if (out == NULL) { return NULL; }
     int64_t now = step;

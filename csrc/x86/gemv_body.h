@@ -445,6 +445,9 @@ static int run(gemv *g, int64_t count, const float *x, const scratch_sizes *s) {
 
 static int64_t lines(int64_t floats) { return round_up(floats, 16); }
 
+/* whether the kernels read another x than the caller's */
+static int is_arranged(const ql_weight *w, const ql_packed_layout *l) { return w->perm != NULL || (l->rows > 0 && l->columns != w->k); }
+
 /* 0: this weight or this m has no such kernel */
 static int prepare(gemv *of, const ql_linear_product *product, int64_t m, int accumulate) {
     const ql_weight *w = product->w;
@@ -454,7 +457,7 @@ static int prepare(gemv *of, const ql_linear_product *product, int64_t m, int ac
     g.codes = in_place ? w->codes : packed;
     if (m < 1 || m > QL_GEMV_ROWS || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
     if (g.l.rows == 0) { g.l.groups = pieces(w->k, g.l.group); }
-    if (w->perm != NULL || (g.l.rows > 0 && g.l.columns != w->k)) { g.ldx = lines(g.l.rows > 0 ? g.l.columns : w->k); }
+    if (is_arranged(w, &g.l)) { g.ldx = lines(g.l.rows > 0 ? g.l.columns : w->k); }
     *of = g;
     return 1;
 }
@@ -466,7 +469,7 @@ int V_NAME(gemv_forward)(const ql_linear_product *products, int64_t count, const
     }
     const ql_weight *w = g->w;
     scratch_sizes s = {0};
-    if (w->perm != NULL || (g->l.rows > 0 && g->l.columns != w->k)) { s.x = m * g->ldx; }
+    if (is_arranged(w, &g->l)) { s.x = m * g->ldx; }
     if (w->zeros != NULL) { s.sums = lines(m * g->l.groups); }
     if (g->l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g->l.columns; }
     return run(g, count, x, &s);

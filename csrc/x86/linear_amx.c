@@ -309,6 +309,9 @@ static int takes_few_bf16(const ql_weight *w, int64_t m) { return w->format == Q
 /* rows of x, at most, that AVX-512 takes where no kernel here does: float32 as limbs is for more rows */
 static int64_t vector_rows(const ql_weight *w) { return w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS; }
 
+/* whether few rows of x become integers for it (gemv_amx.c), where it is packed or needs not be */
+static int takes_integers(const ql_weight *w) { return w->format == QL_INT8 || w->format == QL_AFFINE; }
+
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const ql_linear_product product = {y, w};
     if (ql_gemv_forward_amx(&product, 1, x, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
@@ -323,11 +326,11 @@ void ql_linear_many_forward_amx(const ql_linear_product *products, int64_t count
     const ql_weight *w = products[0].w;
     if (ql_products_alike(products, count)) {
         if (ql_gemv_forward_amx(products, count, x, m, 0)) { return; }
-        if (m <= vector_rows(w)) {
+        if (m <= vector_rows(w) && !takes_integers(w)) {
             ql_linear_many_forward_avx512(products, count, x, m);
             return;
         }
-        if (!takes_few_bf16(w, m) && tile_forward(products, count, x, m, 0)) { return; }
+        if (m > QL_GEMV_TILE_ROWS && tile_forward(products, count, x, m, 0)) { return; }
     }
     for (int64_t i = 0; i < count; i++) { ql_linear_forward_amx(products[i].y, x, products[i].w, m, 0); }
 }

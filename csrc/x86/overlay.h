@@ -5,6 +5,8 @@
 
 #include "../quantlab.h"
 
+#include <string.h> /* memcmp */
+
 void ql_overlay_avx2(ql_backend *table);
 void ql_overlay_avx512(ql_backend *table);
 void ql_overlay_amx(ql_backend *table);
@@ -41,15 +43,19 @@ int ql_gemv_forward_avx2(const ql_linear_product *products, int64_t count, const
 int ql_gemv_forward_avx512(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
 int ql_gemv_forward_amx(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
 
-/* Whether all of them run in the same kernel, which reads the same of x: then they can share what is made of x, and their tasks. */
+/* whether the columns of two weights of one k are stored in the same order */
+static inline int ql_same_order(const ql_weight *a, const ql_weight *b) {
+    if (a->perm == b->perm) { return 1; }
+    return a->perm != NULL && b->perm != NULL && memcmp(a->perm, b->perm, (size_t)a->k * sizeof *a->perm) == 0;
+}
+
+/* Whether all of them are stored in the same way, so that kernels read the same of x: then they can share what is made of x, and their tasks. */
 static inline int ql_products_alike(const ql_linear_product *products, int64_t count) {
     const ql_weight *a = products[0].w;
-    const int a_packed = __atomic_load_n(&a->packed, __ATOMIC_ACQUIRE) != NULL;
     for (int64_t i = 0; i < count; i++) {
         const ql_weight *b = products[i].w;
-        int stored_alike = a->format == b->format && a->bits == b->bits && a->group == b->group && a->perm == b->perm;
-        int b_packed = __atomic_load_n(&b->packed, __ATOMIC_ACQUIRE) != NULL;
-        if (b->n < 1 || !stored_alike || a_packed != b_packed || (a->zeros == NULL) != (b->zeros == NULL)) { return 0; }
+        int coded_alike = a->format == b->format && a->bits == b->bits && a->group == b->group && (a->zeros == NULL) == (b->zeros == NULL);
+        if (b->n < 1 || !coded_alike || !ql_same_order(a, b)) { return 0; }
     }
     return 1;
 }

@@ -83,7 +83,8 @@ static int32_t walk(const float *row, const float *weights, int64_t v, float thr
         int64_t count = at_most(VL, v - j);
         double after = passed + amount(row + j, weights + j, count, threshold);
         for (int64_t i = 0; after > goal && i < count; i++) {
-            if (row[j + i] >= threshold) { passed += (double)weights[j + i]; }
+            if (!(row[j + i] >= threshold)) { continue; }
+            passed += (double)weights[j + i];
             if (passed > goal) { return (int32_t)(j + i); }
         }
         passed = after;
@@ -126,13 +127,13 @@ static void sample_task(void *context, int64_t i) {
 
 void V_NAME(sample_forward)(int32_t *tokens, const float *logits, const int32_t *streams, const int64_t *step, int64_t b, int64_t v,
                             float temperature, int64_t top_k, float top_p, uint64_t seed) {
-    int64_t threads = ql_threads(), size = temperature > 0 ? threads * v : 0;
-    float *weights = ql_scratch((size_t)size * sizeof *weights + (size_t)threads * sizeof(atomic_int));
+    int64_t workers = at_most(ql_threads(), b), size = temperature > 0 ? workers * v : 0;
+    float *weights = ql_scratch((size_t)size * sizeof *weights + (size_t)workers * sizeof(atomic_int));
     if (weights == NULL) {
         ql_sample_forward_scalar(tokens, logits, streams, step, b, v, temperature, top_k, top_p, seed);
         return;
     }
     sample_context context = {tokens, logits, streams, step, v, top_k, temperature, top_p, seed, weights,
-                              make_places((atomic_int *)(void *)(weights + size), threads)};
+                              make_places((atomic_int *)(void *)(weights + size), workers)};
     ql_parallel_for(b, sample_task, &context);
 }

@@ -233,12 +233,12 @@ static int64_t widest_of(const tile_gemm *g, int64_t count) {
     return widest;
 }
 
-/* 1: no thread waits for another at the end, were all tasks as large as the largest */
+/* 1: no thread waits for another at the end, were all tasks as large as the largest; what tiles fill up with zeros counts too */
 static double balance(const tile_gemm *g, int64_t count, int64_t threads) {
     int64_t tasks = 0, columns = 0;
-    for (int64_t p = 0; p < count; p++) { tasks += task_count(&g[p]), columns += g[p].n; }
+    for (int64_t p = 0; p < count; p++) { tasks += task_count(&g[p]), columns += round_up(g[p].n, SIDE); }
     double shares = (double)(threads * pieces(tasks, threads)) * (double)(widest_of(g, count) * g->chunk);
-    return threads == 1 ? 1.0 : (double)(g->i1 - g->i0) * (double)columns / shares;
+    return threads == 1 ? 1.0 : (double)round_up(g->i1 - g->i0, SIDE) * (double)columns / shares;
 }
 
 static void narrow(tile_gemm *g, int64_t count) {
