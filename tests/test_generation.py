@@ -98,7 +98,7 @@ def test_a_row_that_is_not_finite_still_gives_a_token(isa: str, bad: float) -> N
 
 
 def test_a_draw_stays_in_its_set_where_sums_round(isa: str) -> None:
-    """Two weights of 1 and a tail that only some orders of adding see; the number drawn is 1/2, where the first ends."""
+    """Two weights of 1, a tail that only some orders of adding see, and the number 1/2, where the first ends."""
     half = 18163963  # the step whose number is 1/2 for seed 0 and stream 0
     for lanes in (8, 16):
         logits = np.full((1, 2 * lanes), -36.75, np.float32)
