@@ -34,6 +34,12 @@ def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float, se
         raise ValueError(f"seed: got {seed!r}, expected an integer of 0 to 2^64 - 1")
 
 
+def _shares(left: np.ndarray, tokens: int) -> np.ndarray:
+    """How many of its `left` tokens (rows,) each row gives to a chunk of at most `tokens`: row after row."""
+    before = np.concatenate([[0], np.cumsum(left)[:-1]])
+    return np.clip(tokens - before, 0, left)
+
+
 def generation_steps(
     model: LlamaForCausalLM,
     sequences: list[np.ndarray],
@@ -54,12 +60,13 @@ def generation_steps(
     generation = _core.Generation(
         model._core, model.lm_head.handle, lengths, max_new_tokens, *tables, temperature, top_k, top_p, seed
     )
-    step = max(1, BATCH_TOKENS // len(sequences))
-    for start in range(0, int(lengths.max()), step):
-        chunks = [row[start : start + step] for row in sequences]
-        held = np.minimum(lengths, start)
+    held = np.zeros_like(lengths)
+    while (held < lengths).any():
+        taken = _shares(lengths - held, BATCH_TOKENS)
+        chunks = [row[start : start + count] for row, start, count in zip(sequences, held, taken, strict=True)]
         batch = model.packed(chunks, held, generation.capacity)
-        last = (lengths > start) & (lengths <= start + step)  # rows whose prompt ends in this chunk
+        held += taken
+        last = (held == lengths) & (taken > 0)  # rows whose prompt ends in this chunk
         generation.prefill(*batch, np.where(last, batch[2][1:] - 1, -1).astype(np.int32))
     running = np.arange(len(sequences), dtype=np.int32)  # places among what the generation computes
     for _ in range(max_new_tokens):

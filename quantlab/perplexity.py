@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantlab.llama import BATCH_TOKENS
 from quantlab.progress import progress
 from quantlab.token_rows import Ids, to_sequences
 
@@ -15,9 +17,12 @@ if TYPE_CHECKING:
     from quantlab.llama import LlamaForCausalLM
 
 
-def token_losses(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood in nats of tokens 1.. of one chunk of ids (T,), float32 (T - 1,)."""
-    return model.losses(ids, np.append(ids[1:], np.int32(-100)))[:-1]
+def token_losses(model: LlamaForCausalLM, chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Negative log-likelihoods in nats of tokens 1.. of chunks of ids (T,) that do not see each other: float32 (T - 1,)
+    each, in one call of the core."""
+    targets = np.concatenate([np.append(ids[1:], np.int32(-100)) for ids in chunks])
+    losses = model._core.losses(*model.packed(chunks), model.lm_head.handle, targets)
+    return [part[:-1] for part in np.split(losses, np.cumsum([len(ids) for ids in chunks])[:-1])]
 
 
 def perplexity(
@@ -47,13 +52,13 @@ def perplexity(
     if len(chunks[0]) > positions:
         text = f"context: chunks of {len(chunks[0])} tokens, the model was trained on no more than {positions}"
         warnings.warn(text, UserWarning, stacklevel=3)  # where model.perplexity is called
-    losses = []
+    at_once, means = max(1, BATCH_TOKENS // len(chunks[0])), np.empty(len(chunks))  # chunks are of one length
     with progress(len(chunks), "perplexity", "chunk", show) as bar:
-        for chunk in chunks:
-            losses.append(token_losses(model, chunk).astype(np.float64))
-            bar.advance(note=f"ppl {math.exp(np.concatenate(losses).mean()):.3f}")
-    nll = float(np.concatenate(losses).mean())
-    means = np.array([loss.mean() for loss in losses])
+        for first in range(0, len(chunks), at_once):
+            group = chunks[first : first + at_once]
+            means[first : first + len(group)] = [loss.mean(dtype=np.float64) for loss in token_losses(model, group)]
+            bar.advance(len(group), note=f"ppl {math.exp(means[: first + len(group)].mean()):.3f}")
+    nll = float(means.mean())
     spread = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    tokens = sum(len(loss) for loss in losses)
+    tokens = len(chunks) * (len(chunks[0]) - 1)
     return {"ppl": math.exp(nll), "nll": nll, "tokens": tokens, "chunks": len(chunks), "stderr": math.exp(nll) * spread}

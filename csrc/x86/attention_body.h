@@ -9,14 +9,15 @@
  * the lanes beside it hold: dot products over i = 0..d-1, blocks of KEYS keys counted from key 0 of the sequence, and keys
  * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads.
  *
- * A sequence with one query, a step of generation, would leave most lanes idle: there the lanes are elements of a head, one
- * head after the other. It adds in another order, so a chunk of one query is the exception to the sentence above. */
+ * A sequence with one query, a step of generation, would leave most lanes idle: there the lanes are elements of a head, and the
+ * heads of a key head, HEADS at most, take turns at each block of keys. It adds in another order, so a chunk of one query is the exception to the sentence above. */
+#include "../core/sizes.h"
 #include "overlay.h"
 
 #include <math.h>   /* logf, INFINITY */
 #include <string.h> /* memcpy */
 
-enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8 };
+enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8, HEADS = 8 };
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
 
 typedef struct {
@@ -256,23 +257,41 @@ static float softmax_one(float *st, int64_t count, float *maximum, float *sum) {
     return keep;
 }
 
-/* query `query` of head `head` over all keys of its sequence */
-static void attend_one(const attention_call *c, int64_t sequence, int64_t query, int64_t head) {
-    int64_t d = c->d, stride = c->hkv * d, index = query * c->hq + head, keys = c->kv_len[sequence];
+/* a query of one head, and what it has seen so far */
+typedef struct {
+    _Alignas(64) float q[MAX_D], o[MAX_D + VL];
+    float maximum, sum;
+} one_query;
+
+/* one more block of `count` keys */
+static void attend_block(one_query *a, const float *k, const float *v, int64_t stride, int64_t count, int64_t d) {
+    _Alignas(64) float st[KEYS];
+    int64_t i = 0;
+    for (int64_t s = 0; s < count; s++) { st[s] = v_dot(a->q, k + s * stride, d); }
+    float keep = softmax_one(st, count, &a->maximum, &a->sum);
+    for (; i + 4 * VL <= d; i += 4 * VL) { weigh(a->o + i, v + i, stride, st, count, keep, 4, VL); }
+    for (; i < d; i += VL) { weigh(a->o + i, v + i, stride, st, count, keep, 1, d - i < VL ? d - i : VL); }
+}
+
+/* The one query of a sequence, for heads [head, head + count) of one key head: a block of its keys stays in the cache for all of them. */
+static void attend_one(const attention_call *c, int64_t sequence, int64_t head, int64_t count) {
+    int64_t d = c->d, stride = c->hkv * d, index = c->q_start[sequence] * c->hq + head, keys = c->kv_len[sequence];
     int64_t offset = (c->kv_start[sequence] * c->hkv + head / (c->hq / c->hkv)) * d;
-    _Alignas(64) float q[MAX_D], o[MAX_D + VL] = {0}, st[KEYS];
-    float maximum = -INFINITY, sum = 0.0f;
-    for (int64_t i = 0; i < d; i++) { q[i] = c->q[index * d + i] * c->scale; }
-    for (int64_t first = 0; first < keys; first += KEYS) {
-        int64_t count = keys - first < KEYS ? keys - first : KEYS, i = 0;
-        const float *k = c->k + offset + first * stride, *v = c->v + offset + first * stride;
-        for (int64_t s = 0; s < count; s++) { st[s] = v_dot(q, k + s * stride, d); }
-        float keep = softmax_one(st, count, &maximum, &sum);
-        for (; i + 4 * VL <= d; i += 4 * VL) { weigh(o + i, v + i, stride, st, count, keep, 4, VL); }
-        for (; i < d; i += VL) { weigh(o + i, v + i, stride, st, count, keep, 1, d - i < VL ? d - i : VL); }
+    one_query queries[HEADS];
+    for (int64_t h = 0; h < count; h++) {
+        one_query *a = &queries[h];
+        a->maximum = -INFINITY, a->sum = 0.0f;
+        memset(a->o, 0, sizeof a->o);
+        for (int64_t i = 0; i < d; i++) { a->q[i] = c->q[(index + h) * d + i] * c->scale; }
     }
-    for (int64_t i = 0; i < d; i++) { c->out[index * d + i] = o[i] / sum; }
-    if (c->lse != NULL) { c->lse[index] = maximum + logf(sum); }
+    for (int64_t first = 0; first < keys; first += KEYS) {
+        const float *k = c->k + offset + first * stride, *v = c->v + offset + first * stride;
+        for (int64_t h = 0; h < count; h++) { attend_block(&queries[h], k, v, stride, at_most(KEYS, keys - first), d); }
+    }
+    for (int64_t h = 0; h < count; h++) {
+        for (int64_t i = 0; i < d; i++) { c->out[(index + h) * d + i] = queries[h].o[i] / queries[h].sum; }
+        if (c->lse != NULL) { c->lse[index + h] = queries[h].maximum + logf(queries[h].sum); }
+    }
 }
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------- */
@@ -293,7 +312,8 @@ static void attention_task(void *context, int64_t task) {
     int64_t row0 = (block - first_block(c, low)) * ROWS, group = c->hq / c->hkv;
     if (c->q_start[low + 1] - c->q_start[low] == 1) {
         int64_t head = task % c->hkv * group + row0;
-        for (int64_t r = 0; r < ROWS && row0 + r < group; r++) { attend_one(c, low, c->q_start[low], head + r); }
+        int64_t heads = at_most(ROWS, group - row0);
+        for (int64_t h = 0; h < heads; h += HEADS) { attend_one(c, low, head + h, at_most(HEADS, heads - h)); }
         return;
     }
     if (row0 >= row_count(c, low)) { return; }
