@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference as ref
 
-from quantlab import _core
+from quantlab import _core, backend
 
 I64 = np.int64
 
@@ -74,6 +74,27 @@ def test_ragged_batch(isa: str, rng: np.random.Generator, hq: int, hkv: int, d: 
 
 def test_decode_after_a_long_past(isa: str, rng: np.random.Generator) -> None:
     check(Case(rng, [1, 1, 2], [1000, 0, 129], 9, 3, 64))
+
+
+@pytest.mark.parametrize("hq, hkv, d", [(9, 3, 64), (8, 8, 34), (12, 1, 128), (40, 1, 16), (2, 1, 256)])
+def test_decode_of_long_sequences(isa: str, rng: np.random.Generator, hq: int, hkv: int, d: int) -> None:
+    """Around the parts of keys whose sums are made apart (512), with and without a share of them for each thread: on a
+    CPU the same bits for any number of threads, and in any batch of single queries."""
+    past = np.array([511, 512, 1023, 0, 1100, 63, 1535, 64])
+    check(Case(rng, np.ones(8, I64), past, hq, hkv, d))
+    if isa == "cuda":
+        return
+    case = Case(rng, np.ones(40, I64), np.resize(past, 40), hq, hkv, d)
+    results = set()
+    for threads in (1, 2, 7):
+        with backend.use(threads=threads):
+            results.add(_core.attention(*case.arguments()).tobytes())
+    together = _core.attention(*case.arguments())
+    assert results == {together.tobytes()}
+    for s in (0, 1, 2, 3, 4):
+        one = slice(s, s + 1)
+        rest = case.k, case.v, np.array([0, 1]), case.kv_start[one], case.kv_len[one], case.scale
+        assert _core.attention(case.q[one], *rest).tobytes() == together[one].tobytes()
 
 
 @pytest.mark.parametrize("length, d", [(70, 16), (150, 64)])

@@ -140,7 +140,7 @@ def test_steps_of_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     model = tiny_model()
     prompts = prompts_of(model, (40, 3, 21, 9))
     whole = read_steps(generation_steps(model, prompts, 5), 4, endless, None)
-    monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 40)  # ten tokens of each prompt at a time
+    monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 40)  # all of the first prompt, then the others
     assert read_steps(generation_steps(model, prompts, 5), 4, endless, None) == whole
 
 

@@ -10,14 +10,17 @@
  * that its query must not see leave it as it is. So a token's result does not depend on its batch, its chunk or the threads.
  *
  * A sequence with one query, a step of generation, would leave most lanes idle: there the lanes are elements of a head, and the
- * heads of a key head, HEADS at most, take turns at each block of keys. It adds in another order, so a chunk of one query is the exception to the sentence above. */
+ * heads of a key head, HEADS at most, take turns at each block of keys. Parts of PART keys have sums of their own, which are joined in
+ * order, so that several threads can share a long sequence. It adds in another order, so a chunk of one query is the exception to the
+ * sentence above. */
 #include "../core/sizes.h"
 #include "overlay.h"
 
 #include <math.h>   /* logf, INFINITY */
 #include <string.h> /* memcpy */
 
-enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8, HEADS = 8 };
+enum { ROWS = 2 * VL, KEYS = 64, MAX_D = 256, MAX_TILE = 8 };
+enum { HEADS = 8, PART = 512, FEW_TASKS = 4 }; /* of one query: heads at a time, keys whose sums are made apart, tasks a thread */
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* tile and vectors are constants after inlining */
 
 typedef struct {
@@ -257,41 +260,112 @@ static float softmax_one(float *st, int64_t count, float *maximum, float *sum) {
     return keep;
 }
 
-/* a query of one head, and what it has seen so far */
+/* what a query of one head has seen of some keys: the sum of its weights, relative to the maximum of its scores, and that of the values
+ * times them */
 typedef struct {
-    _Alignas(64) float q[MAX_D], o[MAX_D + VL];
+    _Alignas(64) float o[MAX_D + VL];
     float maximum, sum;
-} one_query;
+} key_sums;
 
 /* one more block of `count` keys */
-static void attend_block(one_query *a, const float *k, const float *v, int64_t stride, int64_t count, int64_t d) {
+static void attend_block(key_sums *a, const float *q, const float *k, const float *v, int64_t stride, int64_t count, int64_t d) {
     _Alignas(64) float st[KEYS];
     int64_t i = 0;
-    for (int64_t s = 0; s < count; s++) { st[s] = v_dot(a->q, k + s * stride, d); }
+    for (int64_t s = 0; s < count; s++) { st[s] = v_dot(q, k + s * stride, d); }
     float keep = softmax_one(st, count, &a->maximum, &a->sum);
     for (; i + 4 * VL <= d; i += 4 * VL) { weigh(a->o + i, v + i, stride, st, count, keep, 4, VL); }
     for (; i < d; i += VL) { weigh(a->o + i, v + i, stride, st, count, keep, 1, d - i < VL ? d - i : VL); }
 }
 
-/* The one query of a sequence, for heads [head, head + count) of one key head: a block of its keys stays in the cache for all of them. */
-static void attend_one(const attention_call *c, int64_t sequence, int64_t head, int64_t count) {
-    int64_t d = c->d, stride = c->hkv * d, index = c->q_start[sequence] * c->hq + head, keys = c->kv_len[sequence];
+/* The one query of a sequence and part `part` of its keys, for heads [head, head + count) of one key head, whose sums are `apart` from
+ * one another: a block of keys stays in the cache for all of them. */
+static void attend_part(key_sums *sums, int64_t apart, const attention_call *c, int64_t sequence, int64_t head, int64_t count, int64_t part) {
+    int64_t d = c->d, stride = c->hkv * d, end = at_most((part + 1) * PART, c->kv_len[sequence]);
     int64_t offset = (c->kv_start[sequence] * c->hkv + head / (c->hq / c->hkv)) * d;
-    one_query queries[HEADS];
+    const float *query = c->q + (c->q_start[sequence] * c->hq + head) * d;
+    _Alignas(64) float q[HEADS][MAX_D];
     for (int64_t h = 0; h < count; h++) {
-        one_query *a = &queries[h];
+        key_sums *a = &sums[h * apart];
         a->maximum = -INFINITY, a->sum = 0.0f;
         memset(a->o, 0, sizeof a->o);
-        for (int64_t i = 0; i < d; i++) { a->q[i] = c->q[(index + h) * d + i] * c->scale; }
+        for (int64_t i = 0; i < d; i++) { q[h][i] = query[h * d + i] * c->scale; }
     }
-    for (int64_t first = 0; first < keys; first += KEYS) {
+    for (int64_t first = part * PART; first < end; first += KEYS) {
         const float *k = c->k + offset + first * stride, *v = c->v + offset + first * stride;
-        for (int64_t h = 0; h < count; h++) { attend_block(&queries[h], k, v, stride, at_most(KEYS, keys - first), d); }
+        for (int64_t h = 0; h < count; h++) { attend_block(&sums[h * apart], q[h], k, v, stride, at_most(KEYS, end - first), d); }
     }
-    for (int64_t h = 0; h < count; h++) {
-        for (int64_t i = 0; i < d; i++) { c->out[(index + h) * d + i] = queries[h].o[i] / queries[h].sum; }
-        if (c->lse != NULL) { c->lse[index + h] = queries[h].maximum + logf(queries[h].sum); }
+}
+
+/* all += part */
+static void join_parts(key_sums *all, const key_sums *part, int64_t d) {
+    float top = all->maximum > part->maximum ? all->maximum : part->maximum;
+    float keep = v_hmax(v_exp(v_set1(all->maximum - top))), take = v_hmax(v_exp(v_set1(part->maximum - top)));
+    for (int64_t i = 0; i < d; i += VL) { /* o has room for whole vectors */
+        v_store(all->o + i, v_fma(v_load(part->o + i), v_set1(take), v_mul(v_load(all->o + i), v_set1(keep))));
     }
+    all->sum = all->sum * keep + part->sum * take;
+    all->maximum = top;
+}
+
+static void store_sums(const attention_call *c, int64_t sequence, int64_t head, const key_sums *a) {
+    int64_t index = c->q_start[sequence] * c->hq + head;
+    for (int64_t i = 0; i < c->d; i++) { c->out[index * c->d + i] = a->o[i] / a->sum; }
+    if (c->lse != NULL) { c->lse[index] = a->maximum + logf(a->sum); }
+}
+
+static void attend_one(const attention_call *c, int64_t sequence, int64_t head, int64_t count) {
+    key_sums all[HEADS], part[HEADS];
+    attend_part(all, 1, c, sequence, head, count, 0);
+    for (int64_t p = 1; p * PART < c->kv_len[sequence]; p++) {
+        attend_part(part, 1, c, sequence, head, count, p);
+        for (int64_t h = 0; h < count; h++) { join_parts(&all[h], &part[h], c->d); }
+    }
+    for (int64_t h = 0; h < count; h++) { store_sums(c, sequence, head + h, &all[h]); }
+}
+
+/* ---- one query, parts of its keys on several threads: the same sums in the same order --------------------------------- */
+
+typedef struct {
+    const attention_call *call;
+    key_sums *sums; /* (b, hq, parts) */
+    int64_t parts;  /* of the longest sequence */
+} parted_call;
+
+static void part_task(void *context, int64_t task) {
+    const parted_call *p = context;
+    const attention_call *c = p->call;
+    int64_t part = task % p->parts, kv_head = task / p->parts % c->hkv, sequence = task / p->parts / c->hkv, group = c->hq / c->hkv;
+    if (part * PART >= c->kv_len[sequence]) { return; }
+    for (int64_t h = 0, head = kv_head * group; h < group; h += HEADS) {
+        key_sums *sums = p->sums + (sequence * c->hq + head + h) * p->parts + part;
+        attend_part(sums, p->parts, c, sequence, head + h, at_most(HEADS, group - h), part);
+    }
+}
+
+static void join_task(void *context, int64_t task) {
+    const parted_call *p = context;
+    const attention_call *c = p->call;
+    int64_t sequence = task / c->hq;
+    key_sums *all = p->sums + task * p->parts;
+    for (int64_t part = 1; part * PART < c->kv_len[sequence]; part++) { join_parts(all, all + part, c->d); }
+    store_sums(c, sequence, task % c->hq, all);
+}
+
+/* A step of generation whose sequences and key heads are too few for the threads; 0: it is another call, or there is no memory. */
+static int attend_parted(const attention_call *c) {
+    parted_call p = {.call = c};
+    int64_t longest = 0;
+    for (int64_t s = 0; s < c->b; s++) {
+        if (c->q_start[s + 1] - c->q_start[s] != 1) { return 0; }
+        longest = c->kv_len[s] > longest ? c->kv_len[s] : longest;
+    }
+    p.parts = pieces(longest, PART);
+    if (p.parts < 2 || c->b * c->hkv >= FEW_TASKS * ql_threads()) { return 0; }
+    p.sums = ql_scratch((size_t)(c->b * c->hq * p.parts) * sizeof *p.sums);
+    if (p.sums == NULL) { return 0; }
+    ql_parallel_for(c->b * c->hkv * p.parts, part_task, &p);
+    ql_parallel_for(c->b * c->hq, join_task, &p);
+    return 1;
 }
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------- */
@@ -323,7 +397,9 @@ static void attention_task(void *context, int64_t task) {
     store_rows(&rows, c);
 }
 
-void V_NAME(attention_first)(attention_call *call) { ql_parallel_for(first_block(call, call->b) * call->hkv, attention_task, call); }
+void V_NAME(attention_first)(attention_call *call) {
+    if (!attend_parted(call)) { ql_parallel_for(first_block(call, call->b) * call->hkv, attention_task, call); }
+}
 
 void V_NAME(attention_forward)(float *out, float *lse, const float *q, const float *k, const float *v,
                                const int64_t *q_start, const int64_t *kv_start, const int64_t *kv_len, int64_t b, int64_t hq,
