@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ import numpy as np
 
 import quantlab as ql
 from quantlab import _core, bench
+from quantlab.generate import generation_steps
 from quantlab.lora import Adapter
 
 SETTLE_S = 0.25  # OpenMP's threads spin this long after a call: nobody is timed beside another's spinning
 PROMPT, GENERATED, BATCH = 512, 128, 32
+DEPTH, STEPS = 4096, 16  # tokens before those that are timed, and how many these are
 Call = Callable[[], object]
 
 
@@ -216,12 +219,12 @@ def padded(rows: list[np.ndarray]) -> tuple[Any, Any]:
 class LlamaCpp:
     """llama.cpp on the same tokens, greedy: the calls of its C interface, without Python's sampling."""
 
-    def __init__(self, path: Path, threads: int):
+    def __init__(self, path: Path, threads: int, context: int):
         import llama_cpp
 
         self.lib = llama_cpp
         self.llama = llama_cpp.Llama(
-            str(path), n_ctx=PROMPT + GENERATED, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads,
+            str(path), n_ctx=context, n_batch=PROMPT, n_ubatch=PROMPT, n_threads=threads,
             n_threads_batch=threads, verbose=False,
         )  # fmt: skip
         self.vocabulary = self.llama.n_vocab()
@@ -235,12 +238,17 @@ class LlamaCpp:
         logits = np.ctypeslib.as_array(self.lib.llama_get_logits_ith(context, -1), (self.vocabulary,))
         return int(logits.argmax())
 
-    def generate(self, prompt: list[int], count: int) -> list[int]:
+    def steps(self, prompt: list[int]) -> Iterator[int]:
+        """Token after token that follows the prompt."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.llama._ctx.ctx), True)
-        tokens = [self.next(prompt)]
-        while len(tokens) < count:
-            tokens.append(self.next(tokens[-1:]))
-        return tokens
+        while True:
+            for first in range(0, len(prompt), PROMPT):
+                token = self.next(prompt[first : first + PROMPT])
+            yield token
+            prompt = [token]
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        return list(islice(self.steps(prompt), count))
 
 
 def make_q4_0(source: Path, target: Path) -> None:
@@ -255,7 +263,8 @@ def make_q4_0(source: Path, target: Path) -> None:
 
 
 def llama_cpp(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """A prompt of 512 tokens, and 128 tokens after one: 4-bit weights of 4.5 bits, output matrix in 8 bits, both."""
+    """A prompt of 512 tokens, 128 tokens after one, and tokens after 4,096, in a context of that size: 4-bit weights of
+    4.5 bits, output matrix in 8 bits, both."""
     import llama_cpp as library
 
     model = ql.LlamaForCausalLM.from_pretrained("demo")
@@ -267,7 +276,7 @@ def llama_cpp(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         if path is None:
             path = Path(folder) / "q4_0.gguf"
             make_q4_0(model.checkpoint.path, path)
-        theirs = LlamaCpp(path, arguments.threads)
+        theirs = LlamaCpp(path, arguments.threads, PROMPT + GENERATED)
         prompt, start = [int(token) for token in ids], [int(ids[0])]
         system = library.llama_print_system_info().decode()
         name = f"llama.cpp ({library.__version__}) Q4_0{', AMX' if 'AMX_INT8 = 1' in system else ''}"
@@ -279,6 +288,19 @@ def llama_cpp(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             yield compare(
                 f"{case}, {tokens} tokens", mine, {name: peer}, arguments.rounds, arguments.threads, tokens=tokens
             )
+        deep = np.resize(ids, DEPTH)
+        deeper = LlamaCpp(path, arguments.threads, DEPTH + 2 * STEPS * (arguments.rounds + 1))
+        after = (generation_steps(ours, [deep], DEPTH), deeper.steps(deep.tolist()))
+        mine, peer = (lambda steps=steps: next(steps) for steps in after)
+        yield compare(
+            f"generation after {DEPTH:,} tokens",
+            mine,
+            {name: peer},
+            arguments.rounds,
+            arguments.threads,
+            STEPS,
+            tokens=1,
+        )
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
