@@ -97,6 +97,16 @@ def test_decode_of_long_sequences(isa: str, rng: np.random.Generator, hq: int, h
         assert _core.attention(case.q[one], *rest).tobytes() == together[one].tobytes()
 
 
+@pytest.mark.parametrize("first, last", [(64, 128), (512, 576), (512, 1024), (600, 700)])
+def test_keys_of_no_weight_are_left_out(isa: str, rng: np.random.Generator, first: int, last: int) -> None:
+    """Scores that overflow to -infinity, whole blocks and parts of them."""
+    case = Case(rng, [1], [1099], 2, 1, 16)
+    case.q[:], case.k[:], case.v[:] = 1e20, 1e-20, 1.0
+    case.k[case.kv_start[0] + first : case.kv_start[0] + last] = -3e19
+    case.v[case.kv_start[0] + first : case.kv_start[0] + last] = 7.0
+    np.testing.assert_allclose(_core.attention(*case.arguments()), 1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize("length, d", [(70, 16), (150, 64)])
 def test_large_scores(isa: str, rng: np.random.Generator, length: int, d: int) -> None:
     """Scores of some hundred: all but a few weights vanish, and nothing overflows."""

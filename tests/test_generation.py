@@ -173,6 +173,16 @@ def test_rows_that_end_do_not_change_the_others(do_sample: bool) -> None:
             assert seen[index] == new[:end]
 
 
+def test_weights_are_packed_once_few_rows_are_left() -> None:
+    if _core.gemv_rows() == 0:
+        pytest.skip("packed weights are for vector kernels")
+    model = ql.quantize(tiny_model(hidden_size=64, intermediate_size=128), ql.NF4Config(64), progress=False)
+    steps = generation_steps(model, prompts_of(model, (3,) * (_core.gemv_rows() + 1)), 4)
+    weight = model.weights["model.layers.0.mlp.gate_proj"].handle
+    assert len(next(steps)) == _core.gemv_rows() + 1 and weight.packed_nbytes == 0
+    assert len(steps.send([1])) == 1 and weight.packed_nbytes > 0
+
+
 def test_generation_refuses() -> None:
     model = tiny_model()
     tables = model.rope(16)

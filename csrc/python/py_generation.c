@@ -62,6 +62,11 @@ static ql_status make_state(GenerationObject *self, const int64_t *lengths, int6
     return QL_OK;
 }
 
+/* what products with few rows read, of b sequences */
+static void pack_weights(GenerationObject *self, int64_t b) {
+    if (self->llama->be == NULL) { ql_llama_pack(&self->llama->model, b), ql_weight_pack(&self->head_object->weight, b); }
+}
+
 static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t positions) {
     const ql_backend *be = self->be;
     const ql_llama *m = &self->llama->model;
@@ -80,7 +85,7 @@ static ql_status make(GenerationObject *self, const int64_t *lengths, int64_t po
     if (status == QL_OK) { status = be->alloc((void **)&g->workspace, (size_t)ql_llama_workspace(m, b, be) * sizeof(float)); }
     if (status == QL_OK) { status = be->alloc_shared((void **)&g->history, (size_t)(b * self->steps) * sizeof(int32_t)); }
     if (status == QL_OK) { status = make_state(self, lengths, positions); }
-    if (status == QL_OK && self->llama->be == NULL) { ql_llama_pack(m, b), ql_weight_pack(&self->head_object->weight, b); }
+    if (status == QL_OK) { pack_weights(self, b); }
     ql_status first = be->end();
     return first != QL_OK ? first : status;
 }
@@ -326,6 +331,7 @@ static void keep_rows(GenerationObject *self, const int32_t *rows, int64_t count
         g->kv_len[i] = g->kv_len[from], kv_start[i] = kv_start[from], streams[i] = streams[from];
     }
     g->batch.t = g->batch.b = count;
+    pack_weights(self, count); /* they may be the first that are few enough */
 }
 
 /* keep(rows int32 (n,)) -> bool: the next steps are of these sequences alone, ascending places among those of the last step, after which
@@ -342,7 +348,11 @@ static PyObject *generation_keep(PyObject *object, PyObject *arguments) {
     for (int64_t i = 0; i < count && !bad; i++) { bad = values[i] >= self->g.batch.b || values[i] < (i > 0 ? values[i - 1] + 1 : 0); }
     if (bad) { return PyErr_Format(PyExc_ValueError, "rows: expected ascending places among the sequences of the last step"); }
     if (self->be->records) { Py_RETURN_FALSE; }
+    int stopped;
+    QL_CALL_BEGIN
     keep_rows(self, values, count);
+    QL_CALL_END(stopped)
+    if (stopped) { return NULL; }
     Py_RETURN_TRUE;
 }
 

@@ -16,6 +16,7 @@
 #include "../core/sizes.h"
 #include "overlay.h"
 
+#include <float.h>  /* FLT_MAX */
 #include <math.h>   /* logf, INFINITY */
 #include <string.h> /* memcpy */
 
@@ -286,7 +287,7 @@ static void attend_part(key_sums *sums, int64_t apart, const attention_call *c, 
     _Alignas(64) float q[HEADS][MAX_D];
     for (int64_t h = 0; h < count; h++) {
         key_sums *a = &sums[h * apart];
-        a->maximum = -INFINITY, a->sum = 0.0f;
+        a->maximum = -FLT_MAX, a->sum = 0.0f; /* not -infinity, which all scores of a part may be: they weigh nothing */
         memset(a->o, 0, sizeof a->o);
         for (int64_t i = 0; i < d; i++) { q[h][i] = query[h * d + i] * c->scale; }
     }
