@@ -119,6 +119,7 @@ typedef enum {
     QL_SCRATCH_GPTQ,
     QL_SCRATCH_BLAS,       /* cuBLAS' workspace */
     QL_SCRATCH_SOLVER,
+    QL_SCRATCH_COUNTERS,   /* zeros: a kernel that counts here leaves zeros */
     QL_SCRATCH_COUNT
 } ql_cuda_slot;
 void *ql_cuda_scratch(ql_cuda_slot slot, size_t bytes);

@@ -3,6 +3,7 @@
 #ifndef QL_CUDA_LINEAR_FAMILY_CUH
 #define QL_CUDA_LINEAR_FAMILY_CUH
 
+#include "linear_decoded.cuh"
 #include "linear_group.cuh"
 #include "linear_small.cuh"
 #include "linear_wide.cuh"
@@ -32,12 +33,15 @@ typedef struct {
 enum { SHARED_MEMORY = 227 << 10, LEAST_STAGES = 2 };
 enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4, SMALL_WIDES = 2 };
 
+typedef void (*decoded_kernel)(small_args, decoded_work, ql_tensor_map, ql_tensor_map);
+
 typedef struct {
     int parts;                                         /* the number that the first instances are made for */
     small_kernel ring[SMALL_RINGS], any[SMALL_RINGS];  /* any: for any number of parts */
     small_kernel registers[SMALL_REGISTERS];
     group_kernel group[SMALL_GROUPS], group_any[SMALL_GROUPS];
-    wide_kernel wide[SMALL_WIDES]; /* for any number of parts */
+    wide_kernel wide[SMALL_WIDES]; /* for any number of parts, as is: */
+    decoded_kernel decoded;
 } small_family;
 
 /* float rows (linear_dense.cu); false: too many tokens */
@@ -45,6 +49,9 @@ bool ql_cuda_launch_dense(const small_args *a, ql_units_kind kind);
 /* more tokens than a group kernel takes (linear_wide.cu); false: no kernel fits */
 bool ql_cuda_launch_wide(small_args *a, const wide_kernel *kernels, int columns);
 bool ql_cuda_fits_wide(const small_args *a, const wide_kernel *kernels, int columns);
+/* as many, with W decoded once (linear_decoded.cu); false: the failure is kept */
+bool ql_cuda_launch_decoded(small_args *a, decoded_kernel kernel, int columns);
+bool ql_cuda_fits_decoded(const small_args *a, int columns);
 
 extern const small_family ql_small_2bit, ql_small_3bit, ql_small_4bit, ql_small_8bit, ql_small_table;
 

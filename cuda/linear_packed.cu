@@ -1,5 +1,5 @@
 /* linear_packed.cu: which kernel takes a product on the packed weight: of linear_small.cuh and linear_group.cuh a few tokens, how they are laid out
- * and launched; of linear_wide.cuh more. */
+ * and launched; of linear_wide.cuh and linear_decoded.cuh more. */
 #include "linear.cuh"
 #include "linear_family.cuh"
 
@@ -181,6 +181,14 @@ static bool launch_rings(small_args *a, const small_kernel *kernels, int first, 
     return false;
 }
 
+/* tokens up to which linear_wide.cuh is faster than linear_decoded.cuh, as measured on an H100: a table takes longer to decode again and again */
+static int64_t wide_tokens(ql_units_kind kind) { return kind == QL_UNITS_TABLE ? 1024 : 2048; }
+
+/* whether W is decoded once for all tokens of the product, which then takes activations in plain order */
+static bool is_decoded(const small_args *a, const ql_packed *p) {
+    return has_groups() && p->kind < QL_ROWS_F32 && a->m > wide_tokens(p->kind) && ql_cuda_fits_decoded(a, p->columns);
+}
+
 /* As measured on an H100: rings up to 8 tokens; more in the order of the fragments go to groups, others up to 16 to a ring where a block holds the
  * activations of all of K. Rings know the plain order alone. */
 static bool launch(small_args *a, const ql_packed *p) {
@@ -193,6 +201,7 @@ static bool launch(small_args *a, const ql_packed *p) {
         }
         return false;
     }
+    if (is_decoded(a, p)) { return ql_cuda_launch_decoded(a, family->decoded, p->columns), true; } /* a failure is kept */
     if (a->m > GROUP_TOKENS) { return ql_cuda_launch_wide(a, family->wide, p->columns); }
     const small_kernel *rings = exact ? family->ring : family->any;
     if (!a->ordered && launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
@@ -202,12 +211,12 @@ static bool launch(small_args *a, const ql_packed *p) {
 /* the activations of `a`: as they are, or converted; a single token in float32 is left to the kernel. False: memory is out */
 static bool set_activations(small_args *a, const ql_activations *x, const ql_weight *w, int64_t m) {
     int64_t line = (int64_t)a->units * ql_packed_of(w)->columns;
-    a->k = (int)w->k, a->x_line = (int)line;
+    a->k = (int)w->k, a->x_line = (int)line, a->m = (int)m;
     if (x->made.halves != NULL && w->perm == NULL && line == w->k && ql_packed_of(w)->kind < QL_ROWS_F32) {
         a->made = x->made, a->eps = x->eps, a->ordered = x->made.ordered;
         return a->x = x->made.halves, true;
     }
-    bool wide = m > GROUP_TOKENS && has_groups(); /* these kernels take no other order */
+    bool wide = m > GROUP_TOKENS && has_groups() && !is_decoded(a, ql_packed_of(w)); /* these kernels take no other order */
     a->ordered = x->ordered;
     if (x->halves != NULL && w->perm == NULL && line == w->k && (uintptr_t)x->halves % 16 == 0 && x->ordered >= wide) { return a->x = x->halves, true; }
     if (x->floats != NULL && m == 1 && ql_cuda_capability() >= 90 && ql_packed_of(w)->kind < QL_ROWS_F32) {
@@ -282,17 +291,19 @@ static bool is_packed(const ql_weight *w) {
     return w->packed != NULL;
 }
 
-/* Tokens up to which a product on the packed weight is faster than one on the weight decoded for cuBLAS, as measured on an H100. SwiGLU spares
- * gate's and up's way through memory, a table takes longer to decode; rows of bfloat16 cuBLAS takes as they are, other rows of floats not. */
-static int64_t most_tokens(const ql_weight *w, ql_output output) {
+/* Tokens up to which a product on the packed weight is faster than one on the weight decoded for cuBLAS, as measured on an H100: any number where
+ * linear_decoded.cuh takes over. Beside an adapter SwiGLU spares gate's and up's way through memory, a table takes longer to decode; rows of bfloat16
+ * cuBLAS takes as they are, other rows of floats not. */
+static int64_t most_tokens(const ql_weight *w, ql_output output, bool adapted) {
     if (ql_cuda_capability() < 90 || w->format == QL_BF16) { return 16; }
     if (w->format == QL_F32 || w->format == QL_F16) { return 32; }
     if (!has_groups()) { return GROUP_TOKENS; }
+    if (!adapted) { return INT32_MAX; }
     return output == QL_OUT_SWIGLU ? 4096 : w->format == QL_NF4 || w->format == QL_FP4 ? 1024 : 2048;
 }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (!ql_cuda_orders(t) || t > most_tokens(w, QL_OUT_FLOAT_ADD) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
+    if (!ql_cuda_orders(t) || t > most_tokens(w, QL_OUT_FLOAT_ADD, false) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
         return 0;
     }
     const ql_packed *p = ql_packed_of(w);
@@ -304,7 +315,7 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
     (void)make_part(&a.part[0], &product, NULL);
     a.tiles = a.part[0].tiles, a.units = p->units, a.record = p->record, a.m = (int)t;
     bool exact = p->parts == family->parts;
-    if (t > GROUP_TOKENS) { return ql_cuda_fits_wide(&a, family->wide, p->columns); }
+    if (t > GROUP_TOKENS) { return !is_decoded(&a, p) && ql_cuda_fits_wide(&a, family->wide, p->columns); }
     return best_plan(&a, exact ? family->group : family->group_any, p->columns).cost > 0;
 }
 
@@ -312,7 +323,7 @@ bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activ
     bool together = true;
     if (m < 1) { return false; }
     for (int i = 0; i < count; i++) {
-        if (m > most_tokens(products[i].w, products[i].output) || !is_packed(products[i].w)) { return false; }
+        if (m > most_tokens(products[i].w, products[i].output, products[i].term.r > 0) || !is_packed(products[i].w)) { return false; }
         together = together && alike(products[0].w, products[i].w);
     }
     if (together) { return launch_products(products, count, x, rotation, m); }

@@ -192,7 +192,6 @@ template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_mult
         x = s.x;
         wide_finish<Tokens8>(a, p, round, s.sums);
     }
-    bulk_wait<0>();
 }
 
 template <typename Codes, int Tokens8> __device__ __forceinline__ void wide_body(const small_args &a, const ql_tensor_map *map) {

@@ -10,8 +10,11 @@ enum {
     WIDE_COLUMNS = 64,                      /* of a stage of activations: rows of 128 bytes */
     WIDE_BATCH = WIDE_COLUMNS / STEP,       /* steps that are decoded at once: those of a stage */
     WIDE_MAX_STAGES = 8,
-    WIDE_ROUND = 4,                         /* fragments that a warp hands over, or stores, at once; also the most blocks of a cluster */
-    WIDE_STAGE = 8 * WIDE_ROUND * 528       /* bytes of a staging buffer: lines of outputs, 16 bytes further apart than they are long */
+    WIDE_ROUND = 4,                         /* fragments that a warp hands over, or turns, at once; also the most blocks of a cluster */
+    WIDE_GROUP_TILES = 4,                   /* of a warpgroup */
+    WIDE_TURNS = 4,                         /* times that a lane stores 16 bytes of a place */
+    WIDE_PLACE = WIDE_TURNS * WIDE_GROUP_TILES * WARP * 16, /* bytes: lines of outputs of a warpgroup */
+    WIDE_STAGE = 2 * WIDE_PLACE             /* of both */
 };
 
 template <typename Codes, int Tokens8> __host__ __device__ constexpr int wide_x_stages() { return Tokens8 <= 16 ? 6 : Codes::table ? 3 : 4; }

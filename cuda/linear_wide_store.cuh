@@ -1,8 +1,8 @@
 /* linear_wide_store.cuh: the end of an item of linear_wide.cuh: what becomes of its sums.
  *
  * Where a cluster splits K, fragments are dealt out to its blocks, WIDE_ROUND of each warp at a time, and added there in the order of the blocks. Then
- * outputs that stand side by side are put together as lines in shared memory, which bulk copies carry away, or add to what is there, while the next
- * item is multiplied. Items with outputs that do not (the last of a matrix, heads of another size), or with an adapter, are stored fragment by fragment.
+ * they are turned in shared memory, so that lanes store, or add to what is there, 16 bytes of a token each; a warpgroup stores its own, while the other
+ * may still, or already, multiply. Items of which outputs are missing (the last of a matrix), or with an adapter, are stored fragment by fragment.
  * The code is kept short and straight: it runs once an item, and what has to be fetched or branches then costs more than what it does. */
 #ifndef QL_CUDA_LINEAR_WIDE_STORE_CUH
 #define QL_CUDA_LINEAR_WIDE_STORE_CUH
@@ -54,9 +54,8 @@ __device__ __forceinline__ void wide_release(const wide_place &p, int round, boo
     __syncwarp();
     if (p.lane < 1 << p.shift && p.lane != p.rank) { barrier_arrive_cluster(cluster_address(wide_received_free(p, round, p.warp), p.lane)); }
 }
-/* the same before the first item that the cluster shares: what the block copied from there has been read */
+/* the same before the first item that the cluster shares: the lines that stood there have been stored */
 __device__ __forceinline__ void wide_open(const wide_place &p) {
-    bulk_wait_read<0>();
     block_barrier(1, WIDE_TILES * WARP);
     wide_release(p, 0, false), wide_release(p, 1, false);
 }
@@ -164,8 +163,7 @@ template <int Tokens8>
 __device__ __forceinline__ void wide_finish_any(const small_args &a, const wide_place &p, const wide_item &item, int &round, const float (&sums)[4 * Tokens8]) {
     wide_target t = wide_aim(a, p, item.tile);
     int fragments = p.shift > 0 ? max(item.fragments, 2 * WIDE_ROUND) : item.fragments; /* both places: what is released is sent to again */
-    bulk_wait_read<0>(); /* of an item with lines, which may have stood here */
-    block_barrier(1, WIDE_TILES * WARP);
+    block_barrier(1, WIDE_TILES * WARP); /* the lines of an item may have stood here */
 #pragma unroll 1
     for (int first = 0; first < fragments; first += WIDE_ROUND, round++) {
         wide_send<Tokens8>(p, first, round, sums);
@@ -174,42 +172,69 @@ __device__ __forceinline__ void wide_finish_any(const small_args &a, const wide_
         if (item.there) { wide_store(a, p, t, item.token8 + first, round); } /* or what is received is dropped */
         wide_release(p, round, p.last && first + 2 * WIDE_ROUND >= fragments);
     }
+    block_barrier(1, WIDE_TILES * WARP); /* or may come to stand here */
 }
 
-/* ---- items whose outputs stand side by side: lines of them are put together in shared memory, and copied from there ------------------ */
+/* ---- items whose outputs are all there: lines of them are put together in shared memory, and stored from there ------------------------ */
 
-/* of such an item: where its outputs begin in a line, how many bytes they are */
-struct wide_lines {
-    int column, bytes;
-    uint32_t pitch;           /* in shared memory */
-    uint32_t upper, lower;    /* places of the lane's rows in a line, of its first token */
-    float factor, factor_lower;
-    const float *cos, *sin;
+/* A warpgroup stores its own tiles. Of a token it has a line: units of 8 outputs, tile after tile, in pieces of 16 bytes; piece c of line i stands at
+ * c ^ (i % 8), or i / 2 % 4 where lines are short, so that neither those who write nor those who read meet in a bank. */
+template <int Output> struct wide_line {
+    enum {
+        size = Output == SMALL_FLOAT ? 4 : 2,
+        halves = Output == SMALL_SWIGLU ? 1 : 2, /* units of a tile */
+        pieces = WIDE_GROUP_TILES * halves * UNIT_ROWS * size / 16,
+        bytes = 16 * pieces,
+        fragments = WIDE_PLACE / (8 * bytes), /* whose tokens have room in a place */
+        lines = 128 / pieces                  /* that a warpgroup stores at once */
+    };
+    static __device__ __forceinline__ int turn(int line) { return bytes == 64 ? line / 2 % 4 : line % 8; }
+    static __device__ __forceinline__ uint32_t piece(int line, int c) { return line * bytes + (c ^ turn(line)) * 16; }
 };
 
-/* whether the tiles are neighbours of one part, whole, and what bulk copies can take */
+/* whether the tiles are all there, of one part, and what 16 bytes can be stored to */
 __device__ __forceinline__ bool wide_has_lines(const small_args &a, const wide_item &item, const small_tile &last, bool last_there) {
     const small_part &part = a.part[item.first.part];
-    int begin = item.first.unit * UNIT_ROWS, end = last.unit * UNIT_ROWS + part.lower_rows + UNIT_ROWS;
-    int width = WIDE_TILES * (part.output == SMALL_SWIGLU ? UNIT_ROWS : TILE_ROWS), size = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD ? 4 : 2;
-    return !a.adapted && last_there && last.part == item.first.part && end - begin == width && end <= part.n && (uintptr_t)part.out % 16 == 0 &&
-           part.n * size % 16 == 0 && begin * size % 16 == 0 && (part.output != SMALL_ROPE || (begin % a.d == 0 && width % a.d == 0)) &&
-           (part.output != SMALL_SWIGLU || !part.ordered || begin % NORM_BLOCK == 0);
+    int size = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD ? 4 : 2;
+    return !a.adapted && last_there && last.part == item.first.part && last.unit * UNIT_ROWS + part.lower_rows + UNIT_ROWS <= part.n &&
+           (uintptr_t)part.out % 16 == 0 && part.n * size % 16 == 0 &&
+           (part.output != SMALL_SWIGLU || !part.ordered || item.first.unit * UNIT_ROWS % NORM_BLOCK == 0);
 }
 
-template <int Output>
-__device__ __forceinline__ wide_lines wide_lines_of(const small_args &a, const wide_item &item, int lane) {
-    constexpr int size = Output == SMALL_FLOAT ? 4 : 2, width = (Output == SMALL_SWIGLU ? UNIT_ROWS : TILE_ROWS) * WIDE_TILES;
+/* what a lane knows of an item: of the sums that it turns into outputs, and of the piece that it stores of every line */
+struct wide_lines {
+    float factor, factor_lower;
+    const float *cos, *sin; /* of its row's angle */
+    uint32_t place;         /* where its part of a fragment goes, of the first line */
+    int line, piece;        /* the first of those that it stores */
+    char *out;              /* where the piece goes, of row 0 */
+    int bytes;              /* of a row */
+};
+
+template <int Output> __device__ __forceinline__ wide_lines wide_lines_of(const small_args &a, const wide_place &p, const wide_item &item) {
+    typedef wide_line<Output> line;
     const small_part &part = a.part[item.tile.part];
-    int begin = item.first.unit * UNIT_ROWS, row = item.tile.unit * UNIT_ROWS + lane / 4, column = row - begin;
-    wide_lines l = {begin, width * size, width * size + 16, 0, 0, __ldg(part.factor), __ldg(part.factor_lower), a.cos, a.sin};
-    if (Output == SMALL_SWIGLU && part.ordered) { column = ordered_column(column); }
-    l.upper = lane % 4 * 2 * l.pitch + column * size, l.lower = l.upper + part.lower_rows * size;
-    if (Output == SMALL_ROPE) { l.cos += row % a.d, l.sin += row % a.d; }
+    int thread = threadIdx.x % (WIDE_GROUP_TILES * WARP), piece = thread % line::pieces, unit = piece * 16 / (UNIT_ROWS * line::size);
+    int group = p.warp / WIDE_GROUP_TILES * WIDE_GROUP_TILES, number = p.warp % WIDE_GROUP_TILES;
+    small_tile stored = wide_tile(a, p, group + unit / line::halves);
+    int column = stored.unit * UNIT_ROWS + unit % line::halves * part.lower_rows + piece * 16 / line::size % UNIT_ROWS;
+    wide_lines l = {__ldg(part.factor), __ldg(part.factor_lower), a.cos, a.sin, 0, thread / line::pieces, piece,
+                    (char *)part.out + (int64_t)column * line::size, part.n * line::size};
+    if (Output == SMALL_ROPE) {
+        int row = (item.tile.unit * UNIT_ROWS + p.lane / 4) % a.d;
+        l.cos += row, l.sin += row;
+    }
+    if (Output == SMALL_FLOAT) { /* one value of two tokens, the second in the next line */
+        l.place = line::piece(p.lane % 4 * 2, number * 4 + p.lane / 16) + p.lane / 4 % 4 * 4;
+    } else if (Output == SMALL_SWIGLU) { /* a row of one of two matrices, which are fragments */
+        l.place = line::piece(p.lane % 16, number);
+    } else { /* of one of four: two fragments, upper and lower */
+        l.place = line::piece(p.lane / 16 * 8 + p.lane % 8, number * 2 + p.lane / 8 % 2);
+    }
     return l;
 }
 
-/* the token of line `line` of WIDE_ROUND fragments, which are 1 << shift apart, the first one's tokens from 8 token8 on */
+/* the token of line `line` of fragments that are 1 << shift apart, the first one's tokens from 8 token8 on */
 __device__ __forceinline__ int wide_token(int line, int token8, int shift) { return 8 * (token8 + (line / 8 << shift)) + line % 8; }
 
 /* where the angles of the position of line `lane` begin */
@@ -237,53 +262,85 @@ template <int Output> __device__ __forceinline__ wide_turns wide_turns_of(const 
     return turns;
 }
 
-/* a fragment's sums as outputs at `stage`, where its first token begins */
+/* rows of `out` of the lines that a lane stores of a place; -1: there is no such token */
+struct wide_rows {
+    int of[WIDE_TURNS];
+};
 template <int Output>
-__device__ __forceinline__ void wide_emit(const wide_lines &l, uint32_t stage, const float2 (&turn)[2], float4 sum) {
-    float u[2] = {sum.x * l.factor, sum.y * l.factor}, v[2] = {sum.z * l.factor_lower, sum.w * l.factor_lower};
+__device__ __forceinline__ wide_rows wide_rows_of(const small_args &a, const small_part &part, const wide_lines &l, int lines, int token8, int shift) {
+    wide_rows rows;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t upper = stage + l.upper + i * l.pitch, lower = stage + l.lower + i * l.pitch;
-        if (Output == SMALL_FLOAT) {
-            store_shared(upper, u[i]), store_shared(lower, v[i]);
-            continue;
+    for (int i = 0; i < WIDE_TURNS; i++) {
+        int line = l.line + i * wide_line<Output>::lines, token = wide_token(line, token8, shift);
+        rows.of[i] = line >= lines || token >= a.m ? -1 : part.rows != NULL ? __ldg(part.rows + token) : token;
+    }
+    return rows;
+}
+
+/* two fragments' sums as outputs from `stage` on, where the line of the first one's first token begins */
+template <int Output>
+__device__ __forceinline__ void wide_emit(const wide_lines &l, uint32_t stage, const float2 (&turn)[WIDE_ROUND][2], int first, const float4 (&sum)[WIDE_ROUND]) {
+    uint32_t pair[4]; /* (fragment, unit): of two tokens */
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        float4 s = sum[first + j];
+        float u[2] = {s.x * l.factor, s.y * l.factor}, v[2] = {s.z * l.factor_lower, s.w * l.factor_lower};
+        if constexpr (Output == SMALL_FLOAT) {
+            uint32_t to = stage + j * 8 * wide_line<Output>::bytes + l.place; /* the lower unit's pieces are two further, the next line's at one bit's turn */
+            store_shared(to, u[0]), store_shared(to ^ 32, v[0]);
+            to = (to ^ 16) + wide_line<Output>::bytes;
+            store_shared(to, u[1]), store_shared(to ^ 32, v[1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (Output == SMALL_ROPE) {
+                    float2 turned = rope_pair(u[i], v[i], turn[first + j][i].x, turn[first + j][i].y);
+                    u[i] = turned.x, v[i] = turned.y;
+                }
+                if (Output == SMALL_SWIGLU) { u[i] = silu_fast(u[i]) * v[i]; }
+            }
+            pair[2 * j] = pack_bf16(u[0], u[1]), pair[2 * j + 1] = pack_bf16(v[0], v[1]);
         }
-        if (Output == SMALL_SWIGLU) {
-            store_shared(upper, __float2bfloat16_rn(silu_fast(u[i]) * v[i]));
-            continue;
-        }
-        if (Output == SMALL_ROPE) {
-            float2 turned = rope_pair(u[i], v[i], turn[i].x, turn[i].y);
-            u[i] = turned.x, v[i] = turned.y;
-        }
-        store_shared(upper, __float2bfloat16_rn(u[i])), store_shared(lower, __float2bfloat16_rn(v[i]));
+    }
+    if constexpr (Output == SMALL_SWIGLU) {
+        store_transposed(stage + l.place, pair[0], pair[2]);
+    } else if constexpr (Output != SMALL_FLOAT) {
+        store_transposed(stage + l.place, pair[0], pair[1], pair[2], pair[3]);
     }
 }
 
-/* Copies the lines of `fragments` fragments at `stage`, the first one's tokens from 8 token8 on, once all warps have put theirs there. */
-__device__ __forceinline__ void wide_copy_lines(const small_args &a, const wide_place &p, const small_part &part, const wide_lines &l, uint32_t stage,
-                                                int token8, int fragments) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    block_barrier(1, WIDE_TILES * WARP);
-    int line = p.lane * WIDE_TILES + p.warp, token = wide_token(line, token8, p.shift);
-    if (line < 8 * fragments && token < a.m) {
-        int64_t row = part.rows != NULL ? part.rows[token] : token;
-        bool floats = part.output == SMALL_FLOAT || part.output == SMALL_FLOAT_ADD;
-        char *to = (char *)part.out + (row * part.n + l.column) * (floats ? 4 : 2);
-        if (part.output == SMALL_FLOAT_ADD) {
-            add_bulk(to, stage + line * l.pitch, l.bytes);
+/* stores the lines at `stage`, once the warpgroup has put them there */
+template <int Output> __device__ __forceinline__ void wide_store_lines(const small_part &part, const wide_lines &l, uint32_t stage, const wide_rows &rows) {
+    typedef wide_line<Output> line;
+#pragma unroll
+    for (int i = 0; i < WIDE_TURNS; i++) {
+        if (rows.of[i] < 0) { continue; }
+        int at = l.line + i * line::lines;
+        char *to = l.out + (int64_t)rows.of[i] * l.bytes;
+        if (Output == SMALL_SWIGLU && part.ordered) { /* pair `piece` of each unit */
+            uint32_t v[WIDE_GROUP_TILES];
+#pragma unroll
+            for (int unit = 0; unit < WIDE_GROUP_TILES; unit++) { v[unit] = load_shared<uint32_t>(stage + line::piece(at, unit) + l.piece * 4); }
+            *(uint4 *)to = make_uint4(v[0], v[1], v[2], v[3]);
+            continue;
+        }
+        float4 v = load_shared<float4>(stage + line::piece(at, l.piece));
+        if (Output == SMALL_FLOAT && part.output == SMALL_FLOAT_ADD) {
+            add_vector((float *)to, v);
         } else {
-            store_bulk(to, stage + line * l.pitch, l.bytes);
+            *(float4 *)to = v;
         }
     }
-    bulk_commit();
 }
+
+__device__ __forceinline__ void wide_group_barrier(const wide_place &p) { block_barrier(4 + p.warp / WIDE_GROUP_TILES, WIDE_GROUP_TILES * WARP); }
 
 /* An item whose K the blocks of the cluster split, two rounds at once. The other blocks may send again as soon as the sums are added up. */
 template <int Tokens8, int Output>
 __device__ __forceinline__ void wide_finish_split(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l, int &round,
                                                   const float (&sums)[4 * Tokens8]) {
-    uint32_t stage = p.base + p.l.staging;
+    const small_part &part = a.part[item.tile.part];
+    uint32_t stage = p.base + p.l.staging + p.warp / WIDE_GROUP_TILES * WIDE_PLACE;
     int mine = 2 * WIDE_ROUND >> p.shift; /* fragments of two rounds */
     int angle = wide_angle<Output>(a, p.lane, item.token8 + p.rank, p.shift);
 #pragma unroll 1
@@ -291,6 +348,7 @@ __device__ __forceinline__ void wide_finish_split(const small_args &a, const wid
         bool end = p.last && first + 2 * WIDE_ROUND >= item.fragments;
         wide_turns turns = wide_turns_of<Output>(l, p.lane, angle, mine);
         angle = wide_angle<Output>(a, p.lane, item.token8 + first + 2 * WIDE_ROUND + p.rank, p.shift); /* of the next two */
+        wide_rows rows = wide_rows_of<Output>(a, part, l, 8 * mine, item.token8 + first + p.rank, p.shift);
         float4 sum[WIDE_ROUND]; /* number j: fragment rank + j splits of both rounds */
         wide_send<Tokens8>(p, first, round, sums), wide_send<Tokens8>(p, first + WIDE_ROUND, round + 1, sums);
         wide_await(p, round), wide_await(p, round + 1);
@@ -307,43 +365,55 @@ __device__ __forceinline__ void wide_finish_split(const small_args &a, const wid
             }
         }
         wide_release(p, round, end), wide_release(p, round + 1, end);
-        bulk_wait_read<0>();
-        block_barrier(1, WIDE_TILES * WARP);
+        wide_group_barrier(p); /* what stood there has been read */
 #pragma unroll
-        for (int j = 0; j < WIDE_ROUND; j++) {
-            if (j < mine) { wide_emit<Output>(l, stage + j * 8 * l.pitch, turns.of[j], sum[j]); }
+        for (int j = 0; j < WIDE_ROUND; j += 2) {
+            if (j < mine) { wide_emit<Output>(l, stage + j * 8 * wide_line<Output>::bytes, turns.of, j, sum); }
         }
-        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first + p.rank, mine);
+        wide_group_barrier(p);
+        wide_store_lines<Output>(part, l, stage, rows);
     }
 }
 
-/* an item that is this block's alone: in two buffers by turns, of which one is what others would send to */
+/* an item that is this block's alone: in two places by turns, of which one is what others would send to */
 template <int Tokens8, int Output>
 __device__ __forceinline__ void wide_finish_alone(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l,
                                                   const float (&sums)[4 * Tokens8]) {
+    constexpr int fragments = wide_line<Output>::fragments;
+    const small_part &part = a.part[item.tile.part];
     int angle[Tokens8 / WIDE_ROUND];
+    uint32_t stage = 0;
+    wide_rows rows;
 #pragma unroll
     for (int i = 0; i < Tokens8 / WIDE_ROUND; i++) { angle[i] = wide_angle<Output>(a, p.lane, item.token8 + i * WIDE_ROUND, 0); }
     wide_turns turns = wide_turns_of<Output>(l, p.lane, angle[0], WIDE_ROUND);
+    wide_group_barrier(p); /* the lines of the item ahead have been read */
 #pragma unroll
     for (int first = 0; first < Tokens8; first += WIDE_ROUND) {
-        if (first % (2 * WIDE_ROUND) == 0 && first >= item.fragments) { break; } /* not between the two: the next item begins with the first */
-        uint32_t stage = p.base + (first / WIDE_ROUND % 2 ? p.l.staging : p.l.received);
-        bulk_wait_read<1>();
-        block_barrier(1, WIDE_TILES * WARP);
+        if (first % fragments == 0) {
+            if (first >= item.fragments) { break; }
+            stage = p.base + (first / fragments % 2 ? p.l.staging : p.l.received) + p.warp / WIDE_GROUP_TILES * WIDE_PLACE;
+            rows = wide_rows_of<Output>(a, part, l, 8 * fragments, item.token8 + first, 0);
+        }
+        float4 sum[WIDE_ROUND];
 #pragma unroll
         for (int j = 0; j < WIDE_ROUND; j++) {
             const float *from = sums + 4 * (first + j);
-            wide_emit<Output>(l, stage + j * 8 * l.pitch, turns.of[j], make_float4(from[0], from[1], from[2], from[3]));
+            sum[j] = make_float4(from[0], from[1], from[2], from[3]);
         }
+#pragma unroll
+        for (int j = 0; j < WIDE_ROUND; j += 2) { wide_emit<Output>(l, stage + (first % fragments + j) * 8 * wide_line<Output>::bytes, turns.of, j, sum); }
         if (first + WIDE_ROUND < Tokens8) { turns = wide_turns_of<Output>(l, p.lane, angle[first / WIDE_ROUND + 1], WIDE_ROUND); }
-        wide_copy_lines(a, p, a.part[item.tile.part], l, stage, item.token8 + first, WIDE_ROUND);
+        if ((first + WIDE_ROUND) % fragments == 0) {
+            wide_group_barrier(p);
+            wide_store_lines<Output>(part, l, stage, rows);
+        }
     }
 }
 
 template <int Tokens8, int Output>
 __device__ __forceinline__ void wide_finish_lines(const small_args &a, const wide_place &p, const wide_item &item, int &round, const float (&sums)[4 * Tokens8]) {
-    wide_lines l = wide_lines_of<Output>(a, item, p.lane);
+    wide_lines l = wide_lines_of<Output>(a, p, item);
     if (p.shift > 0) {
         wide_finish_split<Tokens8, Output>(a, p, item, l, round, sums);
     } else {

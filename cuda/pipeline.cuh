@@ -86,20 +86,25 @@ __device__ __forceinline__ void copy_tensor(uint32_t to, const void *map, int co
                  "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
+/* the same for all blocks of the cluster in `blocks` (bits), at the same places of their shared memory and on the same barriers */
+__device__ __forceinline__ void copy_tensor_multicast(uint32_t to, const void *map, int column, int row, uint32_t barrier, int blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((uint16_t)blocks)
+                 : "memory");
+}
+/* Between threads of several blocks, by counters in global memory: what a warp wrote, each lane then fenced and its lanes met, is there for the copies of
+ * who acquired what one of them released, and fenced. */
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ __forceinline__ void release_add(uint32_t *counter, uint32_t v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t acquire_load(const uint32_t *counter) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
 /* brings what the copies are told of the matrix near: its first use would wait for it */
 __device__ __forceinline__ void prefetch_tensor_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-/* From shared to global memory: what was written there is fenced (fence.proxy.async) and waited for by the thread that copies. A thread's copies
- * since the last commit are a group; `pending` groups may be on their way after a wait: not yet read, or not yet done. */
-__device__ __forceinline__ void store_bulk(void *to, uint32_t from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-/* floats at `to` += those at `from` */
-__device__ __forceinline__ void add_bulk(void *to, uint32_t from, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int pending> __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory"); }
-template <int pending> __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory"); }
 
 /* ---- clusters ------------------------------------------------------------------------------------------------- */
 
@@ -150,6 +155,21 @@ template <typename T> __device__ __forceinline__ T load_shared(uint32_t address)
 template <typename T> __device__ __forceinline__ void store_shared(uint32_t address, T v) {
     *(T *)__cvta_shared_to_generic(address) = v;
 }
+
+#ifdef QL_HAS_BULK_COPY
+/* 8 x 8 matrices of bfloat16 as products leave them, two columns of row l / 4 in lane l, turned: column j of matrix i goes to the 16 bytes whose
+ * address is lane 8 i + j's */
+__device__ __forceinline__ void store_transposed(uint32_t to, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ void store_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+/* four floats of global memory += v */
+__device__ __forceinline__ void add_vector(float *to, float4 v) {
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+#endif
 
 /* a barrier of `threads` threads of the block; number 0 is that of __syncthreads */
 __device__ __forceinline__ void block_barrier(int number, int threads) {

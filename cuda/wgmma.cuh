@@ -62,6 +62,14 @@ QL_MULTIPLY_UNITS(8, QL_OUTPUTS_32, 64, QL_LIST_32, 32, 33, 34, 35, 36, 37)
 QL_MULTIPLY_UNITS(16, QL_OUTPUTS_64, 128, QL_LIST_64, 64, 65, 66, 67, 68, 69)
 QL_MULTIPLY_UNITS(32, QL_OUTPUTS_128, 256, QL_LIST_128, 128, 129, 130, 131, 132, 133)
 
+/* out (64, 256) += values (64, 16) x (256, 16)^T, both in shared memory: low halves of their descriptors */
+__device__ __forceinline__ void multiply_tiles(float (&out)[128], uint32_t values, uint32_t x) {
+    asm volatile("{\n.reg .b64 v;\n.reg .b64 d;\nmov.b64 v, {%128, 0x40000040};\nmov.b64 d, {%129, 0x40000040};\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" QL_LIST_128 "}, v, d, 1, 1, 1, 0, 0;\n}\n"
+                 : QL_OUTPUTS_128
+                 : "r"(values), "r"(x));
+}
+
 #endif
 
 #endif

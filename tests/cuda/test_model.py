@@ -97,11 +97,28 @@ def test_few_tokens(config, intermediate: int) -> None:
     check_few_tokens(cpu, (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 64, 65), (3, 8, 12, 20, 40))
 
 
-@pytest.mark.parametrize("config", [ql.RTNConfig(4, 32), ql.NF4Config(64)], ids=str)
-def test_many_tokens(config) -> None:
-    """Some products of a layer decode the weight on the way, others for cuBLAS (linear_packed.cu, most_tokens)."""
-    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, intermediate_size=256), config, progress=False)
-    check_few_tokens(cpu, (1025, 2049, 2500), ())
+MANY_TOKENS = {  # heads of which an item of 128 outputs has none whole, several, one; outputs of whole items and not
+    "small": {"intermediate_size": 256},
+    "larger": {**SHAPES["larger"], "hidden_size": 384, "num_attention_heads": 6},
+    "wide": {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 768},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", MANY_TOKENS)
+@pytest.mark.parametrize("config", [ql.RTNConfig(4, 32), ql.RTNConfig(3, 64, sym=False), ql.NF4Config(64)], ids=str)
+def test_many_tokens(config, shape: str) -> None:
+    """Some products of a layer decode the weight on the way, others once for all tokens (linear_packed.cu)."""
+    cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, **MANY_TOKENS[shape]), config, progress=False)
+    check_few_tokens(cpu, (1025, 2049, 2500, 4400), ())
+
+
+def test_many_tokens_of_two_kinds() -> None:
+    """gate and up are decoded once and leave columns in the order of down, which decodes on the way."""
+    model = tiny_model(num_hidden_layers=LAYERS, **MANY_TOKENS["wide"])
+    weights = dict(ql.quantize(model, ql.RTNConfig(4, 32), progress=False).weights)
+    tables = ql.quantize(model, ql.NF4Config(64), progress=False).weights
+    weights |= {name: w for name, w in tables.items() if name.endswith(("gate_proj", "up_proj"))}
+    check_few_tokens(LlamaForCausalLM(model.config, weights, model.vectors), (1500,), ())
 
 
 @pytest.mark.parametrize("head_dim", [40, 80, 96])
