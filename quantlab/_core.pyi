@@ -99,7 +99,10 @@ def quantize(x: F32, format: str, group: int, /) -> tuple[NDArray[Any], F32]: ..
 # (n, k) -> codes (n, words), scales (n, groups), zeros (n, groups) or None where sym
 def quantize_rtn(w: F32, bits: int, group: int, sym: bool, /) -> tuple[NDArray[np.uint32], F32, U8 | None]: ...
 def double_quantize(scales: F32, /) -> tuple[U8, F32, F32, float]: ...  # codes, absmax, map, offset
-def gguf_decode(blocks: U8, kind: str, /) -> F32: ...  # (count, 32) of Q4_0, Q4_1 or Q8_0 blocks (count, bytes)
+
+gguf_kinds: tuple[str, ...]  # the quantized types of GGUF files that gguf_decode knows
+
+def gguf_decode(blocks: U8, kind: str, /) -> F32: ...  # blocks (count, bytes) -> (count, values)
 def first_nonfinite(x: F32, /) -> int: ...  # flat index of the first NaN or infinity, -1 where there is none
 
 # ---- ops -------------------------------------------------------------------------------------------------------------

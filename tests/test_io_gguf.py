@@ -13,6 +13,8 @@ from checkpoints import tiny_tensors
 from gguf_files import TYPES, add_tensor, base_writer, finish, gguf_name, save_gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+import quantlab as ql
+from quantlab import _core
 from quantlab.io import open_checkpoint
 from quantlab.io.architecture import check_config, module_shapes
 from quantlab.io.gguf import DECODED, GGUFFile
@@ -53,16 +55,54 @@ def test_reads_every_matrix(kind: str, tmp_path: Path, parts: Any) -> None:
     assert {module: checkpoint.stored(module)[1] for module in arrays} == sizes
 
 
+HALVES = {  # where a block has its float16 scales
+    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS"), (0,)), **dict.fromkeys(("Q4_1", "Q5_1"), (0, 2)),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def random_blocks(rng: np.random.Generator, kind: str, count: int) -> np.ndarray:
+    """Random bytes, their scales any finite float16: denormal, zero and negative ones too."""
+    raw = rng.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[TYPES[kind]][1]), dtype=np.uint8)
+    for offset in HALVES[kind]:
+        high = raw[:, offset + 1]
+        high[(high & 0x7C) == 0x7C] ^= 0x40
+    raw[: count // 7, HALVES[kind][0] : HALVES[kind][0] + 2] = [0, 128]  # -0.0: the signs of zeros must be right, too
+    return raw
+
+
+@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 15, 17, 257, 6151])
+def test_decodes_every_bit(kind: str, count: int, rng: np.random.Generator) -> None:
+    """The library's decoding bit for bit, for counts of blocks that no task divides."""
+    raw = random_blocks(rng, kind, count)
+    expected = gguf.dequantize(raw.reshape(1, -1), TYPES[kind]) if count else np.empty(0, np.float32)
+    for threads in (1, 3):
+        with ql.backend.use(threads=threads):
+            got = _core.gguf_decode(raw, kind)
+        assert got.shape == (count, gguf.GGML_QUANT_SIZES[TYPES[kind]][0]) and got.dtype == np.float32
+        np.testing.assert_array_equal(got.view(np.uint32).ravel(), expected.view(np.uint32).ravel())
+
+
+def test_decode_checks_its_blocks() -> None:
+    with pytest.raises(ValueError, match=r"Q9_0.*Q4_K"):
+        _core.gguf_decode(np.zeros((1, 144), np.uint8), "Q9_0")
+    with pytest.raises(ValueError, match=r"blocks.*144"):
+        _core.gguf_decode(np.zeros((1, 143), np.uint8), "Q4_K")
+    with pytest.raises(TypeError, match="blocks"):
+        _core.gguf_decode(np.zeros((1, 144), np.int8), "Q4_K")
+
+
 @pytest.mark.parametrize("kind", DECODED)
 def test_decodes_random_blocks(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """Random blocks, many more than are decoded at once, against one call of the library."""
+    """A tensor of a file, with scales that are NaN and infinite among them, against one call of the library."""
     block, nbytes = gguf.GGML_QUANT_SIZES[TYPES[kind]]
-    raw = rng.integers(0, 256, (1700, 4 * nbytes), dtype=np.uint8)
+    raw = rng.integers(0, 256, (1701, 3 * nbytes), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
     writer.add_tensor("t", raw, raw_dtype=TYPES[kind])
     finish(writer)
     got = GGUFFile(tmp_path / "k.gguf").decode("t")
-    assert got.shape == (1700, 4 * block)
+    assert got.shape == (1701, 3 * block)
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(got, gguf.dequantize(raw, TYPES[kind]))
 

@@ -68,28 +68,43 @@ static PyObject *first_nonfinite(PyObject *self, PyObject *object) {
     return stopped ? NULL : PyLong_FromLongLong(index);
 }
 
-static int gguf_kind(const char *name, ql_gguf_kind *kind) {
-    static const char *const names[] = {[QL_GGUF_Q4_0] = "Q4_0", [QL_GGUF_Q4_1] = "Q4_1", [QL_GGUF_Q8_0] = "Q8_0"};
-    for (int i = 0; i < (int)(sizeof names / sizeof *names); i++) {
-        if (strcmp(name, names[i]) == 0) { return *kind = (ql_gguf_kind)i, 1; }
+/* The names of the types, a new tuple */
+static PyObject *gguf_names(void) {
+    PyObject *names = PyList_New(0), *tuple = NULL;
+    for (const ql_gguf_type *type = ql_gguf_types; names != NULL && type->name != NULL; type++) {
+        PyObject *name = PyUnicode_FromString(type->name);
+        if (name == NULL || PyList_Append(names, name) < 0) { Py_CLEAR(names); }
+        Py_XDECREF(name);
     }
-    return PyErr_Format(PyExc_ValueError, "kind: got '%s', expected Q4_0, Q4_1 or Q8_0", name), 0;
+    if (names != NULL) { tuple = PyList_AsTuple(names); }
+    Py_XDECREF(names);
+    return tuple;
 }
 
-/* gguf_decode(blocks (count, bytes), kind) -> float32 (count, 32) */
+static const ql_gguf_type *gguf_type(const char *name) {
+    for (const ql_gguf_type *type = ql_gguf_types; type->name != NULL; type++) {
+        if (strcmp(name, type->name) == 0) { return type; }
+    }
+    PyObject *names = gguf_names();
+    if (names != NULL) { PyErr_Format(PyExc_ValueError, "kind: got '%s', expected one of %R", name, names); }
+    Py_XDECREF(names);
+    return NULL;
+}
+
+/* gguf_decode(blocks (count, bytes), kind) -> float32 (count, values) */
 static PyObject *gguf_decode(PyObject *self, PyObject *arguments) {
     (void)self;
     PyObject *object;
     const char *name;
-    ql_gguf_kind kind;
     int stopped;
-    if (!PyArg_ParseTuple(arguments, "Os", &object, &name) || !gguf_kind(name, &kind)) { return NULL; }
-    PyArrayObject *blocks = ql_array(object, "blocks", NPY_UINT8, 2);
-    if (blocks == NULL || !ql_check_dim(blocks, "blocks", 1, ql_gguf_block_bytes(kind))) { return NULL; }
-    PyArrayObject *out = ql_new(2, (int64_t[]){ql_dim(blocks, 0), QL_GGUF_BLOCK}, NPY_FLOAT32);
+    if (!PyArg_ParseTuple(arguments, "Os", &object, &name)) { return NULL; }
+    const ql_gguf_type *type = gguf_type(name);
+    PyArrayObject *blocks = type == NULL ? NULL : ql_array(object, "blocks", NPY_UINT8, 2);
+    if (blocks == NULL || !ql_check_dim(blocks, "blocks", 1, type->bytes)) { return NULL; }
+    PyArrayObject *out = ql_new(2, (int64_t[]){ql_dim(blocks, 0), type->values}, NPY_FLOAT32);
     if (out == NULL) { return NULL; }
     QL_CALL_BEGIN
-    ql_gguf_decode(ql_data(out), ql_data(blocks), ql_dim(blocks, 0), kind);
+    ql_gguf_decode(ql_data(out), ql_data(blocks), ql_dim(blocks, 0), type);
     QL_CALL_END(stopped)
     if (stopped) { return Py_DECREF(out), NULL; }
     return (PyObject *)out;
@@ -99,9 +114,14 @@ static PyMethodDef methods[] = {
     {"quantize_rtn", quantize_rtn, METH_VARARGS, "quantize_rtn(w (n, k), bits, group, sym) -> (codes, scales, zeros or None)"},
     {"double_quantize", double_quantize, METH_O, "double_quantize(scales (blocks,)) -> (codes, absmax, map, offset)"},
     {"gguf_decode", gguf_decode, METH_VARARGS,
-     "gguf_decode(blocks uint8 (count, bytes), kind) -> float32 (count, 32); kind Q4_0, Q4_1 or Q8_0"},
+     "gguf_decode(blocks uint8 (count, bytes), kind) -> float32 (count, values); kind one of gguf_kinds"},
     {"first_nonfinite", first_nonfinite, METH_O, "first_nonfinite(x) -> flat index of the first NaN or infinity, or -1"},
     {NULL, NULL, 0, NULL},
 };
 
-int ql_register_quantize(PyObject *module) { return PyModule_AddFunctions(module, methods); }
+int ql_register_quantize(PyObject *module) {
+    PyObject *names = gguf_names();
+    int status = names == NULL ? -1 : PyModule_AddObjectRef(module, "gguf_kinds", names);
+    Py_XDECREF(names);
+    return status < 0 ? -1 : PyModule_AddFunctions(module, methods);
+}

@@ -1,16 +1,18 @@
-/* gguf.h: GGUF's plain quantized types, which are only read. */
+/* gguf.h: the quantized types of GGUF files, which are only read. */
 #ifndef QL_QUANT_GGUF_H
 #define QL_QUANT_GGUF_H
 
 #include "../quantlab.h"
 
-enum { QL_GGUF_BLOCK = 32 }; /* values */
+typedef struct {
+    const char *name;
+    int32_t values, bytes; /* of a block */
+    void (*decode)(float *out, const uint8_t *block);
+} ql_gguf_type;
 
-typedef enum { QL_GGUF_Q4_0, QL_GGUF_Q4_1, QL_GGUF_Q8_0 } ql_gguf_kind;
+extern const ql_gguf_type ql_gguf_types[]; /* to the one without a name */
 
-int64_t ql_gguf_block_bytes(ql_gguf_kind kind);
-
-/* out (count, QL_GGUF_BLOCK); blocks (count, ql_gguf_block_bytes(kind)) */
-void ql_gguf_decode(float *out, const uint8_t *blocks, int64_t count, ql_gguf_kind kind);
+/* out (count, type->values); blocks (count, type->bytes) */
+void ql_gguf_decode(float *out, const uint8_t *blocks, int64_t count, const ql_gguf_type *type);
 
 #endif

@@ -2,8 +2,7 @@
 
 The format (ggml's docs/gguf.md): magic, version, counts, key-value metadata, tensor infos, then the aligned data. The
 header is read here, every count and offset checked against the file (the `gguf` library's reader trusts them, and takes
-seconds over a vocabulary); the blocks of the quantized types are decoded by the `gguf` library, but for the plain
-ones, which the core decodes on all threads.
+seconds over a vocabulary); the blocks of the quantized types are decoded by the core.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ if TYPE_CHECKING:
 # value types of the metadata: struct codes of the fixed-size ones
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-CHUNK = 1 << 18  # elements decoded at once: a megabyte, which stays in a cache
 FLOATS: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-DECODED_BY_CORE = ("Q8_0", "Q4_0", "Q4_1")
-DECODED = (*DECODED_BY_CORE, "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+DECODED = _core.gguf_kinds
 
 MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_MODULES = {
@@ -172,19 +169,10 @@ class GGUFFile:
                 f"{self.path}: tensor {name!r} has type {info.kind}; supported: F32 F16 BF16 {' '.join(DECODED)}"
             )
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType[info.kind]
-        block, nbytes = GGML_QUANT_SIZES[kind]  # elements and bytes of a block; rows hold whole blocks
+        _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[info.kind]]  # of a block; rows hold whole blocks
         blocks = np.frombuffer(self._map, np.uint8, info.end - info.begin, info.begin).reshape(-1, nbytes)
-        if info.kind in DECODED_BY_CORE:
-            return _core.gguf_decode(blocks, info.kind).reshape(info.shape)
-        out = np.empty((len(blocks), block), np.float32)
-        step = CHUNK // block
-        for i in range(0, len(blocks), step):  # as one long row: twice as fast as the library's groups of 16 rows
-            with np.errstate(all="ignore"):  # a damaged scale may be NaN: whoever uses the weights checks them
-                out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), kind).reshape(-1, block)
-        return out.reshape(info.shape)
+        return _core.gguf_decode(blocks, info.kind).reshape(info.shape)
 
 
 class GGUFCheckpoint(Checkpoint):
