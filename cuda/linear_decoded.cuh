@@ -1,6 +1,7 @@
 /* linear_decoded.cuh: y = x W^T for a thousand tokens and more by the warpgroup instructions of sm_90a. Where linear_wide.cuh decodes W for each 256
  * tokens anew, here it is decoded once, to bfloat16 in global memory, by warps of the same kernel that have nothing else to do, just ahead of
- * those that multiply, which find it in the L2 cache. Values and what becomes of the sums (linear_wide_store.cuh) are the same.
+ * those that multiply, which find it in the L2 cache. Values and what becomes of the sums (linear_wide_store.cuh) are the same, but that outputs are
+ * stored while the next item is multiplied; there is room for those of bfloat16 alone, and for float32 cuBLAS is as fast.
  *
  * An item is 128 outputs (eight tiles, one a warp; the decoded matrix has its rows in the order of the tiles) of 256 tokens. The two blocks of a cluster
  * take items of neighbouring outputs and the same tokens, and each brings half of the activations for both. Clusters go through bands of DECODED_BAND
@@ -27,7 +28,7 @@ enum {
     DECODED_STAGE = DECODED_X + DECODED_VALUES,
     DECODED_TABLE = 1024, /* where things begin */
     DECODED_LINES = DECODED_TABLE + 1024,
-    DECODED_PLACE = 8 * DECODED_TOKENS8 * WIDE_GROUP_TILES * TILE_ROWS * 2, /* of a warpgroup: bfloat16 of all tokens, or float32 of half of them */
+    DECODED_PLACE = 8 * DECODED_TOKENS8 * WIDE_GROUP_TILES * TILE_ROWS * 2, /* of a warpgroup */
     DECODED_RING = DECODED_LINES + 2 * DECODED_PLACE,
     DECODED_BYTES = DECODED_RING + DECODED_STAGES * DECODED_STAGE + 1024 /* what aligning the start may take */
 };
@@ -200,8 +201,6 @@ struct decoded_lines {
 #pragma unroll
                 for (int unit = 0; unit < WIDE_GROUP_TILES; unit++) { v[unit] = load_shared<uint32_t>(from + (unit ^ (ordered - 1)) * 16); }
                 *(uint4 *)to = make_uint4(v[0], v[1], v[2], v[3]);
-            } else if (of.output == SMALL_FLOAT_ADD) {
-                add_vector((float *)to, load_shared<float4>(from));
             } else {
                 *(float4 *)to = load_shared<float4>(from);
             }
@@ -210,9 +209,9 @@ struct decoded_lines {
     }
 };
 
-/* fragments first .. end of the item as lines at `stage` */
+/* the item as lines at `stage` */
 template <int Output>
-__device__ __forceinline__ void decoded_emit(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l, uint32_t stage, int first, int end,
+__device__ __forceinline__ void decoded_emit(const small_args &a, const wide_place &p, const wide_item &item, const wide_lines &l, uint32_t stage,
                                              const float (&sums)[4 * DECODED_TOKENS8]) {
     enum { AT_ONCE = 2 * WIDE_ROUND }; /* whose angles come at once */
     int angle[DECODED_TOKENS8 / WIDE_ROUND];
@@ -220,7 +219,6 @@ __device__ __forceinline__ void decoded_emit(const small_args &a, const wide_pla
     for (int i = 0; i < DECODED_TOKENS8 / WIDE_ROUND; i++) { angle[i] = wide_angle<Output>(a, p.lane, item.token8 + i * WIDE_ROUND, 0); }
 #pragma unroll
     for (int round = 0; round < DECODED_TOKENS8; round += AT_ONCE) {
-        if (round < first || round >= end) { continue; }
         wide_turns turns[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) { turns[i] = wide_turns_of<Output>(l, p.lane, angle[round / WIDE_ROUND + i], WIDE_ROUND); }
@@ -234,7 +232,7 @@ __device__ __forceinline__ void decoded_emit(const small_args &a, const wide_pla
             }
 #pragma unroll
             for (int j = 0; j < WIDE_ROUND; j += 2) {
-                wide_emit<Output>(l, stage + (round - first + i * WIDE_ROUND + j) * 8 * wide_line<Output>::bytes, turns[i].of, j, sum);
+                wide_emit<Output>(l, stage + (round + i * WIDE_ROUND + j) * 8 * wide_line<Output>::bytes, turns[i].of, j, sum);
             }
         }
     }
@@ -244,21 +242,16 @@ template <int Output>
 __device__ __forceinline__ void decoded_finish_lines(const small_args &a, const wide_place &p, const wide_item &item, decoded_lines &lines,
                                                      const float (&sums)[4 * DECODED_TOKENS8]) {
     typedef wide_line<Output> line;
-    constexpr int fragments = Output == SMALL_FLOAT ? DECODED_TOKENS8 / 2 : DECODED_TOKENS8; /* that have room */
     const small_part &part = a.part[item.tile.part];
     wide_lines l = wide_lines_of<Output>(a, p, item);
     uint32_t stage = p.base + DECODED_LINES + p.warp / WIDE_GROUP_TILES * DECODED_PLACE;
     bool ordered = Output == SMALL_SWIGLU && part.ordered;
     lines.part = item.tile.part, lines.out = l.out, lines.bytes = l.bytes, lines.step = line::lines, lines.ordered = ordered ? 1 + line::turn(l.line) : 0;
-#pragma unroll
-    for (int first = 0; first < DECODED_TOKENS8; first += fragments) {
-        while (lines.left > 0) { lines.store_one(a); } /* the half ahead */
-        wide_group_barrier(p);                         /* what stood there has been stored */
-        decoded_emit<Output>(a, p, item, l, stage, first, first + fragments, sums);
-        lines.left = 8 * fragments / line::lines, lines.token = 8 * (item.token8 + first) + l.line;
-        lines.from = stage + (ordered ? l.line * line::bytes + l.piece * 4 : line::piece(l.line, l.piece));
-        wide_group_barrier(p);
-    }
+    wide_group_barrier(p); /* what stood there has been stored */
+    decoded_emit<Output>(a, p, item, l, stage, sums);
+    lines.left = 8 * DECODED_TOKENS8 / line::lines, lines.token = 8 * item.token8 + l.line;
+    lines.from = stage + (ordered ? l.line * line::bytes + l.piece * 4 : line::piece(l.line, l.piece));
+    wide_group_barrier(p);
 }
 
 /* the sums of the turn's item to where they belong, or to `lines` */
@@ -270,8 +263,7 @@ __device__ __forceinline__ void decoded_finish(const small_args &a, const wide_p
     switch (a.part[item.first.part].output) {
     case SMALL_BF16: return decoded_finish_lines<SMALL_BF16>(a, p, item, lines, sums);
     case SMALL_ROPE: return decoded_finish_lines<SMALL_ROPE>(a, p, item, lines, sums);
-    case SMALL_SWIGLU: return decoded_finish_lines<SMALL_SWIGLU>(a, p, item, lines, sums);
-    default: return decoded_finish_lines<SMALL_FLOAT>(a, p, item, lines, sums); /* and what is added to */
+    default: return decoded_finish_lines<SMALL_SWIGLU>(a, p, item, lines, sums);
     }
 }
 

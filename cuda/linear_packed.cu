@@ -186,7 +186,7 @@ static int64_t wide_tokens(ql_units_kind kind) { return kind == QL_UNITS_TABLE ?
 
 /* whether W is decoded once for all tokens of the product, which then takes activations in plain order */
 static bool is_decoded(const small_args *a, const ql_packed *p) {
-    return has_groups() && p->kind < QL_ROWS_F32 && a->m > wide_tokens(p->kind) && ql_cuda_fits_decoded(a, p->columns);
+    return has_groups() && a->part[0].output >= SMALL_BF16 && p->kind < QL_ROWS_F32 && a->m > wide_tokens(p->kind) && ql_cuda_fits_decoded(a, p->columns);
 }
 
 /* As measured on an H100: rings up to 8 tokens; more in the order of the fragments go to groups, others up to 16 to a ring where a block holds the
@@ -292,13 +292,13 @@ static bool is_packed(const ql_weight *w) {
 }
 
 /* Tokens up to which a product on the packed weight is faster than one on the weight decoded for cuBLAS, as measured on an H100: any number where
- * linear_decoded.cuh takes over. Beside an adapter SwiGLU spares gate's and up's way through memory, a table takes longer to decode; rows of bfloat16
- * cuBLAS takes as they are, other rows of floats not. */
+ * linear_decoded.cuh takes over, whose outputs are bfloat16. SwiGLU spares gate's and up's way through memory, a table takes longer to decode; rows of
+ * bfloat16 cuBLAS takes as they are, other rows of floats not. */
 static int64_t most_tokens(const ql_weight *w, ql_output output, bool adapted) {
     if (ql_cuda_capability() < 90 || w->format == QL_BF16) { return 16; }
     if (w->format == QL_F32 || w->format == QL_F16) { return 32; }
     if (!has_groups()) { return GROUP_TOKENS; }
-    if (!adapted) { return INT32_MAX; }
+    if (!adapted && output >= QL_OUT_BF16) { return INT32_MAX; }
     return output == QL_OUT_SWIGLU ? 4096 : w->format == QL_NF4 || w->format == QL_FP4 ? 1024 : 2048;
 }
 
@@ -315,7 +315,7 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
     (void)make_part(&a.part[0], &product, NULL);
     a.tiles = a.part[0].tiles, a.units = p->units, a.record = p->record, a.m = (int)t;
     bool exact = p->parts == family->parts;
-    if (t > GROUP_TOKENS) { return !is_decoded(&a, p) && ql_cuda_fits_wide(&a, family->wide, p->columns); }
+    if (t > GROUP_TOKENS) { return ql_cuda_fits_wide(&a, family->wide, p->columns); }
     return best_plan(&a, exact ? family->group : family->group_any, p->columns).cost > 0;
 }
 

@@ -97,19 +97,52 @@ def test_few_tokens(config, intermediate: int) -> None:
     check_few_tokens(cpu, (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 64, 65), (3, 8, 12, 20, 40))
 
 
-MANY_TOKENS = {  # heads of which an item of 128 outputs has none whole, several, one; outputs of whole items and not
+MANY_TOKENS = {  # heads of which an item of 128 outputs has none whole, two, one; outputs of whole items and not
     "small": {"intermediate_size": 256},
     "larger": {**SHAPES["larger"], "hidden_size": 384, "num_attention_heads": 6},
-    "wide": {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 768},
-}  # fmt: skip
+    "wide": {
+        "hidden_size": 512,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
+    "wider": {
+        "hidden_size": 1152,
+        "intermediate_size": 5000,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 128,
+    },
+}
 
 
-@pytest.mark.parametrize("shape", MANY_TOKENS)
-@pytest.mark.parametrize("config", [ql.RTNConfig(4, 32), ql.RTNConfig(3, 64, sym=False), ql.NF4Config(64)], ids=str)
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        *((ql.RTNConfig(4, 32), shape) for shape in MANY_TOKENS),
+        *((ql.NF4Config(64), shape) for shape in MANY_TOKENS),
+        (ql.RTNConfig(4, 128, sym=False), "wide"),
+        (ql.RTNConfig(3, 64, sym=False), "larger"),
+        (ql.RTNConfig(2, 32), "wide"),
+        (ql.RTNConfig(8, 128), "wide"),
+        (ql.FP4Config(32), "larger"),
+        (ql.Int8Config(), "wide"),
+    ],
+    ids=str,
+)
 def test_many_tokens(config, shape: str) -> None:
-    """Some products of a layer decode the weight on the way, others once for all tokens (linear_packed.cu)."""
+    """Some products of a layer decode the weight on the way, others once for all tokens, in one band of them, several,
+    and one that is not whole (linear_packed.cu)."""
     cpu = ql.quantize(tiny_model(num_hidden_layers=LAYERS, **MANY_TOKENS[shape]), config, progress=False)
-    check_few_tokens(cpu, (1025, 2049, 2500, 4400), ())
+    check_few_tokens(cpu, (1025, 2049, 2500) if shape == "wider" else (1025, 2049, 2500, 4400), ())
+
+
+def test_many_tokens_with_columns_in_another_order() -> None:
+    model = tiny_model(num_hidden_layers=LAYERS, **MANY_TOKENS["wide"])
+    config = ql.GPTQConfig(4, 128, desc_act=True)
+    rows = rows_of(model, (64,) * 8, seed=3)
+    check_few_tokens(ql.quantize(model, config, calibration=rows, progress=False), (2100,), ())
 
 
 def test_many_tokens_of_two_kinds() -> None:

@@ -101,16 +101,6 @@ def test_many_tokens(rng: np.random.Generator, case: str) -> None:
     check(rng, case, 130, 11008, (66, 256))
 
 
-@pytest.mark.parametrize("case", PACKED)
-def test_weight_decoded_once(rng: np.random.Generator, case: str) -> None:
-    """Several bands of tokens, several groups of outputs, ragged in each; chunks of K that are not whole, fewer than what
-    a block stores late."""
-    check(rng, case, 385, 1024, (2050, 4500))
-    check(rng, case, 1064, 4224, (2100,))
-    check(rng, case, 9000, 320, (2304,))
-    check(rng, case, 130, 11008, (2100,))
-
-
 @pytest.mark.parametrize("case", ["affine4-128", "affine3-64", "nf4-64", "int8"])
 def test_error_is_at_most_twice_the_naive_error(rng: np.random.Generator, case: str) -> None:
     """Root mean square; naive: the product of operands rounded to bfloat16."""
