@@ -207,7 +207,7 @@ typedef struct {
     /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: Cholesky factor of a Hessian */   \
     X(feedback_forward, (double *z, const double *e, const double *a, int64_t rows, int64_t depth, int64_t width,       \
                          int64_t ldz, int64_t lde, int64_t lda))                                                        \
-    /* The next three work on a tile of QL_GPTQ_ROWS rows of W, float64: an array (m, rows) has a column of W in each of \
+    /* The next four work on a tile of QL_GPTQ_ROWS rows of W, float64: an array (m, rows) has a column of W in each of  \
      * its m rows. z (width, rows) += a^T e; a (depth, width) with row stride lda, e (depth, rows) */                   \
     X(gptq_panel_forward, (double *z, const double *e, const double *a, int64_t depth, int64_t width, int64_t lda))     \
     /* step j of s->count: q = the value that z[j] is stored as, by codes[j]; e[j] = w[j] - q; loss (rows,) += (z[j] -  \
@@ -215,7 +215,11 @@ typedef struct {
     X(gptq_steps_forward, (uint8_t *codes, double *e, double *z, double *loss, const ql_gptq_steps *s))                 \
     /* error (rows,) = sum over j < count of importance[j] (q - x[j])^2, q = what x[j] is stored as; x (count, rows) */ \
     X(gptq_error_forward, (double *error, const double *x, const double *importance, const double *scale,               \
-                           const double *zero, double maxq, int64_t count))
+                           const double *zero, double maxq, int64_t count))                                             \
+    /* error (rows,) = sum over j < count of |q - x[j]|^2.4, in float32, each power to 2^-17 of itself: x (count, rows)  \
+     * between -1 and 1. A sum may end where it is above its `enough` (rows,) */                                        \
+    X(gptq_power_forward, (float *error, const float *enough, const float *x, const float *scale, const float *zero,    \
+                           float maxq, int64_t count))
 
 /* The same, one slot a format. */
 #define QL_FORMAT_OPS(X)                                                                                                \

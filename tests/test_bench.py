@@ -53,6 +53,7 @@ def test_every_op_of_the_core_has_cases() -> None:
         "advance",
         "gptq_steps",
         "gptq_error",
+        "gptq_power",
         "scale",
         "square_sum",
     }

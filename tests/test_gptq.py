@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from gptq_reference import dequantize, gptq
+from gptq_reference import dequantize, find_params, gptq
 from threadpoolctl import threadpool_limits
 
 import quantlab as ql
@@ -138,6 +138,35 @@ def test_every_isa_gives_the_codes_of_the_reference(isa: str, options: dict) -> 
     for seed, n, group_size in [(5, 1, 33), (6, 48, 64), (7, 97, 7)]:
         w, hessian = layer(seed, n=n)
         assert_equal(w, hessian, GPTQConfig(group_size=group_size, **options))
+
+
+def hard_weights(rng: np.random.Generator, n: int, k: int) -> dict[str, np.ndarray]:
+    normal = rng.standard_normal((n, k))
+    return {
+        "normal": normal,
+        "any size": normal * 10.0 ** rng.integers(-44, 37, (n, 1)),  # beyond what scales of float16 reach, both ways
+        "wide": normal * np.exp(4 * rng.standard_normal((n, k))),
+        "outliers": np.where(rng.random((n, k)) < 0.97, 1e-6 * normal, normal),
+        "near a grid": 0.0137 * rng.integers(-127, 128, (n, k)) + 1e-7 * normal,  # errors as small as float32's own
+        "positive": np.abs(normal),
+        "zero": np.zeros((n, k)),
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_search_in_float32_finds_the_grid_of_float64(isa: str, bits: int, rng: np.random.Generator) -> None:
+    """scale_search="mse" looks with float32 powers first: what it then leaves out must not have been the best grid."""
+    for n, k, group in [(49, 132, 32), (9, 300, 300), (3, 9, 1)]:
+        hessian = Hessian(k)  # of independent inputs: no column changes another
+        hessian.sum[:], hessian.tokens = np.eye(k), 2
+        for (name, w), sym in itertools.product(hard_weights(rng, n, k).items(), (True, False)):
+            config = GPTQConfig(bits=bits, group_size=group, sym=sym, scale_search="mse")
+            weight, _ = quantize(w.astype(np.float32), hessian, config)
+            for g, first in enumerate(range(0, k, group)):
+                part = w[:, first : first + group].astype(np.float32).astype(np.float64)
+                scale, zero = find_params(part, config, np.ones(part.shape[1]))
+                np.testing.assert_array_equal(weight.scales[:, g], scale, err_msg=name)
+                np.testing.assert_array_equal(zero if sym else weight.zeros[:, g], zero, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -1,6 +1,8 @@
 /* gptq.c: the column loop of GPTQ on a tile of rows (quant/gptq.h), a column's rows contiguous: see quantlab.h. */
 #include "../quantlab.h"
 
+#include <math.h> /* powf, fabs */
+
 enum { ROWS = QL_GPTQ_ROWS };
 
 /* round(clamp(x, low, high)) to even: |x| < 2^51, so the sum has no bits left below 1 */
@@ -48,6 +50,18 @@ void ql_gptq_error_forward_scalar(double *error, const double *x, const double *
             double value = x[j * ROWS + r];
             double moved = scale[r] * whole_steps(value / scale[r], -zero[r], maxq - zero[r]) - value;
             error[r] += importance[j] * moved * moved;
+        }
+    }
+}
+
+void ql_gptq_power_forward_scalar(float *error, const float *enough, const float *x, const float *scale, const float *zero,
+                                  float maxq, int64_t count) {
+    for (int64_t r = 0; r < ROWS; r++) {
+        error[r] = 0.0f;
+        for (int64_t j = 0; j < count && !(error[r] > enough[r]); j++) {
+            double value = x[j * ROWS + r];
+            double steps = whole_steps(value / scale[r], (double)-zero[r], (double)(maxq - zero[r]));
+            error[r] += powf((float)fabs(scale[r] * steps - value), 2.4f);
         }
     }
 }

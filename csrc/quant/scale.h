@@ -7,7 +7,6 @@
 #include "gptq.h"
 
 #include <float.h> /* FLT_MIN, FLT_MAX */
-#include <math.h>  /* pow, fabs, INFINITY */
 
 typedef struct {
     double scale, zero;
@@ -60,53 +59,7 @@ QL_INLINE void ql_widen_range(double *low, double *high, const ql_gptq_options *
     if (*low == 0.0 && *high == 0.0) { *low = -1.0, *high = 1.0; }
 }
 
-/* error (QL_GPTQ_ROWS,) = sum over x (count, QL_GPTQ_ROWS) of |q - x|^2.4; a sum that has reached its `enough` goes no further */
-static inline void ql_power_error(double *error, const double *enough, const double *x, const double *scale, const double *zero,
-                                  double maxq, int64_t count) {
-    for (int64_t r = 0; r < QL_GPTQ_ROWS; r++) {
-        ql_steps grid = {scale[r], zero[r]};
-        error[r] = 0.0;
-        for (int64_t j = 0; j < count && error[r] < enough[r]; j++) {
-            double value = x[j * QL_GPTQ_ROWS + r];
-            error[r] += pow(fabs(grid.scale * (ql_steps_code(grid, value, maxq) - grid.zero) - value), 2.4);
-        }
-    }
-}
-
 /* grids (QL_GPTQ_ROWS,) of the rows of x (count, QL_GPTQ_ROWS); importance (count,): H_jj + damping of their columns */
-static inline void ql_fit_grids(ql_steps *grids, const double *x, const double *importance, int64_t count,
-                                const ql_gptq_options *options) {
-    enum { ROWS = QL_GPTQ_ROWS };
-    double maxq = (double)((1 << options->bits) - 1), low[ROWS] = {0.0}, high[ROWS] = {0.0}, least[ROWS];
-    for (int64_t j = 0; j < count; j++) {
-        for (int64_t r = 0; r < ROWS; r++) {
-            double value = x[j * ROWS + r];
-            low[r] = value < low[r] ? value : low[r];
-            high[r] = value > high[r] ? value : high[r];
-        }
-    }
-    for (int64_t r = 0; r < ROWS; r++) {
-        ql_widen_range(&low[r], &high[r], options);
-        grids[r] = ql_steps_of_range(low[r], high[r], 1.0, maxq, options);
-        least[r] = INFINITY;
-    }
-    int by_hessian = options->search == QL_SEARCH_HESSIAN;
-    int trials = options->search == QL_SEARCH_NONE ? 0 : by_hessian ? 11 : 80; /* p = 1, 0.95 ... 0.5; or 1, 0.99 ... 0.21 */
-    for (int trial = 0; trial < trials; trial++) {
-        double p = by_hessian ? (20 - trial) / 20.0 : 1.0 - trial / 100.0, scale[ROWS], zero[ROWS], error[ROWS];
-        for (int64_t r = 0; r < ROWS; r++) {
-            ql_steps grid = ql_steps_of_range(low[r], high[r], p, maxq, options);
-            scale[r] = grid.scale, zero[r] = grid.zero;
-        }
-        if (by_hessian) {
-            ql_cpu()->gptq_error_forward(error, x, importance, scale, zero, maxq, count);
-        } else {
-            ql_power_error(error, least, x, scale, zero, maxq, count);
-        }
-        for (int64_t r = 0; r < ROWS; r++) {
-            if (error[r] < least[r]) { least[r] = error[r], grids[r] = (ql_steps){scale[r], zero[r]}; }
-        }
-    }
-}
+void ql_fit_grids(ql_steps *grids, const double *x, const double *importance, int64_t count, const ql_gptq_options *options);
 
 #endif

@@ -30,7 +30,8 @@ void ql_overlay_amx(ql_backend *table);
     X(feedback_forward)      \
     X(gptq_panel_forward)    \
     X(gptq_steps_forward)    \
-    X(gptq_error_forward)
+    X(gptq_error_forward)    \
+    X(gptq_power_forward)
 
 #define QL_X86_FORMAT_OPS(X) \
     X(decode_forward)        \

@@ -76,6 +76,7 @@ static inline vm v_lt(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline vm v_ge(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 static inline vm v_eq(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline int vm_any(vm m) { return _mm256_movemask_ps(m) != 0; }
+static inline int vm_all(vm m) { return _mm256_movemask_ps(m) == 255; }
 static inline vf v_select(vm m, vf a, vf b) { return _mm256_blendv_ps(b, a, m); } /* a where m, else b */
 
 /* ---- int32 lanes --------------------------------------------------------------------------------------------- */

@@ -73,6 +73,7 @@ static inline vm v_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
 static inline vm v_ge(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 static inline vm v_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline int vm_any(vm m) { return m != 0; }
+static inline int vm_all(vm m) { return m == (vm)-1; }
 static inline vf v_select(vm m, vf a, vf b) { return _mm512_mask_blend_ps(m, b, a); } /* a where m, else b */
 
 /* ---- int32 lanes --------------------------------------------------------------------------------------------- */
