@@ -202,6 +202,10 @@ typedef struct {
      * a larger g which this is a part of; where it is not finite nothing changes */                                    \
     X(adamw_forward, (float *w, float *m, float *v, const float *g, const double *squares, int64_t count,               \
                       const ql_adamw_step *s))                                                                          \
+    /* Round to nearest on an n-bit grid: w (n, k) -> codes (n, words of a row), all of it, scales (n, groups) float16     \
+     * values, zeros (n, groups) or NULL: symmetric */                                                                  \
+    X(quantize_affine_forward, (uint32_t *codes, float *scales, uint8_t *zeros, const float *w, int64_t n, int64_t k,   \
+                                int bits, int64_t group))                                                               \
     /* h += a^T b; a (t, ka), b (t, kb), h (ka, kb). lower: only elements with row >= column are written (ka == kb) */  \
     X(gram_forward, (float *h, const float *a, const float *b, int64_t t, int64_t ka, int64_t kb, int lower))           \
     /* z (rows, width) += e (rows, depth) a (depth, width), float64 with row strides: Cholesky factor of a Hessian */   \

@@ -282,6 +282,14 @@ def _quantize(s: Sizes) -> Iterator[Case]:
         yield Case("quantize", name, s.model, f"n{n} k{k}", run, 4 * n * k + written, 0)
 
 
+def _quantize_affine(s: Sizes) -> Iterator[Case]:
+    n, k = _projection(s)
+    for bits in (4, 3):
+        run = lambda bits=bits: _core.quantize_rtn(_matrix(n, k), bits, 128, True)[:2]  # noqa: E731
+        written = n * k * bits // 8 + 4 * -(-n * k // 128)
+        yield Case("quantize_affine", f"affine{bits}", s.model, f"n{n} k{k} g128", run, 4 * n * k + written, 0)
+
+
 def _gptq_panel(s: Sizes) -> Iterator[Case]:
     """GPTQ's whole column loop, whose panel products are in float64: at most half of the roof can be reached."""
     n, k = _projection(s)
@@ -300,7 +308,7 @@ OPS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "embedding": _embedding, "rmsnorm": _rmsnorm, "rope": _rope, "attention": _attention, "swiglu": _swiglu,
     "add": _add, "cross_entropy": _cross_entropy, "gram": _gram, "decode": _decode, "linear": _linear,
     "linear_many": _linear_many, "sample": _sample, "linear_backward_input": _linear_backward_input,
-    "quantize": _quantize, "gptq_panel": _gptq_panel,
+    "quantize": _quantize, "quantize_affine": _quantize_affine, "gptq_panel": _gptq_panel,
     "rmsnorm_backward": _rmsnorm_backward, "attention_backward": _attention_backward,
     "swiglu_backward": _swiglu_backward, "dropout": _dropout, "adamw": _adamw,
 }  # fmt: skip

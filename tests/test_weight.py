@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def assert_rtn(w: np.ndarray, bits: int, group: int, sym: bool) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [-1, 1, 32, 48, 64])
-def test_rtn_is_the_reference_s_quantizer(bits, group, sym):
+def test_rtn_is_the_reference_s_quantizer(isa, bits, group, sym):
     for shape in SHAPES:
         assert_rtn(matrix(shape, bits), bits, group, sym)
 
@@ -94,7 +96,7 @@ def test_rtn_on_any_shape_and_scale(bits, group, sym, n, k, exponent, seed):
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_rtn_hard_groups(sym):
+def test_rtn_hard_groups(isa, sym):
     rows = matrix((8, 64))
     rows[0] = 0  # a group of zeros
     rows[1] = np.abs(rows[1])  # no negatives: the reference keeps the lower end at 0
@@ -108,6 +110,22 @@ def test_rtn_hard_groups(sym):
         assert_rtn(rows, bits, 32, sym)
         weight = ql.QuantWeight.from_float(rows, ql.RTNConfig(bits, 32, sym))
         assert np.isfinite(weight.dequantize()).all() and not weight.dequantize()[0].any()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rtn_of_every_isa_is_the_scalar_one(isa, bits, rng):
+    """Rows that end within a word, within eight codes and within a vector; groups that do; rows longer than what is
+    packed at once, many short ones in a task."""
+    for n, k in [(1, 1), (1, 9), (3, 31), (2, 33), (700, 129), (2, 1300), (1, 70_001)]:
+        w = rng.standard_normal((n, k)).astype(np.float32)
+        w[rng.random((n, k)) < 0.1] = -0.0
+        for values in (w, np.round(4 * w) / 4, w * np.float32(1e-30), w * np.float32(1e35)):
+            for group, sym in itertools.product((1, 7, 32, 129, k), (True, False)):
+                found = _core.quantize_rtn(values, bits, group, sym)
+                with ql.backend.use(isa="scalar"):
+                    expected = _core.quantize_rtn(values, bits, group, sym)
+                for part, other in zip(found, expected, strict=True):
+                    assert part is other is None or part.tobytes() == other.tobytes(), (n, k, group, sym)
 
 
 def test_rtn_error_falls_with_bits():

@@ -25,7 +25,8 @@ static PyObject *quantize_rtn(PyObject *self, PyObject *arguments) {
         return Py_XDECREF(codes), Py_XDECREF(scales), Py_XDECREF(zeros), NULL;
     }
     QL_CALL_BEGIN
-    ql_quantize_rtn(ql_data(codes), ql_data(scales), ql_data(zeros), ql_data(w), n, k, bits, group < k ? group : k);
+    ql_cpu()->quantize_affine_forward(ql_data(codes), ql_data(scales), ql_data(zeros), ql_data(w), n, k, bits,
+                                      group < k ? group : k);
     QL_CALL_END(stopped)
     if (stopped) { return Py_DECREF(codes), Py_DECREF(scales), Py_XDECREF(zeros), NULL; }
     if (sym) { return Py_BuildValue("(NNO)", codes, scales, Py_None); }

@@ -4,11 +4,6 @@
 
 #include "../quantlab.h"
 
-/* Round to nearest: w (n, k) -> codes (n, words of a row), scales (n, groups) float16 values, zeros (n, groups) or NULL
- * (symmetric). All of codes is written. */
-void ql_quantize_rtn(uint32_t *codes, float *scales, uint8_t *zeros, const float *w, int64_t n, int64_t k, int bits,
-                     int64_t group);
-
 /* flat index of the first NaN or infinity of x (count,), -1 where there is none */
 int64_t ql_first_nonfinite(const float *x, int64_t count);
 

@@ -12,25 +12,26 @@ void ql_overlay_avx512(ql_backend *table);
 void ql_overlay_amx(ql_backend *table);
 
 /* the ops that have a kernel for every ISA, written once as <op>_body.h */
-#define QL_X86_PLAIN_OPS(X)  \
-    X(embedding_forward)     \
-    X(linear_many_forward)   \
-    X(rmsnorm_forward)       \
-    X(rmsnorm_backward)      \
-    X(rope_forward)          \
-    X(attention_forward)     \
-    X(attention_backward)    \
-    X(swiglu_forward)        \
-    X(swiglu_backward)       \
-    X(dropout_forward)       \
-    X(add_forward)           \
-    X(cross_entropy_forward) \
-    X(sample_forward)        \
-    X(gram_forward)          \
-    X(feedback_forward)      \
-    X(gptq_panel_forward)    \
-    X(gptq_steps_forward)    \
-    X(gptq_error_forward)    \
+#define QL_X86_PLAIN_OPS(X)    \
+    X(embedding_forward)       \
+    X(linear_many_forward)     \
+    X(rmsnorm_forward)         \
+    X(rmsnorm_backward)        \
+    X(rope_forward)            \
+    X(attention_forward)       \
+    X(attention_backward)      \
+    X(swiglu_forward)          \
+    X(swiglu_backward)         \
+    X(dropout_forward)         \
+    X(add_forward)             \
+    X(cross_entropy_forward)   \
+    X(sample_forward)          \
+    X(quantize_affine_forward) \
+    X(gram_forward)            \
+    X(feedback_forward)        \
+    X(gptq_panel_forward)      \
+    X(gptq_steps_forward)      \
+    X(gptq_error_forward)      \
     X(gptq_power_forward)
 
 #define QL_X86_FORMAT_OPS(X) \

@@ -139,7 +139,7 @@ static inline void vi_store_nibbles(void *p, vi codes) {
     uint8_t bytes[4] = {(uint8_t)c, (uint8_t)(c >> 16), (uint8_t)(c >> 32), (uint8_t)(c >> 48)};
     memcpy(p, bytes, sizeof bytes);
 }
-/* lanes of -128 to 127 as VL bytes */
+/* the low bytes of the lanes: VL bytes */
 static inline void vi_store_i8(void *p, vi a) {
     int64_t bytes = vi_low_bytes(a);
     memcpy(p, &bytes, sizeof bytes);

@@ -124,7 +124,7 @@ static inline void vi_store_nibbles(void *p, vi codes) {
     __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
     _mm_storel_epi64(p, _mm512_cvtepi64_epi8(pairs));
 }
-/* lanes of -128 to 127 as VL bytes */
+/* the low bytes of the lanes: VL bytes */
 static inline void vi_store_i8(void *p, vi a) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8(a)); }
 
 /* a table of 16 floats in registers: v_table_get(t, i) is t[i & 15] */

@@ -1,7 +1,7 @@
 /* grid.h: the n-bit grid of one group: a scale that a float16 holds and an integer zero point, as the GPTQ reference's
  * quantizer finds them (Frantar et al. 2022; `find_params` of its code). */
-#ifndef QL_QUANT_GRID_H
-#define QL_QUANT_GRID_H
+#ifndef QL_FORMAT_GRID_H
+#define QL_FORMAT_GRID_H
 
 #include "../core/half.h"
 
@@ -19,14 +19,10 @@ static inline float ql_grid_round_scale(float scale) {
     return rounded > 0.0f ? rounded : 5.9604644775390625e-8f; /* the least positive float16 */
 }
 
-/* Grid over [min(x, 0), max(x, 0)], x (count,). sym: over [-max|x|, max|x|] with zero 2^(bits-1); a group without
- * negatives keeps its lower end at 0, as the reference has it. A group of zeros: [-1, 1]. */
-static inline ql_grid ql_grid_fit(const float *x, int64_t count, int bits, int sym) {
-    float low = 0.0f, high = 0.0f, maxq = (float)((1 << bits) - 1);
-    for (int64_t i = 0; i < count; i++) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-    }
+/* Grid over [low, high] = [min(x, 0), max(x, 0)] of a group x. sym: over [-max|x|, max|x|] with zero 2^(bits-1); a group
+ * without negatives keeps its lower end at 0, as the reference has it. A group of zeros: [-1, 1]. */
+static inline ql_grid ql_grid_over(float low, float high, int bits, int sym) {
+    float maxq = (float)((1 << bits) - 1);
     if (sym) {
         high = -low > high ? -low : high;
         low = low < 0.0f ? -high : low;
