@@ -6,8 +6,6 @@
 #include "overlay.h"
 
 #include "decode_amx.h"
-#include "panels.h"
-
 #include <string.h> /* memcpy, memset */
 
 /* elements [s, s + VL) of a row, those from `end` on 0; columns: where each of them is, or NULL */
@@ -34,10 +32,11 @@ static void pack_tile(uint16_t *tile, const float *x, int64_t ldx, const int32_t
 
 static void pack_x(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, int64_t k1) {
     const int32_t *columns = ((const decoder *)g->b)->w->perm;
-    for (int64_t half = 0; half < 2; half++) {
+    const int64_t tall = tall_of(g);
+    for (int64_t half = 0; half < tall; half++) {
         int64_t row = i + 16 * half;
         for (int64_t s = k0; s < k1; s += SIDE) {
-            uint16_t *tile = panel + (s - k0) / SIDE * 2 * TILE + half * TILE;
+            uint16_t *tile = panel + (s - k0) / SIDE * tall * TILE + half * TILE;
             pack_tile(tile, (const float *)g->a + row * g->lda, g->lda, columns, g->m - row, s, k1);
         }
     }
@@ -60,7 +59,7 @@ static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_
     int64_t steps = k1 - k0;
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
-        if (k0 == 0) { fetch_codes(d->w, j + 16, at_most(j + 32, j1), k0, k1); }
+        if (k0 == 0 || g->m <= FEW_ROWS) { fetch_codes(d->w, j + 16, at_most(j + 32, d->w->n), k0, k1); }
         uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
         decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
         for (int64_t r = count; r < 16; r++) { /* rows beyond the last: zeros */
@@ -89,75 +88,6 @@ static void pack_pairs(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t 
             _mm512_store_si512(tile + s % SIDE / 2 * SIDE, interleave(first, second));
         }
     }
-}
-
-/* ---- bfloat16 for a few rows ------------------------------------------------------------------------------------------- */
-
-enum { FEW_AHEAD = 1024 }; /* columns from what is read to what is fetched meanwhile */
-
-typedef struct {
-    float *y;
-    const uint16_t *x; /* [32 steps][16 pairs][16 rows], as pack_tile leaves them */
-    const ql_weight *w;
-    int64_t m, blocks; /* blocks: of 32 rows of W, of a task */
-    int accumulate;
-} few_product;
-
-/* Rows [i, i + 32) of W for all rows of x. W's rows are tiles as they lie in memory; only those at an edge of it are copied. The products
- * add in the order of those of many rows (tile_amx.h), so a row of y has the same bits. */
-static void few_columns(const few_product *f, int64_t i) {
-    const ql_weight *w = f->w;
-    const int64_t k = w->k, count = at_most(SIDE, w->n - i);
-    const uint16_t *codes = (const uint16_t *)w->codes + i * k;
-    alignas(64) uint16_t edge[2 * TILE];
-    alignas(64) float sums[2][256], columns[256];
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t s = 0; s < k; s += SIDE) {
-        const uint16_t *tiles = codes + s;
-        int64_t ld = k, ahead = row_ahead(s, k, k, SIDE, FEW_AHEAD);
-        for (int64_t r = 0; r < SIDE; r++) { v_prefetch(tiles + r * k + ahead); }
-        if (count < SIDE || s + SIDE > k) {
-            for (int64_t r = 0; r < SIDE; r++) {
-                __mmask32 some = r < count ? first_words(k - s) : 0;
-                _mm512_store_si512(edge + r * SIDE, _mm512_maskz_loadu_epi16(some, tiles + r * k));
-            }
-            tiles = edge, ld = SIDE;
-        }
-        MEMORY_BARRIER();
-        _tile_loadd(4, f->x + s * 16, 64);
-        _tile_loadd(2, tiles, 2 * ld);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_loadd(3, tiles + 16 * ld, 2 * ld);
-        _tile_dpbf16ps(1, 3, 4);
-    }
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
-    MEMORY_BARRIER();
-    for (int half = 0; half < 2; half++) {
-        transpose_tile((uint16_t *)columns, (const uint16_t *)sums[half], SIDE);
-        for (int64_t r = 0; r < f->m; r++) { store_lanes(f->y, w->n, r, i + half * VL, v_load(columns + r * VL), f->accumulate); }
-    }
-}
-
-static void few_task(void *context, int64_t task) {
-    const few_product *f = context;
-    tile_config before;
-    configure_tiles(&before);
-    int64_t end = at_most((task + 1) * f->blocks * SIDE, f->w->n);
-    for (int64_t i = task * f->blocks * SIDE; i < end; i += SIDE) { few_columns(f, i); }
-    restore_tiles(&before);
-}
-
-/* 0: no memory for x */
-static int few_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    uint16_t *packed = ql_scratch((size_t)(round_up(w->k, SIDE) * 16) * sizeof *packed);
-    if (packed == NULL) { return 0; }
-    for (int64_t s = 0; s < w->k; s += SIDE) { pack_tile(packed + s * 16, x, w->k, w->perm, m, s, w->k); }
-    int64_t blocks = pieces(w->n, SIDE);
-    few_product f = {y, packed, w, m, part_of(blocks, SIDE * w->k * (int64_t)sizeof *packed, 1), accumulate};
-    ql_parallel_for(pieces(blocks, f.blocks), few_task, &f);
-    return 1;
 }
 
 /* ---- limbs --------------------------------------------------------------------------------------------------------- */
@@ -295,7 +225,7 @@ static int tile_forward(const ql_linear_product *products, int64_t count, const 
         d[i] = decoder_of(w);
         g[i] = (tile_gemm){.c = products[i].y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .b = &d[i], .pack_a = pack_x,
                            .pack_b = pack_columns, .codes = w->codes, .codes_ld = row_bytes_of(w), .code_bits = bits_of(w),
-                           .planes = 1, .transposed = 1, .m = m, .n = w->n, .k = w->k};
+                           .planes = 1, .in_place = w->format == QL_BF16 && w->k % SIDE == 0, .transposed = 1, .m = m, .n = w->n, .k = w->k};
         if (takes_limbs(w)) {
             g[i].planes = LIMBS, g[i].k = pieces(w->k, 2), g[i].pack_a = split_x, g[i].pack_b = split_transposed;
             g[i].transposed = 0, g[i].codes = NULL;
@@ -303,8 +233,6 @@ static int tile_forward(const ql_linear_product *products, int64_t count, const 
     }
     return tile_gemm_run(g, count);
 }
-
-static int takes_few_bf16(const ql_weight *w, int64_t m) { return w->format == QL_BF16 && m <= QL_GEMV_TILE_ROWS && !ql_precise(); }
 
 /* rows of x, at most, that AVX-512 takes where no kernel here does: float32 as limbs is for more rows */
 static int64_t vector_rows(const ql_weight *w) { return w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS; }
@@ -315,10 +243,7 @@ static int takes_integers(const ql_weight *w) { return w->format == QL_INT8 || w
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const ql_linear_product product = {y, w};
     if (ql_gemv_forward_amx(&product, 1, x, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
-    if (m > vector_rows(w)) {
-        if (takes_few_bf16(w, m) && few_bf16(y, x, w, m, accumulate)) { return; }
-        if (tile_forward(&product, 1, x, m, accumulate)) { return; }
-    }
+    if (m > vector_rows(w) && tile_forward(&product, 1, x, m, accumulate)) { return; }
     ql_linear_forward_avx512(y, x, w, m, accumulate);
 }
 
@@ -330,7 +255,7 @@ void ql_linear_many_forward_amx(const ql_linear_product *products, int64_t count
             ql_linear_many_forward_avx512(products, count, x, m);
             return;
         }
-        if (m > QL_GEMV_TILE_ROWS && tile_forward(products, count, x, m, 0)) { return; }
+        if (m > vector_rows(w) && tile_forward(products, count, x, m, 0)) { return; }
     }
     for (int64_t i = 0; i < count; i++) { ql_linear_forward_amx(products[i].y, x, products[i].w, m, 0); }
 }

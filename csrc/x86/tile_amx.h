@@ -26,6 +26,8 @@
 #include "places.h"
 #include "quad_amx.h"
 
+#include "panels.h" /* of vectors */
+
 #include <stdalign.h> /* alignas */
 
 enum {
@@ -56,6 +58,7 @@ struct tile_gemm {
     void (*pack_b)(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     const char *codes; /* what pack_b reads, or NULL: step k of column j is bit k code_bits of the row at j codes_ld bytes */
     int64_t codes_ld, code_bits;
+    int in_place; /* they are b^T as bf16, in whole 32 steps: tiles as they lie */
     int planes; /* LIMBS: limbs */
     int64_t m, n, k;
     int transposed; /* the tiles are those of c^T = b^T a^T: pack_a leaves pairs of steps, pack_b rows; with one plane */
@@ -74,6 +77,9 @@ struct tile_gemm {
 
 /* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
 static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
+
+/* tiles of 16 rows in a panel of a, where it leaves out a second one that is empty */
+static inline int64_t tall_of(const tile_gemm *g) { return g->m > 16 ? 2 : 1; }
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------ */
 
@@ -273,9 +279,107 @@ static void run_pass(tile_gemm *g, int64_t count, int64_t i0, int64_t i1) {
     ql_parallel_loops(loops, count);
 }
 
+/* ---- few rows --------------------------------------------------------------------------------------------------- */
+
+enum {
+    FEW_ROWS = 64,
+    FEW_AHEAD = 1024 /* columns of b^T from what is read to what is fetched meanwhile */
+};
+
+/* 32 columns of b, as rows of b^T: where they are, and elements between rows of a tile, tiles of 32 steps, tiles of 16 columns */
+typedef struct {
+    const uint16_t *at;
+    int64_t ld, step, right;
+} few_b;
+
+/* The products of rows [i, i + 32) of a, `tall` tiles of them, with 32 columns of b, as 2 x 2 tiles of the transpose. Where b is read as
+ * it lies, each step fetches what comes soon; with more rows of a, their share of the next 32 columns. */
+ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b, int64_t i, int in_place, const int tall) {
+    const uint16_t *a = panel_of_a(g, i, 0, g->k), *tiles = b->at;
+    const int64_t step = tall_of(g) * TILE, turns = pieces(g->m, SIDE), turn = i / SIDE;
+    const int64_t first = SIDE * turn / turns, end = in_place ? SIDE * (turn + 1) / turns : 0;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (tall > 1) { _tile_zero(2); _tile_zero(3); }
+    for (int64_t s = 0; s < g->k; s += SIDE, a += step, tiles += b->step) {
+        int64_t ahead = turns > 1 ? SIDE * b->ld : row_ahead(s, g->k, b->ld, SIDE, FEW_AHEAD);
+        for (int64_t r = first; r < end; r++) { v_prefetch(tiles + r * b->ld + ahead); }
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, tiles, 2 * b->ld);
+        _tile_dpbf16ps(0, 6, 4);
+        _tile_loadd(7, tiles + b->right, 2 * b->ld);
+        _tile_dpbf16ps(1, 7, 4);
+        if (tall > 1) {
+            _tile_loadd(5, a + TILE, 64);
+            _tile_dpbf16ps(2, 6, 5);
+            _tile_dpbf16ps(3, 7, 5);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + QUAD / 4, 64);
+    if (tall > 1) {
+        _tile_stored(2, sums + QUAD / 2, 64);
+        _tile_stored(3, sums + 3 * QUAD / 4, 64);
+    }
+}
+
+/* Columns [j, j + 32) for all rows, all steps: those of a row add in the order of many rows, so it has the same bits. */
+static void few_columns(const tile_gemm *g, uint16_t *block, int64_t j) {
+    alignas(64) float sums[QUAD];
+    const int64_t columns = at_most(SIDE, g->n - j), ld = g->codes_ld / 2;
+    const int in_place = g->in_place && columns == SIDE;
+    few_b b = {block, SIDE, 2 * TILE, TILE};
+    if (in_place) { b = (few_b){(const uint16_t *)(const void *)g->codes + j * ld, ld, SIDE, 16 * ld}; }
+    for (int64_t k0 = 0; k0 < g->k && !in_place; k0 += BLOCK_STEPS) {
+        g->pack_b(block + k0 * SIDE, g, k0, at_most(k0 + BLOCK_STEPS, g->k), j, j + columns);
+    }
+    for (int64_t i = 0; i < g->m; i += SIDE) {
+        int64_t rows = at_most(SIDE, g->m - i);
+        MEMORY_BARRIER();
+        if (rows > 16) {
+            few_products(g, sums, &b, i, in_place, 2);
+        } else {
+            few_products(g, sums, &b, i, in_place, 1);
+        }
+        MEMORY_BARRIER();
+        merge_quad(g, sums, i, rows, j, columns);
+    }
+}
+
+static void few_task(void *context, int64_t task) {
+    const tile_gemm *g = context;
+    const int64_t end = at_most((task + 1) * g->width, g->n), worker = take_place(&g->workers);
+    tile_config before;
+    configure_tiles(&before);
+    for (int64_t j = task * g->width; j < end; j += SIDE) { few_columns(g, g->blocks + worker * plane_size(g->k), j); }
+    restore_tiles(&before);
+    leave_place(&g->workers, worker);
+}
+
+/* The same for few rows, with one plane and transposed: b is read once, as it lies where it can be. */
+static int few_rows_run(tile_gemm *g, int64_t count) {
+    const int64_t workers = ql_threads(), size = plane_size(g->k);
+    int64_t a_size = pieces(g->m, SIDE) * size, strips = 0;
+    ql_loop loops[QL_PRODUCTS];
+    uint16_t *memory = ql_scratch((size_t)(a_size + workers * size) * sizeof *memory + (size_t)workers * sizeof(atomic_int));
+    if (memory == NULL) { return 0; }
+    places all = make_places((atomic_int *)(void *)(memory + a_size + workers * size), workers);
+    for (int64_t p = 0; p < count; p++) { strips += pieces(g[p].n, SIDE); }
+    for (int64_t p = 0; p < count; p++) {
+        g[p].i0 = 0, g[p].i1 = g->m, g[p].block_k = round_up(g->k, SIDE), g[p].workers = all;
+        g[p].packed_a = memory, g[p].blocks = memory + a_size;
+        g[p].width = SIDE * part_of(strips, SIDE * g->k * (int64_t)sizeof *memory, 1);
+        loops[p] = (ql_loop){pieces(g[p].n, g[p].width), few_task, &g[p]};
+    }
+    ql_parallel_for(pieces(g->m, SIDE), pack_a_task, g);
+    ql_parallel_loops(loops, count);
+    return 1;
+}
+
 /* 0: no memory for the packed operands, nothing is written */
 static int tile_gemm_run(tile_gemm *g, int64_t count) {
     if (g->m < 1 || g->n < 1) { return 1; }
+    if (g->m <= FEW_ROWS && g->planes == 1 && g->transposed) { return few_rows_run(g, count); }
     int64_t workers = ql_threads();
     int64_t most = (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
     if (g->planes == LIMBS) { most = g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS; }
