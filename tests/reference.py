@@ -189,7 +189,7 @@ class StoredWeight:
 
 def gemv_rows(w: StoredWeight) -> int:
     """Rows of x up to which the selected ISA's products with w may have kernels of decode (formats/packed.h)."""
-    on_tiles = w.format == "f32"  # or on vectors, while more rows are on tiles
+    on_tiles = w.format == "f32"  # on vectors, while more rows are on tiles
     if w.format == "int8" or (w.format == "affine" and w.bits > 4):  # bytes
         on_tiles = 32 <= (w.k if w.format == "int8" else min(w.group, w.k)) <= 65_536
     elif w.format in ("affine", "nf4", "fp4"):  # panels, unless they would be padding mostly

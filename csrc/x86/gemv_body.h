@@ -23,6 +23,8 @@
 
 enum {
     PANELS = V_AVX512 ? 2 : 1, /* of 4 bits at a time, each a stream of memory of its own: one stream alone is not as fast */
+    FLOAT_ROWS = V_AVX512 ? 8 : QL_GEMV_ROWS, /* rows of x at a time where W is float32, */
+    FLOAT_BYTES = 128 << 10, /* of W meanwhile where there are more */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 2048 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
@@ -228,14 +230,14 @@ ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, 
         for (int a = 0; a < rows; a++) {
             vf value = row_values(format, codes + a * stride, j, VL);
             v_prefetch(codes + a * stride + j * size + ROW_AHEAD);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
         }
     }
 #pragma GCC unroll 4
     for (int a = 0; j < end && a < rows; a++) {
         vf value = row_values(format, codes + a * stride, j, end - j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load_tail(g->x + r * g->ldx + j, end - j), sum[r][a]); }
     }
 }
@@ -274,9 +276,9 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int 
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
     int64_t row = format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : size * w->k, stride = apart * row;
     const char *codes = (const char *)g->codes + i * row;
-    vf total[QL_GEMV_ROWS][4];
-    float offset[QL_GEMV_ROWS][4] = {{0}};
-#pragma GCC unroll 4
+    vf total[FLOAT_ROWS][4];
+    float offset[FLOAT_ROWS][4] = {{0}};
+#pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) { total[r][a] = v_zero(); }
@@ -286,7 +288,7 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int 
     } else {
         row_products(total, g, codes, stride, 0, w->k, format, rows, m);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
@@ -302,7 +304,7 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int 
 ALWAYS_INLINE void narrow_rows(const gemv *g, int64_t i, const int m) {
     int64_t k = g->w->k;
     const float *w = (const float *)(const void *)g->codes + i * k;
-    vf sum[QL_GEMV_ROWS], columns[4];
+    vf sum[FLOAT_ROWS], columns[4];
     for (int r = 0; r < m; r++) { sum[r] = v_zero(); }
     for (int64_t s = 0; s < k; s += 4) {
         v_transpose4(columns, w + s, k);
@@ -317,7 +319,7 @@ ALWAYS_INLINE void narrow_rows(const gemv *g, int64_t i, const int m) {
 }
 
 ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int format, const int m) {
-    const int rows = V_AVX512 || m < 3 ? 4 : 2; /* registers */
+    const int rows = m > 6 ? 3 : V_AVX512 || m < 3 ? 4 : 2; /* registers */
     int narrow = format == QL_F32 && g->w->k <= NARROW && g->w->k % 4 == 0;
     for (; narrow && i + VL <= end; i += VL) { narrow_rows(g, i, m); }
     int64_t apart = (end - i) / rows, first = i; /* as many streams of memory as rows at a time */
@@ -336,11 +338,39 @@ ALWAYS_INLINE void row_range(const gemv *g, int64_t i, int64_t end, const int fo
         default: row_range(g, i, end, FORMAT, 4); break;                                           \
         }                                                                                          \
     }
-ROW_TASK(QL_F32)
 ROW_TASK(QL_F16)
 ROW_TASK(QL_BF16)
 ROW_TASK(QL_INT8)
 ROW_TASK(QL_AFFINE)
+
+static void few_floats(const gemv *g, int64_t i, int64_t end) {
+    switch (g->m) {
+    case 1: row_range(g, i, end, QL_F32, 1); break;
+    case 2: row_range(g, i, end, QL_F32, 2); break;
+    case 3: row_range(g, i, end, QL_F32, 3); break;
+    case 4: row_range(g, i, end, QL_F32, 4); break;
+#if V_AVX512
+    case 5: row_range(g, i, end, QL_F32, 5); break;
+    case 6: row_range(g, i, end, QL_F32, 6); break;
+    case 7: row_range(g, i, end, QL_F32, 7); break;
+    default: row_range(g, i, end, QL_F32, 8); break;
+#endif
+    }
+}
+
+/* more rows of x than registers hold: some after the others, with as much of W as the second-level cache keeps */
+static void float_task(void *context, int64_t task) {
+    const gemv *g = context;
+    int64_t i = task * g->part, end = at_most(i + g->part, g->w->n), rows = pieces(g->m, pieces(g->m, FLOAT_ROWS));
+    int64_t at_once = rows < g->m ? round_up(pieces(FLOAT_BYTES, g->w->k * (int64_t)sizeof(float)), VL) : g->part;
+    for (; i < end; i += at_once) {
+        for (int64_t r = 0; r < g->m; r += rows) {
+            gemv some = *g;
+            some.x += r * g->ldx, some.y += r * g->w->n, some.m = at_most(rows, g->m - r);
+            few_floats(&some, i, at_most(i + at_once, end));
+        }
+    }
+}
 
 /* ---- the product ---------------------------------------------------------------------------------------------- */
 
@@ -372,7 +402,7 @@ static void group_sums(float *sums, const float *x, int64_t columns, int64_t gro
 /* The rest is for `count` products of one x, alike: all their tasks are one loop. */
 
 static void run_rows(gemv *g, int64_t count) {
-    void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = row_task_QL_F32, [QL_F16] = row_task_QL_F16,
+    void (*const tasks[QL_FORMAT_COUNT])(void *, int64_t) = {[QL_F32] = float_task, [QL_F16] = row_task_QL_F16,
         [QL_BF16] = row_task_QL_BF16, [QL_INT8] = row_task_QL_INT8, [QL_AFFINE] = row_task_QL_AFFINE};
     const ql_weight *w = g->w;
     int64_t bytes = w->k * (w->format == QL_F32 ? 4 : w->format == QL_F16 || w->format == QL_BF16 ? 2 : 1), rows = 0;
@@ -455,7 +485,8 @@ static int prepare(gemv *of, const ql_linear_product *product, int64_t m, int ac
     gemv g = {.y = product->y, .w = w, .l = ql_packed_layout_of(w), .m = m, .ldx = w->k, .accumulate = accumulate};
     int in_place = w->format == QL_AFFINE ? w->bits == 8 : w->format != QL_NF4 && w->format != QL_FP4;
     g.codes = in_place ? w->codes : packed;
-    if (m < 1 || m > QL_GEMV_ROWS || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
+    int64_t most = w->format == QL_F32 && V_AVX512 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS;
+    if (m < 1 || m > most || w->n < 1 || g.codes == NULL || (!in_place && ql_packed_nbytes(w) == 0)) { return 0; }
     if (g.l.rows == 0) { g.l.groups = pieces(w->k, g.l.group); }
     if (is_arranged(w, &g.l)) { g.ldx = lines(g.l.rows > 0 ? g.l.columns : w->k); }
     *of = g;

@@ -243,6 +243,7 @@ static int takes_integers(const ql_weight *w) { return w->format == QL_INT8 || w
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const ql_linear_product product = {y, w};
     if (ql_gemv_forward_amx(&product, 1, x, m, accumulate)) { return; } /* W is read once: more exact products cost no more */
+    if (w->format == QL_F32 && ql_gemv_forward_avx512(&product, 1, x, m, accumulate)) { return; }
     if (m > vector_rows(w) && tile_forward(&product, 1, x, m, accumulate)) { return; }
     ql_linear_forward_avx512(y, x, w, m, accumulate);
 }
@@ -251,10 +252,7 @@ void ql_linear_many_forward_amx(const ql_linear_product *products, int64_t count
     const ql_weight *w = products[0].w;
     if (ql_products_alike(products, count)) {
         if (ql_gemv_forward_amx(products, count, x, m, 0)) { return; }
-        if (m <= vector_rows(w) && !takes_integers(w)) {
-            ql_linear_many_forward_avx512(products, count, x, m);
-            return;
-        }
+        if (m <= vector_rows(w) && !takes_integers(w) && ql_gemv_forward_avx512(products, count, x, m, 0)) { return; }
         if (m > vector_rows(w) && tile_forward(products, count, x, m, 0)) { return; }
     }
     for (int64_t i = 0; i < count; i++) { ql_linear_forward_amx(products[i].y, x, products[i].w, m, 0); }

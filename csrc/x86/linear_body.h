@@ -1,4 +1,5 @@
 /* linear_body.h: y = x W^T and dx = dy W for every format: a block of W is decoded to float32 in the cache, then gemm. */
+#include "../formats/packed.h" /* QL_GEMV_ROWS */
 #include "overlay.h"
 
 #define GEMM_A_TRANSPOSED 0
@@ -33,7 +34,7 @@ static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1,
 
 void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const ql_linear_product product = {y, w};
-    if (V_NAME(gemv_forward)(&product, 1, x, m, accumulate)) { return; }
+    if (m <= QL_GEMV_ROWS && V_NAME(gemv_forward)(&product, 1, x, m, accumulate)) { return; }
     if (w->format == QL_F32 && w->n <= QL_FEW && w->perm == NULL) {
         narrow g = {y, x, w->codes, m, w->n, w->k, accumulate};
         narrow_run(&g);
@@ -45,7 +46,7 @@ void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_
 }
 
 void V_NAME(linear_many_forward)(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
-    if (ql_products_alike(products, count) && V_NAME(gemv_forward)(products, count, x, m, 0)) { return; }
+    if (m <= QL_GEMV_ROWS && ql_products_alike(products, count) && V_NAME(gemv_forward)(products, count, x, m, 0)) { return; }
     for (int64_t i = 0; i < count; i++) { V_NAME(linear_forward)(products[i].y, x, products[i].w, m, 0); }
 }
 
