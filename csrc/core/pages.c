@@ -2,11 +2,13 @@
 #define _GNU_SOURCE
 #include "pages.h"
 
+#include "memory.h"
+
 #include <pthread.h>
 #include <stdlib.h> /* aligned_alloc */
 #include <sys/mman.h>
 
-enum { ALIGN = 64, PAGE = 4096, HUGE_PAGE = 2 << 20, CHUNK = 32 << 20, LARGE = 2 * HUGE_PAGE }; /* bytes; large: worth huge pages */
+enum { ALIGN = 64, HUGE_PAGE = 2 << 20, CHUNK = 32 << 20, LARGE = 2 * HUGE_PAGE }; /* bytes; large: worth huge pages */
 
 typedef struct chunk {
     void *mapping;
@@ -65,11 +67,10 @@ void ql_pages_release(void *block) {
 }
 
 void *ql_lines_take(size_t bytes) {
+    void *memory = NULL;
     if (bytes > PTRDIFF_MAX - ALIGN) { return NULL; }
-    char *memory = aligned_alloc(ALIGN, round_up(bytes + 1, ALIGN)); /* not 0 */
-    if (memory != NULL && bytes >= LARGE) {
-        size_t before = round_up((uintptr_t)memory, PAGE) - (uintptr_t)memory;
-        madvise(memory + before, bytes - before, MADV_HUGEPAGE); /* a wish */
-    }
-    return memory;
+    if (bytes < LARGE) { return aligned_alloc(ALIGN, round_up(bytes + 1, ALIGN)); } /* not 0 */
+    return ql_host_alloc(&memory, bytes) == QL_OK ? memory : NULL;
 }
+
+void ql_lines_release(void *memory) { ql_host_release(memory); }

@@ -10,7 +10,9 @@
 void *ql_pages_take(int64_t bytes);
 void ql_pages_release(void *block); /* NULL: nothing */
 
-/* `bytes` bytes on a multiple of 64 for free(); NULL where there are none */
+/* `bytes` bytes on a multiple of 64, which realloc() may move; NULL where there are none. A large block that is released may wait for
+ * the next call (memory.c). */
 void *ql_lines_take(size_t bytes);
+void ql_lines_release(void *memory); /* NULL: nothing */
 
 #endif

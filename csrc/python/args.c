@@ -72,7 +72,7 @@ static void *take_zeros(void *context, size_t count, size_t bytes) {
 }
 
 static void *resize(void *context, void *memory, size_t bytes) { return (void)context, realloc(memory, bytes > 0 ? bytes : 1); }
-static void give_back(void *context, void *memory, size_t bytes) { (void)context, (void)bytes, free(memory); }
+static void give_back(void *context, void *memory, size_t bytes) { (void)context, (void)bytes, ql_lines_release(memory); }
 
 static PyDataMem_Handler on_cache_lines = {"quantlab", 1, {NULL, take, take_zeros, resize, give_back}};
 
