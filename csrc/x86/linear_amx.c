@@ -215,6 +215,13 @@ static int takes_floats(const ql_weight *w) {
     return w->format == QL_F32 && (ql_precise() || w->n < NARROW || w->k < NARROW);
 }
 
+/* Whether a store should leave out the caches: they would read each line of c first, and find other memory to let go. */
+static int goes_past_caches(const tile_gemm *g) {
+    int64_t line = VL * (int64_t)sizeof *g->c;
+    int in_lines = (uintptr_t)g->c % (uintptr_t)line == 0 && g->ldc % VL == 0 && g->c_columns == NULL;
+    return in_lines && !g->accumulate && g->m * g->n * (int64_t)sizeof *g->c >= LARGE_RESULT;
+}
+
 /* y = x W^T on tiles, of `count` products that are alike; 0: nothing done, they have no such kernel, or there is no memory */
 static int tile_forward(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate) {
     decoder d[QL_PRODUCTS];
@@ -230,6 +237,7 @@ static int tile_forward(const ql_linear_product *products, int64_t count, const 
             g[i].planes = LIMBS, g[i].k = pieces(w->k, 2), g[i].pack_a = split_x, g[i].pack_b = split_transposed;
             g[i].transposed = 0, g[i].codes = NULL;
         }
+        g[i].past_caches = goes_past_caches(&g[i]);
     }
     return tile_gemm_run(g, count);
 }

@@ -32,6 +32,7 @@ typedef struct {
     const float *turned;
     float *out;
     int64_t out_ld, left;
+    int past_caches; /* whole cache lines of the result go to memory at once */
 } quad;
 
 /* asks for a few lines of memory */
@@ -51,13 +52,21 @@ static inline __attribute__((always_inline)) void fetch(quad *q) {
     }
 }
 
+static inline __attribute__((always_inline)) void store_line(float *line, vf values, int past_caches) {
+    if (past_caches) {
+        _mm512_stream_ps(line, values);
+    } else {
+        v_store(line, values);
+    }
+}
+
 /* four lines of the result of the quad before */
 static inline __attribute__((always_inline)) void put_four(quad *q) {
     int64_t four = FOURS - q->left--, r = four / 2 * 4, half = four % 2;
     float *out = q->out + r * q->out_ld + half * 16;
     vf lines[4];
     v_transpose4(lines, q->turned + r / 16 * (QUAD / 2) + half * (QUAD / 4) + r % 16, 16);
-    for (int64_t l = 0; l < 4; l++) { v_store(out + l * q->out_ld, lines[l]); }
+    for (int64_t l = 0; l < 4; l++) { store_line(out + l * q->out_ld, lines[l], q->past_caches); }
 }
 
 /* what is done between tile products, which take much longer */
@@ -180,6 +189,7 @@ static inline __attribute__((always_inline)) void scale_quad(const quad *q, cons
     const float *column_most = (const float *)(const void *)(q->b + LIMBS * q->plane);
     const float *before = q->before;
     const vf unit = product_unit();
+    const int past_caches = q->past_caches;
     for (int tile = 0; tile < 2 * rows; tile++) {
         if (tile % 2 >= columns) { continue; }
         float *after = q->after + tile / 2 * q->down + tile % 2 * q->right;
@@ -187,7 +197,7 @@ static inline __attribute__((always_inline)) void scale_quad(const quad *q, cons
         for (int64_t r = 0, ld = q->ld, at = tile * (QUAD / 4); r < 16; r++, at += 16, after += ld) {
             vf sum = join_limbs(vi_load(sums + at), vi_load(sums + QUAD + at), vi_load(sums + 2 * QUAD + at));
             sum = v_mul(v_mul(sum, unit), v_mul(columns_most, v_set1(row_most[tile / 2 * 16 + r])));
-            v_store(after, add ? v_add(v_load(before + at), sum) : sum);
+            store_line(after, add ? v_add(v_load(before + at), sum) : sum, past_caches);
         }
     }
 }

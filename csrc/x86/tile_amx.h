@@ -38,6 +38,7 @@ enum {
     MAX_WIDTH = 512,          /* columns of a task */
     MAX_SUMS = 512 * 512,     /* of a task, 1 MiB; also bounds its rows times its columns */
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
+    LARGE_RESULT = 8 << 20,   /* bytes of c, see goes_past_caches */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
     SCALES = 2 * SIDE         /* elements of a panel of limbs that hold the largest values */
@@ -49,6 +50,7 @@ struct tile_gemm {
     int64_t ldc;
     const int32_t *c_columns; /* (n,) or NULL: column j of the product goes to column c_columns[j] of c */
     int accumulate;
+    int past_caches; /* whole cache lines of c go to memory at once, see goes_past_caches */
     int lower; /* only elements with row >= column are written */
     const void *a, *b; /* what pack_a and pack_b read */
     int64_t lda, ldb;
@@ -92,7 +94,12 @@ static inline void merge_row(const tile_gemm *g, vf sum, int64_t i, int64_t j, i
         if (g->accumulate) { sum = v_add(sum, _mm512_mask_i32gather_ps(v_zero(), lanes, at, row, 4)); }
         _mm512_mask_i32scatter_ps(row, lanes, at, sum, 4);
     } else {
-        v_store_tail(row + j, g->accumulate ? v_add(v_load_tail(row + j, count), sum) : sum, count);
+        if (g->accumulate) { sum = v_add(sum, v_load_tail(row + j, count)); }
+        if (count == VL) {
+            store_line(row + j, sum, g->past_caches);
+        } else {
+            v_store_tail(row + j, sum, count);
+        }
     }
 }
 
@@ -148,16 +155,26 @@ static void pack_a_task(void *context, int64_t task) {
 /* what a task multiplies: 32 rows of a from row i, block [k0, k1), columns [j0, j1) */
 typedef struct {
     int64_t i, j0, j1, k0, k1;
-    int64_t next_j, next_end; /* columns whose codes of the next block are asked for meanwhile */
+    int64_t next_j, next_end; /* columns whose codes of the next block, [next_k0, next_k1), are asked for meanwhile */
+    int64_t next_k0, next_k1;
 } strip;
 
 /* which codes the quad of column j asks for: its share of those that are left */
 static void take_codes(quad *q, const tile_gemm *g, strip *s, int64_t j) {
-    int64_t from = s->k1 * g->code_bits / 8 / 64 * 64, end = at_most(s->k1 + g->block_k, g->k) * g->code_bits / 8;
+    int64_t from = s->next_k0 * g->code_bits / 8 / 64 * 64, end = s->next_k1 * g->code_bits / 8;
     q->codes = g->codes + s->next_j * g->codes_ld + from, q->codes_ld = g->codes_ld, q->code_bytes = end - from, q->code_at = 0;
     q->code_rows = pieces(s->next_end - s->next_j, pieces(s->j1 - j, SIDE));
     q->code_pace = pieces(q->code_rows * pieces(end - from, 64), pieces(s->k1 - s->k0, SIDE));
     s->next_j += q->code_rows;
+}
+
+/* Its share, of rows [i0, i1), of the columns whose codes come next: of the next block of k or, after the last one, of what is most often
+ * the thread's next task. */
+static void take_share(strip *s, const tile_gemm *g, int64_t i0, int64_t i1) {
+    int64_t j0 = s->j0, j1 = s->j1, from = s->i - i0, to = at_most(s->i + SIDE, i1) - i0;
+    s->next_k0 = s->k1 < g->k ? s->k1 : 0, s->next_k1 = at_most(s->next_k0 + g->block_k, g->k);
+    if (s->k1 == g->k) { j0 = s->j1, j1 = at_most(s->j1 + g->width, g->n); }
+    s->next_j = j0 + (j1 - j0) * from / (i1 - i0), s->next_end = j0 + (j1 - j0) * to / (i1 - i0);
 }
 
 /* 32 rows of a, one block of k, against all columns of the task */
@@ -181,7 +198,10 @@ static void multiply_rows(const tile_gemm *g, strip s, uint16_t *block, float *s
             q.after = turns ? turned : sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
         }
         if (s.next_j < s.next_end) { take_codes(&q, g, &s, j); }
-        if (q.after == c && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
+        q.past_caches = g->past_caches && (turns || q.after == c);
+        if (q.past_caches && !turns) {
+            q.lines = 0;
+        } else if (q.after == c && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
             q.line = (const char *)c, q.line_ld = g->ldc * (int64_t)sizeof *c, q.lines = rows;
         } else { /* the next sums */
             q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < s.j1 ? SIDE : 0;
@@ -218,14 +238,12 @@ static void tile_gemm_task(void *context, int64_t task) {
         for (int64_t i = i0; i < i1; i += SIDE) {
             int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
             strip s = {.i = i, .j0 = j0, .j1 = j1, .k0 = k0, .k1 = k1};
-            if (g->codes != NULL && k1 < g->k) { /* its share of the columns */
-                s.next_j = j0 + (j1 - j0) * (i - i0) / (i1 - i0);
-                s.next_end = j0 + (j1 - j0) * at_most(i + SIDE - i0, i1 - i0) / (i1 - i0);
-            }
+            if (g->codes != NULL) { take_share(&s, g, i0, i1); }
             multiply_rows(g, s, panels, sums + kept);
         }
     }
     restore_tiles(&before);
+    if (g->past_caches) { _mm_sfence(); }
     leave_place(&g->workers, worker);
 }
 
@@ -353,6 +371,7 @@ static void few_task(void *context, int64_t task) {
     configure_tiles(&before);
     for (int64_t j = task * g->width; j < end; j += SIDE) { few_columns(g, g->blocks + worker * plane_size(g->k), j); }
     restore_tiles(&before);
+    if (g->past_caches) { _mm_sfence(); }
     leave_place(&g->workers, worker);
 }
 
