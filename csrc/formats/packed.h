@@ -20,7 +20,8 @@
 
 enum {
     QL_GEMV_ROWS = 4,       /* rows of activations of such a product at most, */
-    QL_GEMV_TILE_ROWS = 16, /* on tiles */
+    QL_GEMV_TILE_ROWS = 16, /* on tiles, */
+    QL_GEMV_INT8_ROWS = 2,  /* of int8 in vectors, where tiles take more; of other integers 1 */
     QL_GEMV_BYTE_GROUP = 32,   /* columns of codes of 5 to 8 bits that share a scale there: fewer leave tiles mostly empty */
     QL_GEMV_TABLE_GROUP = 256, /* of nf4 and fp4, at most: the sums of their 16-bit integers are far from the end of an int32 */
     QL_GEMV_GROUP = 1 << 16,   /* of all: the same of products of bytes */

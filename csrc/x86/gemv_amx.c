@@ -1,7 +1,7 @@
 /* gemv_amx.c: y (m, n) = x (m, k) W^T for a few rows of x where codes are integers, of 2 to 4 bits in panels (formats/packed.h) or as
  * bytes in rows: byte products (VNNI, which each processor with AMX has), four of them to a lane and instruction, so that
- * arithmetic takes less time than memory. More than one row of x in panels, more than QL_GEMV_ROWS in rows of bytes, and as many of
- * nf4 and fp4: on tiles (few_amx.c).
+ * arithmetic takes less time than memory. More than one row of x (of int8 than QL_GEMV_INT8_ROWS), and more than QL_GEMV_ROWS of nf4
+ * and fp4: on tiles (few_amx.c).
  *
  * A group of x becomes integers of three limbs (limbs_amx.h); each limb has int32 sums of its own, which are exact. Codes are
  * unsigned, so sums begin at -middle * the sum of the limbs that they add up. A row of y has the same bits for every number of threads
@@ -306,11 +306,13 @@ static int prepare(gemv_product *of, const ql_linear_product *product, int64_t m
     if (tables && (!panels || m <= QL_GEMV_ROWS)) { return 0; } /* so few: float32, on AVX-512 */
     g.groups = pieces(w->k, g.l.group), g.stride = bytes_of_row(w);
     g.ld = round_up((panels ? g.l.columns : w->k) + VL, 64);
-    int too_large = m > ql_gemv_tile_rows(w, ql_precise()) || g.l.group > QL_GEMV_GROUP;
+    int64_t most = ql_gemv_tile_rows(w, ql_precise());
+    int64_t in_vectors = most <= QL_GEMV_ROWS ? QL_GEMV_ROWS : w->format == QL_INT8 ? QL_GEMV_INT8_ROWS : 1;
+    int too_large = m > most || g.l.group > QL_GEMV_GROUP;
     int no_kernel = !in_place && !ql_packs_bytes(w) && !panels;
     if (m < 1 || w->n < 1 || g.codes == NULL || too_large || no_kernel) { return 0; }
     g.middle = panels && !tables ? (int32_t)ql_affine_symmetric_zero(w->bits) : 128, g.halves = tables ? 2 : 1;
-    g.tiles = m > (panels ? 1 : QL_GEMV_ROWS) ? (int)pieces(m * kept_limbs(g.halves), LINES) : 0;
+    g.tiles = m > in_vectors ? (int)pieces(m * kept_limbs(g.halves), LINES) : 0;
     void (*const of_bits[])(void *, int64_t) = {[2] = panel_task_2, [3] = panel_task_3, [4] = panel_task_4};
     g.task = g.tiles > 0 ? few_task : panels ? of_bits[w->bits] : w->format == QL_INT8 ? int8_task : code_task;
     *of = g;
