@@ -17,7 +17,7 @@
  * A task owns `chunk` rows and `width` columns of c. For each block of k it packs b, then each 32 rows of a, which fit the
  * first-level cache, meet all columns, 2 x 2 tiles at a time (quad_amx.h). Tile products add in the order of k, 32 steps of all
  * planes at a time, and sums are kept as they are between blocks, so an element's value does not depend on m, on the task or on
- * the number of threads. */
+ * the number of threads. Few rows of a have tasks of their own, in which each 32 columns of b meet all of them. */
 #ifndef QL_TILE_AMX_H
 #define QL_TILE_AMX_H
 
@@ -300,9 +300,14 @@ static void run_pass(tile_gemm *g, int64_t count, int64_t i0, int64_t i1) {
 /* ---- few rows --------------------------------------------------------------------------------------------------- */
 
 enum {
-    FEW_ROWS = 64,
-    FEW_AHEAD = 1024 /* columns of b^T from what is read to what is fetched meanwhile */
+    FEW_IN_PLACE = 128, /* rows at most where b is read as it lies, */
+    FEW_PACKED = 64,    /* and where 32 columns of it are packed at a time */
+    FEW_AHEAD = 1024    /* columns of b^T from what is read to what is fetched meanwhile */
 };
+
+static inline int takes_few_rows(const tile_gemm *g) {
+    return g->m <= (g->in_place ? FEW_IN_PLACE : FEW_PACKED) && g->planes == 1 && g->transposed;
+}
 
 /* 32 columns of b, as rows of b^T: where they are, and elements between rows of a tile, tiles of 32 steps, tiles of 16 columns */
 typedef struct {
@@ -311,8 +316,9 @@ typedef struct {
 } few_b;
 
 /* The products of rows [i, i + 32) of a, `tall` tiles of them, with 32 columns of b, as 2 x 2 tiles of the transpose. Where b is read as
- * it lies, each step fetches what comes soon; with more rows of a, their share of the next 32 columns. */
-ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b, int64_t i, int in_place, const int tall) {
+ * it lies, each step fetches what comes soon; with more rows of a, their share of the next 32 columns. Meanwhile the products before these
+ * go to c, from the same memory. */
+ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b, int64_t i, int in_place, quad *before, const int tall) {
     const uint16_t *a = panel_of_a(g, i, 0, g->k), *tiles = b->at;
     const int64_t step = tall_of(g) * TILE, turns = pieces(g->m, SIDE), turn = i / SIDE;
     const int64_t first = SIDE * turn / turns, end = in_place ? SIDE * (turn + 1) / turns : 0;
@@ -322,6 +328,7 @@ ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b,
     for (int64_t s = 0; s < g->k; s += SIDE, a += step, tiles += b->step) {
         int64_t ahead = turns > 1 ? SIDE * b->ld : row_ahead(s, g->k, b->ld, SIDE, FEW_AHEAD);
         for (int64_t r = first; r < end; r++) { v_prefetch(tiles + r * b->ld + ahead); }
+        if (before->left > 0) { put_four(before); }
         _tile_loadd(4, a, 64);
         _tile_loadd(6, tiles, 2 * b->ld);
         _tile_dpbf16ps(0, 6, 4);
@@ -333,6 +340,8 @@ ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b,
             _tile_dpbf16ps(3, 7, 5);
         }
     }
+    while (before->left > 0) { put_four(before); }
+    MEMORY_BARRIER();
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + QUAD / 4, 64);
     if (tall > 1) {
@@ -342,8 +351,7 @@ ALWAYS_INLINE void few_products(const tile_gemm *g, float *sums, const few_b *b,
 }
 
 /* Columns [j, j + 32) for all rows, all steps: those of a row add in the order of many rows, so it has the same bits. */
-static void few_columns(const tile_gemm *g, uint16_t *block, int64_t j) {
-    alignas(64) float sums[QUAD];
+static void few_columns(const tile_gemm *g, uint16_t *block, float *sums, quad *before, int64_t j) {
     const int64_t columns = at_most(SIDE, g->n - j), ld = g->codes_ld / 2;
     const int in_place = g->in_place && columns == SIDE;
     few_b b = {block, SIDE, 2 * TILE, TILE};
@@ -355,27 +363,34 @@ static void few_columns(const tile_gemm *g, uint16_t *block, int64_t j) {
         int64_t rows = at_most(SIDE, g->m - i);
         MEMORY_BARRIER();
         if (rows > 16) {
-            few_products(g, sums, &b, i, in_place, 2);
+            few_products(g, sums, &b, i, in_place, before, 2);
         } else {
-            few_products(g, sums, &b, i, in_place, 1);
+            few_products(g, sums, &b, i, in_place, before, 1);
         }
         MEMORY_BARRIER();
-        merge_quad(g, sums, i, rows, j, columns);
+        if (rows == SIDE && columns == SIDE && !g->accumulate) {
+            before->out = g->c + i * g->ldc + j, before->left = FOURS;
+        } else {
+            merge_quad(g, sums, i, rows, j, columns);
+        }
     }
 }
 
 static void few_task(void *context, int64_t task) {
     const tile_gemm *g = context;
     const int64_t end = at_most((task + 1) * g->width, g->n), worker = take_place(&g->workers);
+    alignas(64) float sums[QUAD];
+    quad last = {.turned = sums, .out_ld = g->ldc, .past_caches = g->past_caches};
     tile_config before;
     configure_tiles(&before);
-    for (int64_t j = task * g->width; j < end; j += SIDE) { few_columns(g, g->blocks + worker * plane_size(g->k), j); }
+    for (int64_t j = task * g->width; j < end; j += SIDE) { few_columns(g, g->blocks + worker * plane_size(g->k), sums, &last, j); }
+    while (last.left > 0) { put_four(&last); }
     restore_tiles(&before);
     if (g->past_caches) { _mm_sfence(); }
     leave_place(&g->workers, worker);
 }
 
-/* The same for few rows, with one plane and transposed: b is read once, as it lies where it can be. */
+/* What tile_gemm_run does, for few rows. 0: no memory for the packed operands. */
 static int few_rows_run(tile_gemm *g, int64_t count) {
     const int64_t workers = ql_threads(), size = plane_size(g->k);
     int64_t a_size = pieces(g->m, SIDE) * size, strips = 0;
@@ -398,7 +413,7 @@ static int few_rows_run(tile_gemm *g, int64_t count) {
 /* 0: no memory for the packed operands, nothing is written */
 static int tile_gemm_run(tile_gemm *g, int64_t count) {
     if (g->m < 1 || g->n < 1) { return 1; }
-    if (g->m <= FEW_ROWS && g->planes == 1 && g->transposed) { return few_rows_run(g, count); }
+    if (takes_few_rows(g)) { return few_rows_run(g, count); }
     int64_t workers = ql_threads();
     int64_t most = (g->planes * g->k <= SHORT_K ? SHORT_K : BLOCK_STEPS) / g->planes;
     if (g->planes == LIMBS) { most = g->k <= SHORT_LIMBS ? SHORT_LIMBS : LIMB_STEPS; }
