@@ -59,7 +59,7 @@ static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_
     int64_t steps = k1 - k0;
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
-        if (k0 == 0 || takes_few_rows(g)) { fetch_codes(d->w, j + 16, at_most(j + 32, d->w->n), k0, k1); }
+        if (k0 == 0 || takes_few_rows(g)) { fetch_codes(d->w, j + 16, at_most(j + 32, takes_few_rows(g) ? d->w->n : j1), k0, k1); }
         uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
         decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
         for (int64_t r = count; r < 16; r++) { /* rows beyond the last: zeros */

@@ -41,7 +41,10 @@ enum {
     LARGE_RESULT = 8 << 20,   /* bytes of c, see goes_past_caches */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
-    SCALES = 2 * SIDE         /* elements of a panel of limbs that hold the largest values */
+    SCALES = 2 * SIDE,        /* elements of a panel of limbs that hold the largest values */
+    FEW_IN_PLACE = 128,       /* few rows: where b is read as it lies, */
+    FEW_PACKED = 64,          /* and where 32 columns of it are packed at a time, which spares sums between blocks of k */
+    FEW_AHEAD = 1024          /* columns of b^T from what is read to what is fetched meanwhile */
 };
 
 typedef struct tile_gemm tile_gemm;
@@ -80,8 +83,14 @@ struct tile_gemm {
 /* bf16 elements of one plane of a panel: 32 rows or columns, `steps` steps */
 static inline int64_t plane_size(int64_t steps) { return round_up(steps, SIDE) * SIDE; }
 
-/* tiles of 16 rows in a panel of a, where it leaves out a second one that is empty */
-static inline int64_t tall_of(const tile_gemm *g) { return g->m > 16 ? 2 : 1; }
+/* whether a product has few rows, and tasks for them */
+static inline int takes_few_rows(const tile_gemm *g) {
+    int64_t most = g->in_place ? FEW_IN_PLACE : g->k > SHORT_K ? FEW_PACKED : 0;
+    return g->m <= most && g->planes == 1 && g->transposed;
+}
+
+/* tiles of 16 rows in a panel of a: few rows leave out a second one that would be empty */
+static inline int64_t tall_of(const tile_gemm *g) { return takes_few_rows(g) && g->m <= 16 ? 1 : 2; }
 
 /* ---- tasks ------------------------------------------------------------------------------------------------------ */
 
@@ -155,26 +164,16 @@ static void pack_a_task(void *context, int64_t task) {
 /* what a task multiplies: 32 rows of a from row i, block [k0, k1), columns [j0, j1) */
 typedef struct {
     int64_t i, j0, j1, k0, k1;
-    int64_t next_j, next_end; /* columns whose codes of the next block, [next_k0, next_k1), are asked for meanwhile */
-    int64_t next_k0, next_k1;
+    int64_t next_j, next_end; /* columns whose codes of the next block are asked for meanwhile */
 } strip;
 
 /* which codes the quad of column j asks for: its share of those that are left */
 static void take_codes(quad *q, const tile_gemm *g, strip *s, int64_t j) {
-    int64_t from = s->next_k0 * g->code_bits / 8 / 64 * 64, end = s->next_k1 * g->code_bits / 8;
+    int64_t from = s->k1 * g->code_bits / 8 / 64 * 64, end = at_most(s->k1 + g->block_k, g->k) * g->code_bits / 8;
     q->codes = g->codes + s->next_j * g->codes_ld + from, q->codes_ld = g->codes_ld, q->code_bytes = end - from, q->code_at = 0;
     q->code_rows = pieces(s->next_end - s->next_j, pieces(s->j1 - j, SIDE));
     q->code_pace = pieces(q->code_rows * pieces(end - from, 64), pieces(s->k1 - s->k0, SIDE));
     s->next_j += q->code_rows;
-}
-
-/* Its share, of rows [i0, i1), of the columns whose codes come next: of the next block of k or, after the last one, of what is most often
- * the thread's next task. */
-static void take_share(strip *s, const tile_gemm *g, int64_t i0, int64_t i1) {
-    int64_t j0 = s->j0, j1 = s->j1, from = s->i - i0, to = at_most(s->i + SIDE, i1) - i0;
-    s->next_k0 = s->k1 < g->k ? s->k1 : 0, s->next_k1 = at_most(s->next_k0 + g->block_k, g->k);
-    if (s->k1 == g->k) { j0 = s->j1, j1 = at_most(s->j1 + g->width, g->n); }
-    s->next_j = j0 + (j1 - j0) * from / (i1 - i0), s->next_end = j0 + (j1 - j0) * to / (i1 - i0);
 }
 
 /* 32 rows of a, one block of k, against all columns of the task */
@@ -238,7 +237,10 @@ static void tile_gemm_task(void *context, int64_t task) {
         for (int64_t i = i0; i < i1; i += SIDE) {
             int64_t kept = g->k > g->block_k ? (i - i0) / SIDE * quads_a_row * QUAD : 0;
             strip s = {.i = i, .j0 = j0, .j1 = j1, .k0 = k0, .k1 = k1};
-            if (g->codes != NULL) { take_share(&s, g, i0, i1); }
+            if (g->codes != NULL && k1 < g->k) { /* its share of the columns */
+                s.next_j = j0 + (j1 - j0) * (i - i0) / (i1 - i0);
+                s.next_end = j0 + (j1 - j0) * at_most(i + SIDE - i0, i1 - i0) / (i1 - i0);
+            }
             multiply_rows(g, s, panels, sums + kept);
         }
     }
@@ -298,16 +300,6 @@ static void run_pass(tile_gemm *g, int64_t count, int64_t i0, int64_t i1) {
 }
 
 /* ---- few rows --------------------------------------------------------------------------------------------------- */
-
-enum {
-    FEW_IN_PLACE = 128, /* rows at most where b is read as it lies, */
-    FEW_PACKED = 64,    /* and where 32 columns of it are packed at a time */
-    FEW_AHEAD = 1024    /* columns of b^T from what is read to what is fetched meanwhile */
-};
-
-static inline int takes_few_rows(const tile_gemm *g) {
-    return g->m <= (g->in_place ? FEW_IN_PLACE : FEW_PACKED) && g->planes == 1 && g->transposed;
-}
 
 /* 32 columns of b, as rows of b^T: where they are, and elements between rows of a tile, tiles of 32 steps, tiles of 16 columns */
 typedef struct {
