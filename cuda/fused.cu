@@ -1,6 +1,6 @@
 /* fused.cu: the fused slots that are products: norm + q, k, v + rotary embedding; norm + gate, up + SwiGLU; product + residual.
- * Up to 1,024, 2,048 or 4,096 tokens: one kernel each, after that of the norm where the product ahead has not prepared it. More: cuBLAS, then
- * an elementwise kernel. */
+ * One kernel each, after that of the norm where the product ahead has not prepared it; where linear_packed.cu takes no more tokens, cuBLAS, then an
+ * elementwise kernel. */
 #include "linear.cuh"
 
 #include <type_traits>

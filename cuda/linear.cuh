@@ -7,6 +7,9 @@
 #include "norm_ahead.cuh"
 #include "packed.h"
 
+/* bytes of a weight at most that are decoded at once */
+static const int64_t QL_DECODED_BYTES = (int64_t)512 << 20;
+
 /* out (i1 - i0, k): rows i0 .. i1 of W in stored order of columns (decode.cu) */
 void ql_cuda_dequantize(bf16 *out, const ql_weight *w, int64_t i0, int64_t i1);
 
@@ -37,7 +40,7 @@ bool ql_cuda_low_rank_terms(ql_low_rank_term *terms, const ql_activations *x, co
 void ql_cuda_set_term(bf16 *y, const ql_low_rank_term *term, int64_t t, int64_t n);
 void ql_cuda_add_term(float *sum, const ql_low_rank_term *term, int64_t t, int64_t n);
 
-/* ---- products on the packed weight, up to some thousand tokens (linear_packed.cu) --------------------------------------- */
+/* ---- products on the packed weight (linear_packed.cu) --------------------------------------- */
 
 /* what becomes of a product: float32 set or added, bf16, bf16 after rotary embedding, swiglu of this and the next weight */
 typedef enum { QL_OUT_FLOAT, QL_OUT_FLOAT_ADD, QL_OUT_BF16, QL_OUT_ROPE, QL_OUT_SWIGLU } ql_output;

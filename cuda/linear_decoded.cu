@@ -1,9 +1,9 @@
 /* linear_decoded.cu: how the kernel of linear_decoded.cuh is laid out and launched. */
-#include "cuda.h"
+#include "linear.cuh"
 #include "linear_family.cuh"
 
-/* bytes of a decoded weight at most */
-static const int64_t MOST_BYTES = (int64_t)1 << 30;
+static_assert((int)DECODED_BYTES <= (int)SHARED_MEMORY && DECODED_RING % 1024 == 0, "stages are swizzled by their address");
+static_assert(2 * WIDE_TILES * WIDE_ROUND * (int)CHUNK <= 2 * (int)DECODED_PLACE, "what wide_finish_any turns stands where lines do");
 
 static int ceiling(int a, int b) { return (a + b - 1) / b; }
 
@@ -11,7 +11,7 @@ static int ceiling(int a, int b) { return (a + b - 1) / b; }
 static int64_t decoded_bytes(const small_args *a, int columns) { return (int64_t)a->tiles * TILE_ROWS * a->units * columns * (int64_t)sizeof(bf16); }
 
 bool ql_cuda_fits_decoded(const small_args *a, int columns) {
-    return !a->adapted && decoded_bytes(a, columns) <= MOST_BYTES && ql_cuda_max_clusters(DECODED_BLOCKS) > 0;
+    return !a->adapted && decoded_bytes(a, columns) <= QL_DECODED_BYTES && ql_cuda_max_clusters(DECODED_BLOCKS) > 0;
 }
 
 bool ql_cuda_launch_decoded(small_args *a, decoded_kernel kernel, int columns) {

@@ -5,7 +5,7 @@
  *
  * An item is 128 outputs (eight tiles, one a warp; the decoded matrix has its rows in the order of the tiles) of 256 tokens. The two blocks of a cluster
  * take items of neighbouring outputs and the same tokens, and each brings half of the activations for both. Clusters go through bands of DECODED_BAND
- * items of tokens, outputs after outputs, so that what all of them read at a time stays in the L2 cache. Decoding is handed out a tile and
+ * items of tokens, outputs after outputs, so that what all of them read at a time stays in the L2 cache. Decoding is handed out DECODED_TASK tiles and
  * DECODED_CHUNK columns at a time, in the order in which the clusters come to need them; `ready` counts the tiles of an item's outputs that are there.
  *
  *   shared: barriers | table | lines of outputs, two places | stages: activations (256, 64), values (128, 64), bf16, swizzled */

@@ -1,11 +1,9 @@
 /* linear_large.cu: products of many tokens: the weight is decoded to bfloat16, a panel of rows at a time, then cuBLAS. */
 #include "linear.cuh"
 
-/* Bytes of a decoded panel at most. The whole weight where it fits: one product is faster than several. */
-static const int64_t PANEL_BYTES = (int64_t)512 << 20;
-
+/* The whole weight where it fits: one product is faster than several. */
 static int64_t panel_rows(const ql_weight *w) {
-    int64_t rows = PANEL_BYTES / (2 * (w->k > 0 ? w->k : 1)) / 256 * 256;
+    int64_t rows = QL_DECODED_BYTES / (2 * (w->k > 0 ? w->k : 1)) / 256 * 256;
     return rows < 256 ? 256 : rows < w->n ? rows : w->n;
 }
 

@@ -294,11 +294,11 @@ static bool is_packed(const ql_weight *w) {
 /* Tokens up to which a product on the packed weight is faster than one on the weight decoded for cuBLAS, as measured on an H100: any number where
  * linear_decoded.cuh takes over, whose outputs are bfloat16. SwiGLU spares gate's and up's way through memory, a table takes longer to decode; rows of
  * bfloat16 cuBLAS takes as they are, other rows of floats not. */
-static int64_t most_tokens(const ql_weight *w, ql_output output, bool adapted) {
+static int64_t most_tokens(const ql_weight *w, ql_output output, bool once) {
     if (ql_cuda_capability() < 90 || w->format == QL_BF16) { return 16; }
     if (w->format == QL_F32 || w->format == QL_F16) { return 32; }
     if (!has_groups()) { return GROUP_TOKENS; }
-    if (!adapted && output >= QL_OUT_BF16) { return INT32_MAX; }
+    if (once && output >= QL_OUT_BF16) { return INT32_MAX; }
     return output == QL_OUT_SWIGLU ? 4096 : w->format == QL_NF4 || w->format == QL_FP4 ? 1024 : 2048;
 }
 
@@ -320,10 +320,13 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
 }
 
 bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
-    bool together = true;
+    bool together = true, adapted = false;
+    int64_t values = 0;
     if (m < 1) { return false; }
+    for (int i = 0; i < count; i++) { adapted |= products[i].term.r > 0, values += products[i].w->n * products[i].w->k; }
+    bool once = !adapted && values * (int64_t)sizeof(bf16) <= QL_DECODED_BYTES;
     for (int i = 0; i < count; i++) {
-        if (m > most_tokens(products[i].w, products[i].output, products[i].term.r > 0) || !is_packed(products[i].w)) { return false; }
+        if (m > most_tokens(products[i].w, products[i].output, once) || !is_packed(products[i].w)) { return false; }
         together = together && alike(products[0].w, products[i].w);
     }
     if (together) { return launch_products(products, count, x, rotation, m); }

@@ -1,8 +1,9 @@
-/* linear_wide_store.cuh: the end of an item of linear_wide.cuh: what becomes of its sums.
+/* linear_wide_store.cuh: the end of an item of linear_wide.cuh, and in part of linear_decoded.cuh: what becomes of its sums.
  *
  * Where a cluster splits K, fragments are dealt out to its blocks, WIDE_ROUND of each warp at a time, and added there in the order of the blocks. Then
  * they are turned in shared memory, so that lanes store, or add to what is there, 16 bytes of a token each; a warpgroup stores its own, while the other
- * may still, or already, multiply. Items of which outputs are missing (the last of a matrix), or with an adapter, are stored fragment by fragment.
+ * may still, or already, multiply. Items of which outputs are missing (the last of a matrix), of two parts, where 16 bytes cannot be stored, or with an adapter,
+ * are stored fragment by fragment.
  * The code is kept short and straight: it runs once an item, and what has to be fetched or branches then costs more than what it does. */
 #ifndef QL_CUDA_LINEAR_WIDE_STORE_CUH
 #define QL_CUDA_LINEAR_WIDE_STORE_CUH

@@ -72,8 +72,10 @@ void *ql_cuda_scratch(ql_cuda_slot slot, size_t bytes) {
     device->scratch_moves++;
     size_t rounded = (bytes + 0xffff) & ~(size_t)0xffff;
     if (ql_cuda_alloc(&device->scratch[slot].memory, rounded) != QL_OK) { return NULL; }
+    if (slot == QL_SCRATCH_COUNTERS && !ql_cuda_check(cudaMemsetAsync(device->scratch[slot].memory, 0, rounded, ql_cuda_stream()), "cudaMemsetAsync")) {
+        return NULL;
+    }
     device->scratch[slot].bytes = rounded;
-    if (slot == QL_SCRATCH_COUNTERS) { ql_cuda_check(cudaMemsetAsync(device->scratch[slot].memory, 0, rounded, ql_cuda_stream()), "cudaMemsetAsync"); }
     return device->scratch[slot].memory;
 }
 

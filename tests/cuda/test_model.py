@@ -109,7 +109,7 @@ MANY_TOKENS = {  # heads of which an item of 128 outputs has none whole, two, on
     },
     "wider": {
         "hidden_size": 1152,
-        "intermediate_size": 5000,
+        "intermediate_size": 5004,
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
         "head_dim": 128,
