@@ -215,11 +215,12 @@ static int takes_floats(const ql_weight *w) {
     return w->format == QL_F32 && (ql_precise() || w->n < NARROW || w->k < NARROW);
 }
 
-/* Whether a store should leave out the caches: they would read each line of c first, and find other memory to let go. */
+/* Whether a store should leave out the caches: they would read each line of c first, and find other memory to let go. Only where c is as wide
+ * as a vocabulary: what a layer leaves is read from the caches by the next op. */
 static int goes_past_caches(const tile_gemm *g) {
     int64_t line = VL * (int64_t)sizeof *g->c;
     int in_lines = (uintptr_t)g->c % (uintptr_t)line == 0 && g->ldc % VL == 0 && g->c_columns == NULL;
-    return in_lines && !g->accumulate && g->m * g->n * (int64_t)sizeof *g->c >= LARGE_RESULT;
+    return in_lines && !g->accumulate && g->n >= LARGE_ROW && g->m * g->n * (int64_t)sizeof *g->c >= LARGE_RESULT;
 }
 
 /* y = x W^T on tiles, of `count` products that are alike; 0: nothing done, they have no such kernel, or there is no memory */

@@ -38,7 +38,8 @@ enum {
     MAX_WIDTH = 512,          /* columns of a task */
     MAX_SUMS = 512 * 512,     /* of a task, 1 MiB; also bounds its rows times its columns */
     MIN_CHUNK = 256,          /* rows below which packing b costs more than an idle thread */
-    LARGE_RESULT = 8 << 20,   /* bytes of c, see goes_past_caches */
+    LARGE_RESULT = 8 << 20,   /* bytes of c, */
+    LARGE_ROW = 16384,        /* and its columns, see goes_past_caches */
     PASS_ROWS = 2048,         /* rows of a that are packed at once */
     BLOCK_SIZE = 256 * SHORT_K, /* elements of a block of b */
     SCALES = 2 * SIDE,        /* elements of a panel of limbs that hold the largest values */
