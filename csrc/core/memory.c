@@ -8,26 +8,42 @@
 #include <string.h>    /* memcpy */
 #include <sys/mman.h>  /* madvise */
 
-enum { HUGE_PAGE = 2 << 20, MAX_SPARE = 128 << 20, SPARES = 4 }; /* bytes; blocks */
+enum { HUGE_PAGE = 2 << 20, MAX_SPARE = 128 << 20, ALL_SPARES = 256 << 20, SPARES = 4 }; /* bytes; of one block, of all; blocks */
 
 /* ---- memory ------------------------------------------------------------------------------------------------------------ */
 
 /* The system clears the pages of fresh memory, which took 5 % of a prompt's time: some large blocks wait here for the next call. */
 static _Atomic(void *) spares[SPARES];
+static atomic_size_t spare_bytes;
+
+/* puts `memory`, or NULL, in place i; what was there */
+static void *exchange_spare(int i, void *memory) {
+    atomic_fetch_add(&spare_bytes, malloc_usable_size(memory)); /* NULL: 0 */
+    void *before = atomic_exchange(&spares[i], memory);
+    atomic_fetch_sub(&spare_bytes, malloc_usable_size(before));
+    return before;
+}
+
+static void release_spares(void) {
+    for (int i = 0; i < SPARES; i++) { free(exchange_spare(i, NULL)); }
+}
 
 static void keep_spare(void *memory) {
-    static atomic_uint turn;
-    for (int i = 0; i < SPARES; i++) {
-        void *none = NULL;
-        if (atomic_compare_exchange_strong(&spares[i], &none, memory)) { return; }
+    static atomic_uint turn; /* blocks that nobody asks for leave in turn */
+    size_t bytes = malloc_usable_size(memory);
+    for (int i = 0; i < SPARES && atomic_load(&spare_bytes) + bytes > ALL_SPARES; i++) {
+        free(exchange_spare((int)(atomic_fetch_add(&turn, 1) % SPARES), NULL));
     }
-    free(atomic_exchange(&spares[atomic_fetch_add(&turn, 1) % SPARES], memory)); /* blocks that nobody asks for leave in turn */
+    for (int i = 0; i < SPARES && memory != NULL; i++) {
+        if (atomic_load(&spares[i]) == NULL) { memory = exchange_spare(i, memory); }
+    }
+    if (memory != NULL) { free(exchange_spare((int)(atomic_fetch_add(&turn, 1) % SPARES), memory)); }
 }
 
 /* a block of at least `bytes` bytes and at most twice as many, or NULL */
 static void *take_spare(size_t bytes) {
     for (int i = 0; i < SPARES; i++) {
-        void *memory = atomic_exchange(&spares[i], NULL);
+        void *memory = exchange_spare(i, NULL);
         if (memory == NULL) { continue; }
         size_t usable = malloc_usable_size(memory);
         if (usable >= bytes && usable - bytes <= bytes) { return memory; }
@@ -42,6 +58,7 @@ ql_status ql_host_alloc(void **memory, size_t bytes) {
     } else if ((*memory = take_spare(bytes)) == NULL) { /* a page at a time, each with an interrupt: as few as the system allows */
         size_t rounded = bytes <= SIZE_MAX - HUGE_PAGE ? (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE : bytes;
         *memory = aligned_alloc(HUGE_PAGE, rounded);
+        if (*memory == NULL) { release_spares(), *memory = aligned_alloc(HUGE_PAGE, rounded); }
         if (*memory != NULL) { madvise(*memory, rounded, MADV_HUGEPAGE); } /* a wish */
     }
     return *memory != NULL ? QL_OK : ql_fail(QL_ENOMEM, "out of memory: asked for %zu bytes", bytes);
