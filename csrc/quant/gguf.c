@@ -5,6 +5,7 @@
 #include "gguf.h"
 
 #include "../core/half.h"
+#include "../core/sizes.h"
 
 enum {
     PLAIN = 32,
@@ -195,13 +196,11 @@ const ql_gguf_type ql_gguf_types[] = {
 static void decode_task(void *context, int64_t task) {
     const decode_context *c = context;
     const ql_gguf_type *type = c->type;
-    int64_t count = VALUES_PER_TASK / type->values, begin = task * count;
-    int64_t end = begin + count < c->count ? begin + count : c->count;
+    int64_t count = VALUES_PER_TASK / type->values, begin = task * count, end = at_most(begin + count, c->count);
     for (int64_t i = begin; i < end; i++) { type->decode(c->out + i * type->values, c->blocks + i * type->bytes); }
 }
 
 void ql_gguf_decode(float *out, const uint8_t *blocks, int64_t count, const ql_gguf_type *type) {
     decode_context context = {out, blocks, count, type};
-    int64_t per_task = VALUES_PER_TASK / type->values;
-    ql_parallel_for((count + per_task - 1) / per_task, decode_task, &context);
+    ql_parallel_for(pieces(count, VALUES_PER_TASK / type->values), decode_task, &context);
 }

@@ -56,10 +56,11 @@ static void pack_dy(uint16_t *panel, const tile_gemm *g, int64_t i, int64_t k0, 
 /* b = W^T: rows of W, as their product with the rows of x is transposed */
 static void pack_columns(uint16_t *block, const tile_gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     const decoder *d = g->b;
+    const int few = takes_few_rows(g); /* then the next columns are the task's too */
     int64_t steps = k1 - k0;
     for (int64_t j = j0; j < j1; j += 16) {
         int64_t count = at_most(16, j1 - j);
-        if (k0 == 0 || takes_few_rows(g)) { fetch_codes(d->w, j + 16, at_most(j + 32, takes_few_rows(g) ? d->w->n : j1), k0, k1); }
+        if (k0 == 0 || few) { fetch_codes(d->w, j + 16, at_most(j + 32, few ? d->w->n : j1), k0, k1); }
         uint16_t *tiles = panel_at(block, g, j - j0, steps) + (j - j0) % SIDE / 16 * TILE;
         decode_rows(tiles, SIDE, 2 * TILE, d, j, count, k0, k1);
         for (int64_t r = count; r < 16; r++) { /* rows beyond the last: zeros */

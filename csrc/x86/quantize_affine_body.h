@@ -6,7 +6,7 @@
 #include "../formats/grid.h"
 #include "overlay.h"
 
-#include <string.h> /* memcpy, memmove, memset */
+#include <string.h> /* memcpy, memmove */
 
 enum { TASK_ELEMENTS = 1 << 16, CODES = 512 };
 

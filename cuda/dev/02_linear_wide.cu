@@ -4,25 +4,9 @@
  *   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o /tmp/wide cuda/dev/02_linear_wide.cu && /tmp/wide [tokens ...]
  *
  * Without tokens the products are checked, no more (compute-sanitizer). -DQL_RACECHECK: as README.md of the folder above says. */
-#include "../linear_wide.cuh"
-#include "harness.cuh"
-#include "maps.cuh"
+#include "wide.cuh"
 
 enum { SHARED_MEMORY = 227 << 10 };
-static const int RECORD = record_bytes<codes_4bit>(1, 0), COLUMNS = codes_4bit::columns;
-
-/* codes: any bits; scales: float16 from 1 to 1.25 */
-static __global__ void fill_records(uint32_t *words, int64_t count) {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        uint32_t bits = (uint32_t)ql_random_bits(1, i);
-        words[i] = i * 4 % RECORD < codes_4bit::bytes ? bits * 2654435761u : 0x3c003c00u + (bits & 0x00ff00ffu);
-    }
-}
-static __global__ void fill_x(bf16 *x, int64_t count) {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) { x[i] = __float2bfloat16_rn(2.0f * ql_uniform(2, i, 0) - 1.0f); }
-}
 
 /* y (m, n) in float64; a warp an output, a lane the units u = lane, lane + 32, ... of K */
 static __global__ void reference(double *y, const uint8_t *records, const bf16 *x, int units, int n, int k) {
@@ -48,16 +32,6 @@ static __global__ void reference(double *y, const uint8_t *records, const bf16 *
     if (threadIdx.x == 0) { y[(int64_t)token * n + row] = sum; }
 }
 
-static small_args arguments_of(const uint8_t *records, const bf16 *x, float *y, const float *one, int n, int k, int m) {
-    small_args a;
-    memset(&a, 0, sizeof a);
-    a.x = x, a.tiles = n / TILE_ROWS, a.units = k / COLUMNS, a.k = a.x_line = k, a.record = RECORD, a.parts = 1, a.m = m, a.ordered = 1;
-    small_part &part = a.part[0];
-    part.upper = records, part.lower = records + (int64_t)a.units * RECORD, part.factor = part.factor_lower = one, part.out = y;
-    part.tiles = a.tiles, part.divisor = 1, part.multiplier = 2, part.lower_rows = UNIT_ROWS, part.n = n, part.output = SMALL_FLOAT;
-    return a;
-}
-
 template <int Tokens8> static void launch(small_args &a, const ql_tensor_map &map, int cluster) {
     int items = (a.tiles + WIDE_TILES - 1) / WIDE_TILES * ((a.m + 8 * Tokens8 - 1) / (8 * Tokens8)), most = ql_cuda_multiprocessors() / cluster;
     if (cluster == 4) { most = 30; } /* of an H100: its parts have 16 or 18 multiprocessors */
@@ -80,14 +54,14 @@ template <int Tokens8> static void run(int n, int k, int m, int cluster, bool ti
     ql_tensor_map map = map_of(x.get(), m, k, 8 * Tokens8);
     if (timed) {
         double us = time_us(copies, [&](int i) {
-            small_args a = arguments_of(records.get() + bytes * i, x.get(), y.get(), one.get(), n, k, m);
+            small_args a = arguments_of(records.get() + bytes * i, y.get(), one.get(), n, k, m, SMALL_FLOAT);
             launch<Tokens8>(a, map, cluster);
         });
         printf("%6d x %5d, %4d tokens, items of %3d, clusters of %d: %6.1f us, %3.0f TFLOP/s\n", n, k, m, 8 * Tokens8, cluster, us, 2e-6 * n * k * m / us);
         return;
     }
     device_array<double> exact((size_t)m * n);
-    small_args a = arguments_of(records.get(), x.get(), y.get(), one.get(), n, k, m);
+    small_args a = arguments_of(records.get(), y.get(), one.get(), n, k, m, SMALL_FLOAT);
     launch<Tokens8>(a, map, cluster);
     reference<<<dim3(n, m), WARP, 0, harness_stream>>>(exact.get(), records.get(), x.get(), k / COLUMNS, n, k);
     y.down(), exact.down();

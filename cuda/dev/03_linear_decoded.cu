@@ -5,8 +5,7 @@
  *
  * cuBLAS is found through LD_LIBRARY_PATH. Without tokens the products are checked, no more (compute-sanitizer). -DQL_RACECHECK: as README.md of the folder above says. */
 #include "../linear_decoded.cuh"
-#include "harness.cuh"
-#include "maps.cuh"
+#include "wide.cuh"
 
 #include <dlfcn.h>
 
@@ -27,11 +26,6 @@ struct cublas {
     }
 };
 
-static __global__ void fill(bf16 *x, int64_t count, uint64_t key) {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) { x[i] = __float2bfloat16_rn(2.0f * ql_uniform(key, i, 0) - 1.0f); }
-}
-
 /* y (m, n) in float64; a warp an output */
 static __global__ void reference(double *y, const bf16 *w, const bf16 *x, int n, int k) {
     int row = blockIdx.x, token = blockIdx.y;
@@ -39,17 +33,6 @@ static __global__ void reference(double *y, const bf16 *w, const bf16 *x, int n,
     for (int j = threadIdx.x; j < k; j += WARP) { sum += (double)__bfloat162float(w[(int64_t)row * k + j]) * __bfloat162float(x[(int64_t)token * k + j]); }
     sum = warp_sum(sum);
     if (threadIdx.x == 0) { y[(int64_t)token * n + row] = sum; }
-}
-
-static const int RECORD = record_bytes<codes_4bit>(1, 0), COLUMNS = codes_4bit::columns;
-
-/* codes: any bits; scales: float16 from 1 to 1.25 */
-static __global__ void fill_records(uint32_t *words, int64_t count) {
-    int64_t step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        uint32_t bits = (uint32_t)ql_random_bits(1, i);
-        words[i] = i * 4 % RECORD < codes_4bit::bytes ? bits * 2654435761u : 0x3c003c00u + (bits & 0x00ff00ffu);
-    }
 }
 
 struct problem {
@@ -63,16 +46,11 @@ struct problem {
         : n(n), k(k), m(m), records((size_t)n / UNIT_ROWS * (k / COLUMNS) * RECORD), x((size_t)m * k), values((size_t)n * k), y((size_t)m * n),
           one(std::vector<float>{1.0f}), counters(std::vector<uint32_t>(2 + (n / DECODED_ROWS + 1) * (k / DECODED_CHUNK + 1))) {
         fill_records<<<1024, 256, 0, harness_stream>>>((uint32_t *)records.get(), records.host.size() / 4);
-        fill<<<1024, 256, 0, harness_stream>>>(x.get(), (int64_t)m * k, 2);
+        fill_x<<<1024, 256, 0, harness_stream>>>(x.get(), (int64_t)m * k);
         values_map = map_of(values.get(), n, k, DECODED_ROWS), x_map = map_of(x.get(), m, k, 8 * DECODED_TOKENS8 / DECODED_BLOCKS);
     }
     void launch() {
-        small_args a;
-        memset(&a, 0, sizeof a);
-        a.tiles = n / TILE_ROWS, a.units = k / COLUMNS, a.k = a.x_line = k, a.record = RECORD, a.parts = 1, a.m = m;
-        small_part &part = a.part[0];
-        part.upper = records.get(), part.lower = records.get() + (int64_t)a.units * RECORD, part.factor = part.factor_lower = one.get(), part.out = y.get();
-        part.tiles = a.tiles, part.divisor = 1, part.multiplier = 2, part.lower_rows = UNIT_ROWS, part.n = n, part.output = SMALL_BF16;
+        small_args a = arguments_of(records.get(), y.get(), one.get(), n, k, m, SMALL_BF16);
         int across = (m + 255) / 256, pairs = ((a.tiles + WIDE_TILES - 1) / WIDE_TILES + 1) / 2, most = ql_cuda_multiprocessors() / DECODED_BLOCKS;
         int clusters = std::min(pairs * across, most), width = std::min<int>(across, DECODED_BAND);
         decoded_work work = {values.get(), counters.get(), counters.get() + 1, counters.get() + 2, (int)counters.host.size(),
