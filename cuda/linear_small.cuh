@@ -212,30 +212,41 @@ __device__ __forceinline__ void small_fetch_x(const small_args &a, uint32_t base
     }
 }
 
-/* A single token from float32, times the gain, by all consumer warps. The mean of squares is left in parts at l.norm: the
- * finishing warps multiply the sums by what follows from it. */
+/* four stored columns from column j on of a token, or of its gain; zeros beyond k. Vector: they lie side by side, aligned. */
+__device__ __forceinline__ float4 small_four(const float *from, const small_args &a, int j, bool vector) {
+    if (vector && j < a.k) { return *(const float4 *)(from + j); }
+    float v[4] = {};
+#pragma unroll
+    for (int e = 0; e < 4 && !vector; e++) {
+        if (j + e < a.k) { v[e] = from[a.perm != NULL ? a.perm[j + e] : j + e]; }
+    }
+    return make_float4(v[0], v[1], v[2], v[3]);
+}
+
+/* A single token from float32, times the gain, by all consumer warps, `AHEAD` loads of a lane at once; the first gains are there before the kernel
+ * ahead has ended. The mean of squares is left in parts at l.norm: the finishing warps multiply the sums by what follows from it. */
 template <typename Codes, int Warps>
 __device__ __forceinline__ void small_make_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int warp, int lane) {
+    enum { AHEAD = 4, COLUMNS = 4 * Warps * WARP };
     float squares = 0.0f;
     int first = k.first * Codes::columns, end = k.end * Codes::columns;
-    bool vectors = a.perm == NULL && a.k % 4 == 0 && ((uintptr_t)a.floats | (uintptr_t)a.gain) % 16 == 0;
+    bool vector = a.perm == NULL && a.k % 4 == 0 && ((uintptr_t)a.floats | (uintptr_t)a.gain) % 16 == 0;
     int from = a.gain != NULL ? 0 : first, to = a.gain != NULL ? a.x_line : end; /* the norm is over all of the token */
-    for (int j = from + 4 * (warp * WARP + lane); j < to; j += 4 * Warps * WARP) {
-        float v[4] = {};
-        if (vectors && j < a.k) {
-            float4 x = *(const float4 *)(a.floats + j), gain = a.gain != NULL ? __ldg((const float4 *)(a.gain + j)) : make_float4(1, 1, 1, 1);
-            squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-            v[0] = x.x * gain.x, v[1] = x.y * gain.y, v[2] = x.z * gain.z, v[3] = x.w * gain.w;
-        }
+    for (int column = from; column < to; column += AHEAD * COLUMNS) {
+        int j = column + 4 * (warp * WARP + lane);
+        float4 x[AHEAD], gain[AHEAD];
 #pragma unroll
-        for (int e = 0; e < 4 && !vectors; e++) {
-            if (j + e >= a.k) { break; }
-            int at = a.perm != NULL ? a.perm[j + e] : j + e;
-            squares += a.floats[at] * a.floats[at];
-            v[e] = a.floats[at] * (a.gain != NULL ? a.gain[at] : 1.0f);
-        }
-        if (j >= first && j < end) {
-            store_shared(base + l.x + (j - first) * 2, make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])));
+        for (int i = 0; i < AHEAD; i++) { gain[i] = a.gain != NULL ? small_four(a.gain, a, j + i * COLUMNS, vector) : make_float4(1, 1, 1, 1); }
+        if (column == from) { ql_cuda_wait_previous(); }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) { x[i] = small_four(a.floats, a, j + i * COLUMNS, vector); }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int at = j + i * COLUMNS;
+            squares += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+            if (at < first || at >= end) { continue; }
+            uint2 halves = make_uint2(pack_bf16(x[i].x * gain[i].x, x[i].y * gain[i].y), pack_bf16(x[i].z * gain[i].z, x[i].w * gain[i].w));
+            store_shared(base + l.x + (at - first) * 2, halves);
         }
     }
     squares = warp_sum(squares);
@@ -427,8 +438,8 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
         fill_table(base + l.table, a, Warps * WARP);
         block_barrier(2, Warps * WARP);
     }
-    ql_cuda_wait_previous();
     if (warp < Warps && makes) { small_make_x<Codes, Warps>(a, base, l, k, warp, lane); }
+    ql_cuda_wait_previous();
     if (warp == Warps + 1 && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }
     if (makes) { block_barrier(1, (Warps + Finishers) * WARP); }
     if (warp < Warps) {

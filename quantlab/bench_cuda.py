@@ -1,7 +1,8 @@
 """`quantlab bench --device cuda`: the products, attention and conversions of a 7B LLaMA, and the whole model, on a GPU.
 
 An op is recorded over copies of its arrays that the L2 cache cannot hold, and the recorded step is replayed: a time is
-that of one launch among others, as in a model (cuda/bench.cu). Each case stands beside its roof, measured in the same
+that of one launch among others, as in a model (cuda/bench.cu); activations of up to 64 tokens, which a model's op ahead
+leaves in that cache, are not copied. Each case stands beside its roof, measured in the same
 run: `read`, the time to read as many bytes; `copy`, to read and write as many; `matmul`, cuBLAS' product of bfloat16
 matrices of its shape. Records have the fields of quantlab.bench; variant is "cuda", peer_ratio and error are None.
 """
