@@ -57,17 +57,19 @@ static __global__ void find_factor(const pack_args a, int64_t scales) {
     }
 }
 
-/* the codes of step j, pair p, of lane's row: which word, and the place of the first and second code in it */
-struct place {
-    int word, first, second;
-};
-static __device__ place place_of(ql_units_kind kind, int j, int p) {
-    int i4 = 2 * (j % 2) + p, i2 = 2 * (j % 4) + p;
+/* the codes of step j, pair p, of lane's row, to where units.cuh has them */
+static __device__ void put_pair(uint32_t *words, ql_units_kind kind, int j, int p, uint32_t first, uint32_t second) {
+    int i4 = 2 * (j % 2) + p, i2 = 2 * (j % 4) + p, i3 = 2 * j + p - 2;
+    uint32_t both = first | second << 16;
     switch (kind) {
-    case QL_UNITS_4BIT: return {j / 2, 4 * i4, 16 + 4 * i4};
-    case QL_UNITS_TABLE: return {j / 2, 8 * i4, 8 * i4 + 4};
-    case QL_UNITS_8BIT: return {j, 8 * p, 16 + 8 * p};
-    default: return {j / 4, 2 * i2, 16 + 2 * i2};
+    case QL_UNITS_4BIT: words[j / 2] |= both << (4 * i4); break;
+    case QL_UNITS_TABLE: words[j / 2] |= (first | second << 4) << (8 * i4); break;
+    case QL_UNITS_8BIT: words[j] |= (both ^ 0x00800080u) << (8 * p); break;
+    case QL_UNITS_3BIT:
+        for (int bit = 0; bit < 3 && i3 < 0; bit++) { words[3 * p + bit] |= (both >> bit & 0x00010001u) << 15; }
+        if (i3 >= 0) { words[i3 / 5] |= both << (3 * (i3 % 5)); }
+        break;
+    default: words[j / 4] |= both << (2 * i2);
     }
 }
 
@@ -79,25 +81,17 @@ static __global__ void pack_units(const pack_args a) {
     if (unit >= (int64_t)p.rows8 * p.units) { return; }
     int64_t row = unit / p.units * UNIT_ROWS + g, column = unit % p.units * p.columns;
     uint8_t *record = a.records + unit * p.record;
-    uint32_t words[8] = {}, tops[2] = {};
+    uint32_t words[8] = {};
     for (int j = 0; j < p.columns / STEP; j++) {
         for (int pair = 0; pair < 2; pair++) {
             int64_t at = column + j / 2 * TWO_STEPS + 8 * t + 4 * (j % 2) + 2 * pair;
-            uint32_t first = code_at(a.w, row, at), second = code_at(a.w, row, at + 1);
-            if (p.kind == QL_UNITS_8BIT) { first ^= 0x80, second ^= 0x80; }
-            if (p.kind == QL_UNITS_3BIT) {
-                int i = 2 * (j % 8) + pair;
-                tops[j / 8] |= first >> 2 << i | second >> 2 << (16 + i);
-                first &= 3, second &= 3;
-            }
-            place to = place_of(p.kind, j, pair);
-            words[to.word] |= first << to.first | second << to.second;
+            put_pair(words, p.kind, j, pair, code_at(a.w, row, at), code_at(a.w, row, at + 1));
         }
     }
     uint4 *chunks = (uint4 *)record;
     chunks[lane] = make_uint4(words[0], words[1], words[2], words[3]);
     if (p.kind == QL_UNITS_8BIT) { chunks[WARP + lane] = make_uint4(words[4], words[5], words[6], words[7]); }
-    if (p.kind == QL_UNITS_3BIT) { ((uint2 *)(record + CHUNK))[lane] = make_uint2(tops[0], tops[1]); }
+    if (p.kind == QL_UNITS_3BIT) { ((uint2 *)(record + CHUNK))[lane] = make_uint2(words[4], words[5]); }
     uint8_t *scales = record + p.record - 16 * p.parts * (p.zeros ? 2 : 1);
     for (int part = t; part < p.parts; part += 4) {
         int64_t at = column + part * (p.columns / p.parts);

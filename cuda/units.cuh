@@ -16,8 +16,9 @@
  * Words of a lane: bits are so placed that a shift and a mask give two codes, one in each half of a word:
  *   4 bits  word j / 2, pair p of step j: i = 2 (j % 2) + p, first code in bits 4 i, second in bits 16 + 4 i
  *   8 bits  word j, pair p: first in byte p, second in byte 2 + p; codes with the top bit inverted
- *   2 bits  word j / 4, i = 2 (j % 4) + p: bits 2 i and 16 + 2 i;  3 bits: that plane for the lower two bits, and the top bits
- *           in word j / 8 of the second plane, i = 2 (j % 8) + p: bits i and 16 + i
+ *   2 bits  word j / 4, i = 2 (j % 4) + p: bits 2 i and 16 + 2 i
+ *   3 bits  i = 2 j + p - 2: word i / 5, bits 3 (i % 5) and 16 + 3 (i % 5), five to a word; step 0 has what is left of the words: bit b
+ *           of its pair p is bit 15 and bit 31 of word 3 p + b
  *   tables  word j / 2, byte 2 (j % 2) + p: first code in the low nibble, second in the high */
 #ifndef QL_CUDA_UNITS_CUH
 #define QL_CUDA_UNITS_CUH
@@ -48,6 +49,16 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
 
 #define QL_BF16X2_128 0x43004300u
 
+/* A field of both halves, from bit `at` on, as values less the offset. Under 128 a bfloat16 has seven bits: a field there stays where it is, a multiple
+ * of 2^place, and is divided by as much, exactly, as the offset is taken away. That spares two shifts of three. at: known when this is compiled */
+template <int Bits> __device__ __forceinline__ uint32_t field_of(uint32_t w, int at, uint32_t offset) {
+    int place = at % 6;
+    uint32_t v = and_or(w >> (at - place), (((1u << Bits) - 1) << place) * 0x10001u, QL_BF16X2_128);
+    if (place == 0) { return sub_bf16x2(v, offset); }
+    uint32_t less = (0x4280u | (128 - (256 >> place))) * 0x10001u; /* 128 - 128 / 2^place */
+    return fma_bf16x2(v, ((127u - place) << 7) * 0x10001u, sub_bf16x2(less, offset));
+}
+
 /* Each struct of codes: columns of a unit, words a lane holds of it, bytes of codes, and
  * pair(words, j, p, offset, table): two neighbouring values of step j. offset: two bfloat16, what `zero` adds up to. table: address. */
 struct codes_4bit {
@@ -70,17 +81,18 @@ struct codes_2bit {
     enum { columns = 256, words = 4, bytes = CHUNK, table = 0 };
     static constexpr uint32_t symmetric = 0x43024302u;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
-        return sub_bf16x2(and_or(w[j / 4] >> (2 * (2 * (j % 4) + p)), 0x00030003u, QL_BF16X2_128), offset);
+        return field_of<2>(w[j / 4], 2 * (2 * (j % 4) + p), offset);
     }
 };
-struct codes_3bit { /* words 4 and 5: the plane of the top bits */
+struct codes_3bit {
     enum { columns = 256, words = 6, bytes = CHUNK + CHUNK / 2, table = 0 };
     static constexpr uint32_t symmetric = 0x43044304u;
     static __device__ __forceinline__ uint32_t pair(const uint32_t *w, int j, int p, uint32_t offset, uint32_t) {
-        uint32_t low = and_or(w[j / 4] >> (2 * (2 * (j % 4) + p)), 0x00030003u, QL_BF16X2_128);
-        int i = 2 * (j % 8) + p;
-        uint32_t top = i < 2 ? w[4 + j / 8] << (2 - i) : w[4 + j / 8] >> (i - 2);
-        return sub_bf16x2(and_or(top, 0x00040004u, low), offset);
+        int i = 2 * j + p - 2;
+        if (i >= 0) { return field_of<3>(w[i / 5], 3 * (i % 5), offset); }
+        uint32_t v = and_or(w[3 * p] >> 15, 0x00010001u, QL_BF16X2_128);
+        v = and_or(w[3 * p + 1] >> 14, 0x00020002u, v);
+        return sub_bf16x2(and_or(w[3 * p + 2] >> 13, 0x00040004u, v), offset);
     }
 };
 struct codes_table { /* NF4, FP4: in shared memory, a bfloat16 pair for each byte and lane, so no two lanes meet in a bank */
