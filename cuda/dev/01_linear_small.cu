@@ -66,7 +66,7 @@ static const variant variants[] = {
     /* one token */
     RING(1, true, 16, 1, 1, 2), RING(1, true, 8, 1, 1, 3), RING(1, true, 8, 2, 2, 2), RING(1, true, 12, 1, 1, 2), REGISTER(1, true, 2, 16, 2),
     /* 2 to 8 */
-    RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 2, 2, 2), RING(1, false, 4, 2, 2, 4), RING(1, false, 16, 1, 2, 1), RING(1, false, 8, 1, 4, 2),
+    RING(1, false, 8, 1, 2, 2), RING(1, false, 8, 2, 2, 2), RING(1, false, 4, 2, 2, 4), RING(1, false, 16, 1, 2, 1),
     /* 9 to 16 */
     RING(2, false, 16, 1, 2, 1), RING(2, false, 16, 1, 4, 1), RING(2, false, 24, 1, 4, 1), RING(2, false, 8, 2, 2, 1), RING(2, false, 8, 2, 4, 1),
 #endif
