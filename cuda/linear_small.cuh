@@ -414,7 +414,7 @@ __device__ __forceinline__ void small_init_barriers(uint32_t base, const small_l
 template <typename Codes, int Tokens8, bool Single, int Parts, int Warps, int Units, int Finishers>
 __device__ __forceinline__ void small_ring_body(const small_args &a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    static_assert(Finishers <= 2 * Tokens8, "a finishing warp meets every use of a buffer of sums, or takes one for the next but one");
+    static_assert(Finishers <= 2 * Tokens8, "or a finishing warp would take a use of its buffer of sums for the next but one");
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int cluster = cluster_size(), shift = __ffs(cluster) - 1, rank = cluster_rank(), first = blockIdx.x >> shift, step = gridDim.x >> shift;
     small_range k = small_units_of(a.units, rank, shift);
