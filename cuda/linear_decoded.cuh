@@ -334,9 +334,11 @@ template <typename Codes> __device__ __forceinline__ wide_place decoded_start(co
     return p;
 }
 
-/* the last block leaves zeros for the next kernel; by a warp, once its block is done */
+/* the last block leaves zeros for the next kernel, behind all that was counted; by a warp, once its block is done */
 __device__ __forceinline__ void decoded_end(const wide_place &p, const decoded_work &work) {
+    __threadfence();
     uint32_t ended = p.lane == 0 ? atomicAdd(work.done, 1) + 1 : 0;
+    __threadfence();
     if (__shfl_sync(QL_FULL_WARP, ended, 0) < gridDim.x) { return; }
     for (int i = p.lane; i < work.counters; i += WARP) { work.claimed[i] = 0; }
 }
@@ -359,7 +361,7 @@ __device__ __forceinline__ void decoded_body(const small_args &a, const decoded_
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         decoded_multiply(a, p);
     }
-    cluster_arrive(), cluster_wait(); /* the other block may still release stages here */
+    cluster_sync(); /* the other block may still release stages here */
     if (p.warp == 0) { decoded_end(p, work); }
 }
 
