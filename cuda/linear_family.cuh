@@ -31,7 +31,7 @@ typedef struct {
 
 /* bytes of shared memory that a block can have on sm_90; stages below which a ring is no ring */
 enum { SHARED_MEMORY = 227 << 10, LEAST_STAGES = 2 };
-enum { SMALL_RINGS = 6, SMALL_REGISTERS = 4, SMALL_GROUPS = 4, SMALL_WIDES = 2 };
+enum { SMALL_RINGS = 5, SMALL_REGISTERS = 4, SMALL_GROUPS = 4, SMALL_WIDES = 2 };
 
 typedef void (*decoded_kernel)(small_args, decoded_work, ql_tensor_map, ql_tensor_map);
 
@@ -80,14 +80,13 @@ template <typename Codes, int Tokens8> constexpr wide_kernel make_wide() {
 }
 #define SMALL_WIDES_OF(Codes) { make_wide<Codes, 16>(), make_wide<Codes, 32>() }
 
-/* Of those that take the tokens, the first that fits with the best residence (linear_packed.cu) is used: of a single token, shorter stages where two
- * blocks and the next kernel's would have no room for two long ones. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
+/* Of those that take the tokens, the first that fits with the best residence (linear_packed.cu) is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */
 #define SMALL_RINGS_OF(Codes, Parts, Wide)                                                                                   \
     {                                                                                                                        \
-        make_ring<Codes, Parts, 1, 8, 2, 2, 2>(), make_ring<Codes, Parts, 1, 8, 1, 2, 2>(),                                  \
-            make_ring<Codes, Parts, 8, (Wide) ? 16 : 8, 1, 2, (Wide) ? 1 : 2>(), make_ring<Codes, Parts, 8, 8, 2, 2, 2>(),   \
-            make_ring<Codes, Parts, 16, 16, 1, 2, 1>(), make_ring<Codes, Parts, 16, 8, 2, 2, 1>()                            \
+        make_ring<Codes, Parts, 1, 8, 2, 2, 2>(), make_ring<Codes, Parts, 8, (Wide) ? 16 : 8, 1, 2, (Wide) ? 1 : 2>(),       \
+            make_ring<Codes, Parts, 8, 8, 2, 2, 2>(), make_ring<Codes, Parts, 16, 16, 1, 2, 1>(),                            \
+            make_ring<Codes, Parts, 16, 8, 2, 2, 1>()                                                                        \
     }
 #define SMALL_REGISTERS_OF(Codes, Parts, Units, Warps, Blocks, WideUnits)                                                    \
     {                                                                                                                        \
