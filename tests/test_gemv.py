@@ -65,14 +65,15 @@ def _grouped(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredW
 
 def magnitude(w: ref.StoredWeight) -> np.ndarray:
     """What an element's product may be made of: the code and the zero are both taken from the middle of the codes,
-    2 and 3 bits in two parts; float64 (n, k), columns in the order of W."""
+    2 and 3 bits in parts, bit by bit at worst; float64 (n, k), columns in the order of W."""
     if w.format != "affine":
         return np.abs(ref.decode(w))
     codes, middle = ref.unpack(w.codes, w.bits, w.k), 2 ** (w.bits - 1)
     zeros = np.zeros((w.n, w.k))
     if w.zeros is not None:
         zeros = np.repeat(w.zeros.astype(np.int64), w.group, 1)[:, : w.k] - middle
-    parts = np.abs((codes & 3) - 2) + 2 if w.bits == 3 else np.abs(codes - middle)
+    bit_by_bit = (codes & 1) + 2 - (codes & 2) + (2 if w.bits == 3 else 0)
+    parts = bit_by_bit if w.bits < 4 else np.abs(codes - middle)
     stored = (parts + np.abs(zeros)) * np.repeat(ref._f64(w.scales), w.group, 1)[:, : w.k]
     if w.perm is None:
         return stored

@@ -2,12 +2,15 @@
  * so codes become float32 in registers and meet float32 activations there; products are exact up to float32 rounding.
  *
  * Three kernels, by what a code is:
- *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h). A permute, which reads the low 4 bits of a lane, looks
- *            each nibble up in the 16 values of the format: shift, permute, fma for a lane's weight, no sums across lanes.
- *   sums     2 and 3 bits. A nibble is 2 codes, or one bit of 4: a permute looks it up in a table of the 16 sums that it can
- *            stand for with these activations, so that 3 instructions serve 2 or 4 codes. The tables of a row of x
- *            (k / 2 lines of 64 bytes at 2 bits) are made once a product; panels of 64 rows share each load of a table. Every
- *            other shift is spared by a load from the next byte on; the last one reads 3 bytes beyond the panel.
+ *   nibbles  4 bits. Lanes are rows of W (panels, formats/packed.h), so that nothing is summed across lanes. AVX-512's permute, which
+ *            reads the low 4 bits of a lane, looks each nibble up in the 16 values of the format: shift, permute, fma for a
+ *            lane's weight. AVX2's reads 3 bits: there integers are made in place by a mask and a subtraction, and the
+ *            bytes of nf4 and fp4 are looked up one by one.
+ *   sums     2 and 3 bits. A window of as many bits as a permute reads is a few codes or parts of codes: it is looked up in a table of the
+ *            sums that it can stand for with these activations, so that 3 instructions serve 4 or 3 bits of a lane. The
+ *            tables of a row of x (half a vector a column at 2 bits, 2/3 with AVX2) are made once a product; panels of 64
+ *            rows share each load of a table. With AVX-512 every other shift is spared by a load from the next byte on;
+ *            the last one reads 3 bytes beyond the panel.
  *   rows     8 bits (5 to 7 as bytes) and floats. Lanes are columns; a few rows of W at a time share the loads of x.
  * Codes are looked up around the middle of their range; zeros other than it, the `offsets` of a group, are taken off as
  * offset * sum of the group's activations. A group's sum is multiplied by its scale once.
@@ -23,6 +26,9 @@
 
 enum {
     PANELS = V_AVX512 ? 2 : 1, /* of 4 bits at a time, each a stream of memory of its own: one stream alone is not as fast */
+    VECTORS = 4,               /* of their rows at a time, at most */
+    WINDOW = V_AVX512 ? 4 : 3, /* bits that a permute looks up: 2^WINDOW is VL; */
+    WINDOWS = 32 / WINDOW + (32 % WINDOW > 0), /* of a word */
     FLOAT_ROWS = V_AVX512 ? 8 : QL_GEMV_ROWS, /* rows of x at a time where W is float32, */
     FLOAT_BYTES = 128 << 10, /* of W meanwhile where there are more */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
@@ -49,87 +55,193 @@ static inline vf offset_term(const gemv *g, const void *offsets, int64_t r, int6
     return v_fnma(vi_to_vf(vi_load_i16(offsets)), v_set1(g->sums[r * g->l.groups + group]), v_zero());
 }
 
-/* 2 VL rows of W, those from lane `lane` on, in each of `panels` panels, the first of which is at p and holds row i, for all m
- * rows of x */
-ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, v_table values, int64_t lane, int64_t i, const int panels, const int m) {
+/* nibble_group: sum[r][v] += row r of x . the codes of `blocks` blocks of a group, for VL rows of W a vector, `vectors` of them from p
+ * on and, beyond the 32 rows of a panel, in the next one; `ahead`: bytes to what to fetch meanwhile. */
+#if V_AVX512
+typedef v_table nibble_values;
+static inline nibble_values nibble_values_of(const float *table) { return v_table_load(table); }
+
+ALWAYS_INLINE void nibble_group(vf (*sum)[VECTORS], const gemv *g, const uint32_t *p, const float *x, int64_t blocks, int64_t ahead,
+                                nibble_values values, const int looked_up, const int vectors, const int m) {
+    (void)looked_up; /* whole numbers, too */
+    for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
+        vi word[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const uint32_t *words = lanes_of(p, &g->l, v, 32);
+            v_prefetch((const char *)words + ahead);
+            word[v] = vi_load(words);
+            KEEP(word[v]); /* gcc would load it again for each shift */
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+            vf a[QL_GEMV_ROWS];
+#pragma GCC unroll 4
+            for (int r = 0; r < m; r++) { a[r] = v_set1(x[r * g->ldx + q]); }
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                vf value = v_table_get(values, q > 0 ? vi_shr(word[v], 4u * (unsigned)q) : word[v]);
+#pragma GCC unroll 4
+                for (int r = 0; r < m; r++) { sum[r][v] = v_fma(value, a[r], sum[r][v]); }
+            }
+        }
+    }
+}
+#else
+typedef v_bytes nibble_values;
+static inline nibble_values nibble_values_of(const float *table) { return v_bytes_of(table); }
+
+/* Whole numbers: four codes stand in the mantissa of 2^23; one of them is left there and 2^23 and the middle are taken off, which is
+ * exact. Code q of the four is 16^q times as large, x as much smaller. */
+ALWAYS_INLINE void whole_group(vf (*sum)[VECTORS], const gemv *g, const uint32_t *p, const float *x, int64_t blocks, int64_t ahead,
+                               const int vectors, const int m) {
+    const vi power = vi_set1(0x4b000000);
+    for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
+        vi four[2][VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            vi word = vi_load(p + v * VL);
+            if (v % 2 == 0) { v_prefetch((const char *)(p + v * VL) + ahead); }
+            four[0][v] = vi_halves(word, power), four[1][v] = vi_or(vi_shr(word, 16), power);
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+            const int32_t one = 1 << q % 4 * 4;
+            vf a[QL_GEMV_ROWS];
+#pragma GCC unroll 4
+            for (int r = 0; r < m; r++) { a[r] = v_set1(x[r * g->ldx + q]); }
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) {
+                vi code = vi_and(four[q / 4][v], vi_set1(0x7f800000 | 15 * one));
+                vf value = v_sub(vi_as_vf(code), v_set1((float)(0x800000 + 8 * one)));
+#pragma GCC unroll 4
+                for (int r = 0; r < m; r++) { sum[r][v] = v_fma(value, a[r], sum[r][v]); }
+            }
+        }
+    }
+}
+
+/* A table, VL rows of W. Of 16 floats it is two registers: a look-up of 8 codes would be two permutes, a blend and a shift for either. Of
+ * 32 codes it is a shuffle for each byte of a float and eight that bring the bytes together: columns 0 2 4 6 or 1 3 5 7 of two
+ * rows a vector, and x in that order. */
+ALWAYS_INLINE void table_group(vf (*sum)[VECTORS], const gemv *g, const uint32_t *p, const float *x, int64_t blocks, int64_t ahead,
+                               v_bytes values, const int m) {
+    vf fours[QL_GEMV_ROWS][4]; /* [i]: rows i and 4 + i of W */
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) { fours[r][i] = v_zero(); }
+    }
+    for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
+        v_prefetch((const char *)p + ahead);
+        vi word = vi_load(p);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; odd++) {
+            vf value[4];
+            v_bytes_get(value, values, vi_and(odd ? vi_shr(word, 4) : word, vi_set1(0x0f0f0f0f)));
+#pragma GCC unroll 4
+            for (int r = 0; r < m; r++) {
+                vf a = v_set4(x + r * g->ldx + 4 * odd);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) { fours[r][i] = v_fma(value[i], a, fours[r][i]); }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) { sum[r][0] = v_add(sum[r][0], v_sums4(fours[r])); }
+}
+
+ALWAYS_INLINE void nibble_group(vf (*sum)[VECTORS], const gemv *g, const uint32_t *p, const float *x, int64_t blocks, int64_t ahead,
+                                nibble_values values, const int looked_up, const int vectors, const int m) {
+    if (looked_up) {
+        table_group(sum, g, p, x, blocks, ahead, values, m);
+    } else {
+        whole_group(sum, g, p, x, blocks, ahead, vectors, m);
+    }
+}
+
+/* a row of x as those two read it */
+static void nibble_x(float *x, int64_t columns, int looked_up) {
+    static const float parts[8] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f, 1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+    static const int32_t order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    for (int64_t j = 0; j < columns; j += 8) {
+        vf a = v_load(x + j);
+        v_store(x + j, looked_up ? v_permute(a, vi_load(order)) : v_mul(a, v_load(parts)));
+    }
+}
+#endif
+
+/* `vectors` VL rows of W, from lane `lane` of the panel at p on, whose first row is i, for all m rows of x */
+ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, nibble_values values, int64_t lane, int64_t i, const int looked_up,
+                                const int vectors, const int m) {
     const ql_packed_layout *l = &g->l;
     const float *x = g->x;
-    const int vectors = 2 * panels;
-    vf total[QL_GEMV_ROWS][2 * PANELS];
+    const int panels = vectors * VL > 32 ? PANELS : 1;
+    vf total[QL_GEMV_ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) { total[r][v] = v_zero(); }
     }
     for (int64_t group = 0; group < l->groups; group++) {
-        vf sum[QL_GEMV_ROWS][2 * PANELS];
-        const uint32_t *head = p;
+        vf sum[QL_GEMV_ROWS][VECTORS];
+        int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
-                const uint32_t *offsets = p + v / 2 * l->panel + 32 + (lane + v % 2 * VL) / 2; /* int16 */
+                const uint32_t *offsets = p + v / (32 / VL) * l->panel + 32 + (lane + v % (32 / VL) * VL) / 2; /* int16 */
                 sum[r][v] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
             }
         }
-        p += l->head;
-        int64_t blocks = group == l->groups - 1 ? l->last : l->blocks, ahead = ahead_of(l, group, panels, AHEAD);
-        for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
-            vi word[2 * PANELS];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) {
-                const uint32_t *words = lanes_of(p + lane, l, v, 2 * VL);
-                v_prefetch((const char *)words + ahead);
-                word[v] = vi_load(words);
-                KEEP(word[v]); /* gcc would load it again for each shift */
-            }
-#pragma GCC unroll 8
-            for (int q = 0; q < 8; q++) {
-                vf a[QL_GEMV_ROWS];
-#pragma GCC unroll 4
-                for (int r = 0; r < m; r++) { a[r] = v_set1(x[r * g->ldx + q]); }
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) {
-                    vf value = v_table_get(values, q > 0 ? vi_shr(word[v], 4u * (unsigned)q) : word[v]);
-#pragma GCC unroll 4
-                    for (int r = 0; r < m; r++) { sum[r][v] = v_fma(value, a[r], sum[r][v]); }
-                }
-            }
-        }
+        nibble_group(sum, g, p + l->head + lane, x, blocks, ahead_of(l, group, panels, AHEAD), values, looked_up, vectors, m);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
-            vf scale = v_load((const float *)(const void *)lanes_of(head + lane, l, v, 2 * VL));
+            vf scale = v_load((const float *)(const void *)lanes_of(p + lane, l, v, 32));
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) { total[r][v] = v_fma(sum[r][v], scale, total[r][v]); }
         }
+        p += l->head + blocks * 32, x += blocks * 8;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) { store_lanes(g->y, g->w->n, r, i + v / 2 * 32 + lane + v % 2 * VL, total[r][v], g->accumulate); }
+        for (int v = 0; v < vectors; v++) {
+            int64_t row = i + v / (32 / VL) * 32 + lane + v % (32 / VL) * VL;
+            store_lanes(g->y, g->w->n, r, row, total[r][v], g->accumulate);
+        }
     }
 }
 
-ALWAYS_INLINE void nibble_panels(const gemv *g, int64_t panel, int64_t end, const int m) {
-    v_table values = v_table_load(g->table);
-    const int at_once = m > 2 ? 1 : PANELS; /* registers */
+ALWAYS_INLINE void nibble_panels(const gemv *g, int64_t panel, int64_t end, const int looked_up, const int m) {
+    nibble_values values = nibble_values_of(g->table);
+    const int alone = V_AVX512 ? 2 : looked_up ? 1 : m > 2 ? 2 : 4; /* vectors of a panel at a time, and */
+    const int at_once = m > 2 ? 1 : PANELS;                        /* panels: registers */
     const uint32_t *p = (const uint32_t *)g->codes + panel * g->l.panel;
     for (; panel + at_once <= end; panel += at_once, p += at_once * g->l.panel) {
-        for (int64_t lane = 0; lane < 32; lane += 2 * VL) { nibble_lanes(g, p, values, lane, panel * 32, at_once, m); }
+        for (int64_t lane = 0; lane < 32; lane += alone * VL) {
+            nibble_lanes(g, p, values, lane, panel * 32, looked_up, at_once * alone, m);
+        }
     }
-    for (int64_t lane = 0; panel < end && lane < 32; lane += 2 * VL) { nibble_lanes(g, p, values, lane, panel * 32, 1, m); }
+    for (int64_t lane = 0; panel < end && lane < 32; lane += alone * VL) {
+        nibble_lanes(g, p, values, lane, panel * 32, looked_up, alone, m);
+    }
 }
 
-static void nibble_task(void *context, int64_t task) {
-    const gemv *g = context;
+ALWAYS_INLINE void nibble_rows(const gemv *g, int64_t task, const int looked_up) {
     int64_t panel = task * g->part, end = at_most((task + 1) * g->part, g->l.panels);
     switch (g->m) {
-    case 1: nibble_panels(g, panel, end, 1); break;
-    case 2: nibble_panels(g, panel, end, 2); break;
-    case 3: nibble_panels(g, panel, end, 3); break;
-    default: nibble_panels(g, panel, end, 4); break;
+    case 1: nibble_panels(g, panel, end, looked_up, 1); break;
+    case 2: nibble_panels(g, panel, end, looked_up, 2); break;
+    case 3: nibble_panels(g, panel, end, looked_up, 3); break;
+    default: nibble_panels(g, panel, end, looked_up, 4); break;
     }
 }
+
+static void nibble_task(void *context, int64_t task) { nibble_rows(context, task, 1); }
+#if !V_AVX512
+static void whole_task(void *context, int64_t task) { nibble_rows(context, task, 0); }
+#endif
 
 /* rows [i, i + 4 VL) of W, from lane `lane` of a panel of 64, for one row of x, that of the tables */
 static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i) {
@@ -151,13 +263,14 @@ static void sums_lanes(const gemv *g, const uint32_t *p, int64_t lane, int64_t i
             vi codes[4];
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) { v_prefetch(bytes + v * 4 * VL + AHEAD); }
-#pragma GCC unroll 8
-            for (int q = 0; q < 8; q++, table += 16) {
-                v_table values = v_table_load(table);
+#pragma GCC unroll 11
+            for (int q = 0; q < WINDOWS; q++, table += VL) {
+                const unsigned bit = (unsigned)(q * WINDOW), first = V_AVX512 ? bit / 8 : 0; /* byte loaded */
+                vf values = v_load(table);
 #pragma GCC unroll 4
                 for (int v = 0; v < 4; v++) {
-                    if (q % 2 == 0) { codes[v] = vi_load(bytes + v * 4 * VL + q / 2); }
-                    sum[v] = v_add(sum[v], v_table_get(values, q % 2 ? vi_shr(codes[v], 4) : codes[v]));
+                    if (bit == 8 * first) { codes[v] = vi_load(bytes + v * 4 * VL + first); }
+                    sum[v] = v_add(sum[v], v_permute(values, bit > 8 * first ? vi_shr(codes[v], bit - 8 * first) : codes[v]));
                 }
             }
         }
@@ -177,26 +290,37 @@ static void sums_task(void *context, int64_t task) {
     }
 }
 
-/* the 16 sums of `count` activations: line[i] = sum over c of x[c] * value(digit c of i), digits of 4 / count bits */
-static inline void sums_line(float *line, const float *x, float (*values)[16], int count) {
-    for (int lane = 0; lane < 16; lane += VL) {
-        vf sum = v_mul(v_set1(x[0]), v_load(values[0] + lane));
-        for (int c = 1; c < count; c++) { sum = v_fma(v_set1(x[c]), v_load(values[c] + lane), sum); }
-        v_store(line + lane, sum);
-    }
+/* what a window of `count` activations may stand for: line[i] = sum over c of x[c] * values[c][i] */
+static inline void sums_line(float *line, const float *x, float (*values)[VL], int64_t count) {
+    vf sum = v_mul(v_set1(x[0]), v_load(values[0]));
+    for (int64_t c = 1; c < count; c++) { sum = v_fma(v_set1(x[c]), v_load(values[c]), sum); }
+    v_store(line, sum);
 }
 
-/* the tables of a row of x, `columns` long, in the order in which the words of W need them */
+/* The tables of a row of x, `columns` long, in the order in which the words of W need them. A code's bit 0 is worth 0 or 1, bit 1 is
+ * worth -2 or 0, bit 2 (in a word of its own) -2 or 2. A window of 3 bits starts at either bit of a code; the last of a word has 2. */
 static void sums_table(float *table, const float *x, int64_t columns, int bits) {
-    alignas(64) float pair[2][16], quad[4][16]; /* a code's low 2 bits are worth -2 to 1, its bit 2 is worth -2 or 2 */
-    for (int i = 0; i < 16; i++) {
-        for (int c = 0; c < 2; c++) { pair[c][i] = (float)((i >> (2 * c) & 3) - 2); }
-        for (int c = 0; c < 4; c++) { quad[c][i] = (i >> c & 1) ? 2.0f : -2.0f; }
+    alignas(64) float pair[2][2][VL] = {{{0}}}, third[WINDOW][VL];
+    for (int i = 0; i < VL; i++) {
+        for (int t = 0; t < WINDOW; t++) {
+            int bit = i >> t & 1;
+            pair[0][t / 2][i] += (float)(t % 2 ? 2 * bit - 2 : bit);
+            if (WINDOW == 3) { pair[1][(t + 1) / 2][i] += (float)(t % 2 ? bit : 2 * bit - 2); }
+            third[t][i] = (float)(4 * bit - 2);
+        }
     }
     int64_t step = bits == 3 ? 32 : 16;
     for (int64_t j = 0; j < columns; j += step) {
-        for (int64_t q = 0; q < step; q += 2, table += 16) { sums_line(table, x + j + q, pair, 2); }
-        for (int64_t q = 0; bits == 3 && q < 8; q++, table += 16) { sums_line(table, x + j + q % 2 * 16 + q / 2 * 4, quad, 4); }
+        for (int64_t first = j; first < j + step; first += 16) {
+            for (int64_t bit = 0; bit < 32; bit += WINDOW, table += VL) {
+                sums_line(table, x + first + bit / 2, pair[bit % 2], at_most(2, 16 - bit / 2));
+            }
+        }
+        float by_bit[32]; /* as formats/packed.h has them */
+        for (int64_t q = 0; bits == 3 && q < 8; q++) { memcpy(by_bit + 4 * q, x + j + q % 2 * 16 + q / 2 * 4, 4 * sizeof *x); }
+        for (int64_t bit = 0; bits == 3 && bit < 32; bit += WINDOW, table += VL) {
+            sums_line(table, by_bit + bit, third, at_most(WINDOW, 32 - bit));
+        }
     }
 }
 
@@ -432,7 +556,11 @@ static void run_nibbles(gemv *g, int64_t count) {
         values[i] = g->w->format == QL_NF4 ? ql_nf4_values[i] : g->w->format == QL_FP4 ? ql_fp4_values[i] : (float)(i - 8);
     }
     for (int64_t i = 0; i < count; i++) { g[i].table = values; }
+#if V_AVX512
     run_panels(g, count, PANELS, nibble_task);
+#else
+    run_panels(g, count, PANELS, g->w->format == QL_AFFINE ? whole_task : nibble_task);
+#endif
 }
 
 /* one row of x after the other, since each has its own tables */
@@ -464,6 +592,9 @@ static int run(gemv *g, int64_t count, const float *x, const scratch_sizes *s) {
     for (int64_t r = 0; r < g->m && s->sums > 0; r++) {
         group_sums(sums + r * l->groups, arranged + r * g->ldx, columns, group, l->groups);
     }
+#if !V_AVX512
+    for (int64_t r = 0; r < g->m && l->rows == 32; r++) { nibble_x(scratch + r * g->ldx, columns, g->w->format != QL_AFFINE); }
+#endif
     for (int64_t i = 0; i < count; i++) { g[i].x = arranged, g[i].sums = s->sums > 0 ? sums : NULL; }
     switch (l->rows) {
     case 0: run_rows(g, count); break;
@@ -475,8 +606,10 @@ static int run(gemv *g, int64_t count, const float *x, const scratch_sizes *s) {
 
 static int64_t lines(int64_t floats) { return round_up(floats, 16); }
 
-/* whether the kernels read another x than the caller's */
-static int is_arranged(const ql_weight *w, const ql_packed_layout *l) { return w->perm != NULL || (l->rows > 0 && l->columns != w->k); }
+/* whether the kernels read another x than the caller's (nibble_x, too) */
+static int is_arranged(const ql_weight *w, const ql_packed_layout *l) {
+    return w->perm != NULL || (l->rows > 0 && l->columns != w->k) || (!V_AVX512 && l->rows == 32);
+}
 
 /* 0: this weight or this m has no such kernel */
 static int prepare(gemv *of, const ql_linear_product *product, int64_t m, int accumulate) {
@@ -502,6 +635,6 @@ int V_NAME(gemv_forward)(const ql_linear_product *products, int64_t count, const
     scratch_sizes s = {0};
     if (is_arranged(w, &g->l)) { s.x = m * g->ldx; }
     if (w->zeros != NULL) { s.sums = lines(m * g->l.groups); }
-    if (g->l.rows == 64) { s.table = (w->bits == 3 ? 12 : 8) * g->l.columns; }
+    if (g->l.rows == 64) { s.table = lines(g->l.columns / g->l.step * g->l.words * WINDOWS * VL); }
     return run(g, count, x, &s);
 }

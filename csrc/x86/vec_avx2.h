@@ -117,6 +117,7 @@ static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16
 /* the first n of VL dwords at p, 0 <= n <= VL, the rest 0; lane i of a permutation is lane index[i] of a */
 static inline vi vi_load_tail(const void *p, int64_t n) { return _mm256_maskload_epi32(p, vf_as_vi(vm_first(n))); }
 static inline vi vi_permute(vi a, vi index) { return _mm256_permutevar8x32_epi32(a, index); }
+static inline vf v_permute(vf a, vi index) { return _mm256_permutevar8x32_ps(a, index); }
 static inline vi vi_shl_by(vi a, vi n) { return _mm256_sllv_epi32(a, n); }
 
 /* VL / 2 bytes of nibble codes at p, the even element of a byte in its high nibble, as lanes: code in the low 4 bits,
@@ -152,6 +153,30 @@ static inline vf v_table_get(v_table t, vi i) {
     vf low = _mm256_permutevar8x32_ps(t.low, i), high = _mm256_permutevar8x32_ps(t.high, i);
     return _mm256_blendv_ps(low, high, vi_as_vf(vi_shl(i, 28))); /* bit 3 of i picks the half */
 }
+
+/* the same by bytes, of 32 codes: v_bytes_get(out, t, c), c codes of 0 to 15 in bytes, is t[byte j of c] where j is 4 i + 0 .. 3 in the
+ * low half of out[i] and 16 + 4 i + 0 .. 3 in the high one */
+typedef struct { vi plane[4]; } v_bytes;
+static inline v_bytes v_bytes_of(const float *p) {
+    uint8_t bytes[64], planes[4][16];
+    memcpy(bytes, p, sizeof bytes);
+    for (int i = 0; i < 64; i++) { planes[i % 4][i / 4] = bytes[i]; }
+    v_bytes t;
+    for (int b = 0; b < 4; b++) { t.plane[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)planes[b])); }
+    return t;
+}
+static inline void v_bytes_get(vf out[4], v_bytes t, vi codes) {
+    vi b[4];
+    for (int i = 0; i < 4; i++) { b[i] = _mm256_shuffle_epi8(t.plane[i], codes); }
+    vi low = _mm256_unpacklo_epi8(b[0], b[1]), high = _mm256_unpacklo_epi8(b[2], b[3]);
+    out[0] = vi_as_vf(_mm256_unpacklo_epi16(low, high)), out[1] = vi_as_vf(_mm256_unpackhi_epi16(low, high));
+    low = _mm256_unpackhi_epi8(b[0], b[1]), high = _mm256_unpackhi_epi8(b[2], b[3]);
+    out[2] = vi_as_vf(_mm256_unpacklo_epi16(low, high)), out[3] = vi_as_vf(_mm256_unpackhi_epi16(low, high));
+}
+/* 4 floats in each half; lane i: the sum of the 4 lanes of a[i] low, lane 4 + i: of a[i] high */
+static inline vf v_set4(const float *p) { return _mm256_broadcast_ps((const __m128 *)(const void *)p); }
+static inline vf v_sums4(const vf a[4]) { return _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3])); }
+static inline vi vi_halves(vi low, vi high) { return _mm256_blend_epi16(low, high, 0xaa); } /* 16 bits of a lane from each */
 
 /* ---- float64: the two halves of a vf, for long sums ----------------------------------------------------------- */
 

@@ -110,6 +110,7 @@ static inline vf v_load_bf16(const void *p) { return vi_as_vf(vi_shl(vi_load_u16
 /* the first n of VL dwords at p, 0 <= n <= VL, the rest 0; lane i of a permutation is lane index[i] of a */
 static inline vi vi_load_tail(const void *p, int64_t n) { return _mm512_maskz_loadu_epi32(vm_first(n), p); }
 static inline vi vi_permute(vi a, vi index) { return _mm512_permutexvar_epi32(index, a); }
+static inline vf v_permute(vf a, vi index) { return _mm512_permutexvar_ps(index, a); }
 static inline vi vi_shl_by(vi a, vi n) { return _mm512_sllv_epi32(a, n); }
 
 /* VL / 2 bytes of nibble codes at p, the even element of a byte in its high nibble, as lanes: code in the low 4 bits,
