@@ -28,6 +28,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def plain_numbers(config: Any) -> None:
+    """NumPy's integers and floats among the fields of a frozen configuration become Python's, which JSON knows."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if is_number(value) and type(value) not in (int, float):
+            object.__setattr__(config, field.name, int(value) if is_integer(value) else float(value))
+
+
 def check_flag(name: str, value: object) -> None:
     """ValueError unless it is True or False."""
     if not isinstance(value, bool):
@@ -112,6 +120,7 @@ class GPTQConfig(QuantizationConfig):
     checkpoint_format: Literal["gptq", "gptq_v2"] | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("bits", self.bits, BITS)
         check_group_size(self.group_size)
         for name in (
@@ -147,6 +156,7 @@ class NF4Config(QuantizationConfig):
     double_quant: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("block_size", self.block_size, BLOCK_SIZES)
         check_flag("double_quant", self.double_quant)
 
@@ -169,6 +179,7 @@ class RTNConfig(QuantizationConfig):
     sym: bool = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("bits", self.bits, BITS)
         check_group_size(self.group_size)
         check_flag("sym", self.sym)
@@ -200,6 +211,7 @@ class LoraConfig:
     task_type: TaskType | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
             raise ValueError(f"r: got {self.r!r}, expected an integer of 1 to {MAX_RANK}")
         check_number("lora_alpha", self.lora_alpha, 0.0)

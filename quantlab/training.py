@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from quantlab.config import check_choice, check_flag, check_number
+from quantlab.config import check_choice, check_flag, check_number, plain_numbers
 
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -70,6 +70,7 @@ class TrainingConfig:
     report_to: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         check_choice("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, ("auto", *POLICIES))
         check_choice("report_to", self.report_to, ("none", "wandb"))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import quantlab as ql
@@ -127,3 +128,19 @@ def test_unknown_name():
 def test_import_is_quick():
     code = "import time\nstart = time.perf_counter()\nimport quantlab\nprint(time.perf_counter() - start)"
     assert min(float(run(code)) for _ in range(3)) < 0.25
+
+
+def test_numpy_numbers_become_pythons():
+    """A sweep over an array of widths gives configurations that can be written to a checkpoint."""
+    gptq = ql.GPTQConfig(bits=np.int64(3), group_size=np.int32(64), damp_percent=np.float32(0.5))  # type: ignore[arg-type]
+    lora = ql.LoraConfig(r=np.int64(4), lora_alpha=np.float32(8))  # type: ignore[arg-type]
+    training = ql.TrainingConfig(max_steps=np.int16(3), learning_rate=np.float32(0.5))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(gptq.to_dict()))["bits"] == 3
+    for value, kind in (
+        (gptq.group_size, int), (gptq.damp_percent, float), (lora.r, int), (lora.lora_alpha, float),
+        (training.max_steps, int), (training.learning_rate, float), (ql.NF4Config(np.int64(64)).block_size, int),  # type: ignore[arg-type]
+        (ql.RTNConfig(np.uint8(4)).bits, int),  # type: ignore[arg-type]
+    ):  # fmt: skip
+        assert type(value) is kind
+    with pytest.raises(ValueError, match=r"^group_size: got 64\.0"):
+        ql.RTNConfig(group_size=np.float64(64))  # type: ignore[arg-type]
