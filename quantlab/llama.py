@@ -173,6 +173,16 @@ class Llama:
         parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)
         return type(self)(*parts, device=device, adapter=adapter)
 
+    def _options(self) -> dict[str, Any]:
+        """What the constructor takes by name."""
+        return {"device": self.device, "adapter": self.adapter}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle: the parts, of which the other model is built; its checkpoint is opened again by path."""
+        parts = (self.config, self.weights, self.vectors, self.tokenizer, self.checkpoint)
+        reports = ("quantization_report", "merge_report", "training_log")
+        return _rebuilt, (type(self), parts, self._options()), {name: getattr(self, name) for name in reports}
+
     # ---- LoRA adapters -----------------------------------------------------------------------------------------
 
     def with_adapter(self: Self, adapter: Adapter) -> Self:
@@ -368,6 +378,12 @@ class Llama:
         return f"<b>{self!r}</b><table><tr><th>part</th><th>bytes</th></tr>{''.join(rows)}</table>"
 
 
+def _rebuilt(kind: type[Self], parts: tuple[Any, ...], options: dict[str, Any]) -> Self:
+    config, weights, *others = parts
+    adapter = options["adapter"]
+    return kind(config, weights if adapter is None else {**weights, **adapter.trained_weights()}, *others, **options)
+
+
 class LlamaForCausalLM(Llama):
     """A LLaMA language model: `model(ids)` gives logits; `generate` and `perplexity` build on it.
 
@@ -393,6 +409,9 @@ class LlamaForCausalLM(Llama):
             head = "int8"  # of the new one
         parts = (self.config, weights, self.vectors, self.tokenizer, self.checkpoint)
         return type(self)(*parts, device=device, adapter=adapter, lm_head=head)
+
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "lm_head": self._lm_head}
 
     @property
     def _head_name(self) -> str:

@@ -81,6 +81,10 @@ class Adapter:
     def copy(self) -> Adapter:
         return Adapter(self.config, dict(self.items()), self.score, self.base_format)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle: of a copy too the matrices are views of its own parameters."""
+        return Adapter, (self.config, dict(self.items()), self.score, self.base_format)
+
     def _offsets(self) -> Iterator[tuple[str, int, int, int]]:
         """module, where its A, its B begin and where they end in `parameters`."""
         start = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,11 @@ class QuantWeight:
             self.format, self.bits, *self.shape, self.group, self.codes, self.scales, self.zeros, self.perm,
             *((nested.codes, nested.absmax, nested.map, nested.offset) if nested is not None else ()),
         )  # fmt: skip
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle: the arrays, of which a copy makes its own handle."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return type(self), tuple({**values, "meta": dict(self.meta)}.values())
 
     # ---- made from floats -----------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -76,6 +78,41 @@ def test_matrices_are_views_of_the_parameters():
     copy = adapter.copy()
     copy.parameters[...] = 3.0
     assert (adapter.parameters == 2).all()
+
+
+COPIES = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}
+
+
+@pytest.mark.parametrize("again", COPIES.values(), ids=COPIES.keys())
+def test_copies_are_whole(again, tmp_path):
+    """Of a copied adapter the matrices are views of its own parameters, also where they were looked at before."""
+    model = ql.quantize(ql.LlamaForCausalLM.from_pretrained(save_tiny(tmp_path / "m")), ql.NF4Config(double_quant=True))
+    tuned = model.with_adapter(trained(model))
+    tuned.training_log = [{"step": 1}]
+    other = again(tuned.adapter)
+    other.parameters[...] = 3.0
+    assert all((x == 3).all() for _, pair in other.items() for x in pair) and not (tuned.adapter.parameters == 3).any()
+    whole = again(tuned)
+    np.testing.assert_array_equal(whole(IDS), tuned(IDS))
+    assert whole.training_log == tuned.training_log
+    module = "model.layers.0.self_attn.q_proj"
+    assert whole.weight(module).equals(model.weight(module))
+    assert whole.without_adapter().save_pretrained(tmp_path / "a") == model.save_pretrained(tmp_path / "b")
+
+
+@pytest.mark.parametrize("again", COPIES.values(), ids=COPIES.keys())
+def test_copies_keep_their_kind(again):
+    causal = tiny_model(tie_word_embeddings=True)
+    small = again(ql.LlamaForCausalLM(causal.config, causal.weights, causal.vectors, lm_head="int8"))
+    assert small.lm_head.format == "int8" and small.weight("model.embed_tokens").format == "f32"
+    classifier = ql.LlamaForSequenceClassification(*tiny_parts(), num_labels=5)
+    tuned = classifier.with_adapter(Adapter.fresh(LoraConfig(), classifier, train_score=True))
+    other = again(tuned)
+    np.testing.assert_array_equal(other([[1, 2, 3]]), tuned([[1, 2, 3]]))
+    assert other.num_labels == 5
+    if again is not copy.copy:  # which shares the adapter
+        other.adapter.parameters[...] = 0  # its head is a view of them, as the first one's is
+        assert not other.score.any() and tuned.score.any()
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -73,6 +73,12 @@ class Checkpoint(ABC):
         if module.endswith("norm") != (rank == 1):
             raise ValueError(f"module: got {module!r}, which is not a {'vector' if rank == 1 else 'matrix'}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)  # opened again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Checkpoint:
+        return self  # the file is only read
+
     def __repr__(self) -> str:
         kind = (self.quantization or {}).get("quant_method", "plain")
         return f"{type(self).__name__}({str(self.path)!r}, {len(self.modules)} modules, {kind})"
