@@ -60,6 +60,13 @@ def test_targets_by_pattern_are_the_modules_of_the_tensors(folder):
     assert config.target_modules == (MODULE,)
 
 
+@pytest.mark.parametrize("fields", [{"exclude_modules": ["k_proj"]}, {"layers_to_transform": 0}])
+def test_targets_that_another_field_narrows_are_the_modules_of_the_tensors(folder, fields):
+    edit(folder, target_modules="all-linear", **fields)
+    config, _, _ = read_adapter(folder)
+    assert config.target_modules == (MODULE,)
+
+
 def edit(folder: Path, **fields: Any) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -73,7 +80,6 @@ def edit(folder: Path, **fields: Any) -> None:
         ({"bias": "all"}, "bias: got 'all'"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is"),

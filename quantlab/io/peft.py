@@ -33,9 +33,11 @@ USED = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_r
         "modules_to_save", "init_lora_weights")  # fmt: skip
 # fields that change nothing about an adapter that is there, whatever they hold
 WITHOUT_EFFECT = (
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "inference_mode", "layers_pattern", "megatron_core", "peft_version", "qalora_group_size", "revision",
 )  # fmt: skip
+# fields that leave out some of the modules that target_modules names: which ones, the tensors tell
+NARROWING = ("exclude_modules", "layers_to_transform")
 # ways to begin that leave the base as it is; others (pissa, olora, loftq, corda) change the weights beside the adapter
 BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 HEADS = ({"score"}, {"classifier", "score"})  # what peft saves beside the adapter of a sequence classifier
@@ -159,13 +161,13 @@ def _pair(module: str, pair: Mapping[str, np.ndarray], r: int, path: Path) -> tu
 
 def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraConfig:
     """The LoraConfig of an adapter_config.json; ValueError for what would make another model of it. modules: those of
-    the tensors, which stand for targets that are given as a regular expression."""
+    the tensors, which stand for targets that are given as a regular expression or narrowed by another field."""
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type is {fields.get('peft_type')!r}, supported: 'LORA'")
     if "target_modules" not in fields:
         raise ValueError(f"{where}: lacks target_modules")
     for name, value in fields.items():
-        if name not in USED and name not in WITHOUT_EFFECT and value:
+        if name not in (*USED, *WITHOUT_EFFECT, *NARROWING) and value:
             raise ValueError(f"{where}: {name} is {value!r}, which is not supported")
     if fields.get("init_lora_weights") not in BEGINNINGS:
         raise ValueError(f"{where}: init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model")
@@ -173,7 +175,8 @@ def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraCo
     if saved and set(saved) not in HEADS:
         raise ValueError(f"{where}: modules_to_save is {saved!r}, supported: 'score'")
     targets = fields["target_modules"]
-    if isinstance(targets, str) and targets != "all-linear":
+    narrowed = any(fields.get(name) not in (None, []) for name in NARROWING)  # layers_to_transform may be the number 0
+    if narrowed or (isinstance(targets, str) and targets != "all-linear"):
         targets = modules
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none", "task_type": None}
     given = {name: fields.get(name, default) for name, default in defaults.items()}
