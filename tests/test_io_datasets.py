@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantlab.io import datasets
-from quantlab.io.datasets import load_demo_tweets, load_text, load_tweeteval, split_indices
+from quantlab.io.datasets import load_demo_tweets, load_text, load_tweeteval, read_lines, split_indices
 
 TEXTS = ["I love it 😀", "meh", "never\u2028again", "@user @user ok"]
 LABELS = [2, 1, 0, 1]
@@ -195,6 +195,8 @@ def test_load_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\n two \n", "utf-8")
     assert load_text(path) == "one\n\n two \n"
+    path.write_text("one", "utf-8-sig")  # with a byte order mark, which is no text
+    assert load_text(path) == "one" and read_lines(path) == ["one"]
     for content, message in ((b"", "0 bytes"), (b"\xff\xfe", "not UTF-8"), (b" \n", "white space")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):

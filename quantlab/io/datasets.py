@@ -222,7 +222,7 @@ def load_text(path: str | os.PathLike[str]) -> str:
     if not 0 < size <= MAX_TEXT:
         raise ValueError(f"text: {path} has {size} bytes, accepted: 1 to {MAX_TEXT}")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark, as Windows writes it, is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"text: {path} is not UTF-8 (byte {error.start})") from None
     if not text.strip():
@@ -236,7 +236,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     if path.stat().st_size > MAX_TEXT:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_TEXT} are accepted")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
