@@ -11,7 +11,7 @@ from quantlab import _core
 from quantlab.config import is_integer, is_number
 from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig, linear_of_any_rows
 from quantlab.progress import progress
-from quantlab.token_rows import Ids, Texts, are_ids, to_sequences
+from quantlab.token_rows import Ids, Texts, are_ids, listed, to_sequences
 from quantlab.weight import QuantWeight
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class LlamaForSequenceClassification(Llama):
         """Token ids up to the pooled position: causal attention makes what follows irrelevant."""
         if isinstance(texts, str):
             raise ValueError("texts: got one string, expected a list of them")
+        texts = listed(texts)
         if are_ids(texts):
             rows = to_sequences(texts)
         else:
@@ -162,6 +163,7 @@ class LlamaForSequenceClassification(Llama):
         step: step, epoch, train_loss (of the batch), eval_loss, eval_accuracy.
         """
         _check_fit(epochs, batch_size, patience, lr)
+        texts, eval_texts = listed(texts), listed(eval_texts)
         are_ids(texts), are_ids(eval_texts, "eval_texts")  # what cannot be is said before the features are computed
         y = self._labels(labels, len(texts), "labels")
         eval_y = self._labels(eval_labels, len(eval_texts), "eval_labels")

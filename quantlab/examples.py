@@ -21,7 +21,7 @@ from quantlab.conversations import (
     token_of,
 )
 from quantlab.llama import Llama
-from quantlab.token_rows import to_sequences
+from quantlab.token_rows import listed, to_sequences
 from quantlab.training import IGNORED, TrainingConfig
 
 Data = Any  # texts, rows of ids, conversations, or the path of a JSON-lines file of objects that hold one of these
@@ -75,7 +75,7 @@ def prepare_examples(model: Llama, data: Data, config: TrainingConfig, name: str
 
     A ValueError names the row that is empty, one-sided or no text; cut and dropped rows are counted and warned of.
     """
-    items = read_json_lines(data) if isinstance(data, (str, Path)) else data
+    items = read_json_lines(data) if isinstance(data, (str, Path)) else listed(data)
     where = str(data) if isinstance(data, (str, Path)) else name
     if not isinstance(items, np.ndarray) and not isinstance(items, Sequence):
         raise ValueError(f"{name}: got {type(items).__name__}, expected a list of texts, rows of ids or conversations")

@@ -71,6 +71,8 @@ def finetune(
     config = training or TrainingConfig()
     if not isinstance(lora, (LoraConfig, Adapter)):
         raise TypeError(f"lora: got {type(lora).__name__}, expected a LoraConfig or an Adapter")
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(f"training: got {type(config).__name__}, expected a TrainingConfig")
     if model.adapter is not None:
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
     is_classifier = isinstance(model, LlamaForSequenceClassification)

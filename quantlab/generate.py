@@ -88,6 +88,8 @@ class Stop:
         if not all(map(is_integer, ends)):
             raise ValueError(f"eos_token_id: got {tokens!r}, expected a token id or a list of them")
         self.tokens = {int(token) for token in ends}
+        if not isinstance(strings, Iterable) and strings is not None:
+            raise ValueError(f"stop_strings: got {strings!r}, expected texts")
         self.strings = [strings] if isinstance(strings, str) else list(strings or ())
         if not all(isinstance(string, str) and string for string in self.strings):
             raise ValueError(f"stop_strings: got {strings!r}, expected texts")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from quantlab import _core
-from quantlab.config import Int8Config
+from quantlab.config import Int8Config, is_integer
 from quantlab.cuda import device_number
 from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
-from quantlab.token_rows import Ids, to_sequences
+from quantlab.token_rows import Ids, one_row, text_ids, to_sequences
 from quantlab.weight import QuantWeight
 
 if TYPE_CHECKING:
@@ -334,17 +334,12 @@ class Llama:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text with the tokenizer's special tokens, int32."""
-        if not isinstance(text, str):
-            raise ValueError(f"text: got {type(text).__name__}, expected one text")
-        return np.array(self.require_tokenizer().encode(text).ids, np.int32)
+        return text_ids(self.require_tokenizer(), text)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of token ids (t,)."""
-        if isinstance(ids, str) or (len(ids) and np.ndim(ids[0])):
-            raise ValueError(
-                f"ids: got {'text' if isinstance(ids, str) else 'rows'}, expected the token ids of one text"
-            )
-        return self.require_tokenizer().decode(np.asarray(ids).tolist(), skip_special_tokens)
+        row = one_row(ids)
+        return self.require_tokenizer().decode(row, skip_special_tokens)
 
     def require_tokenizer(self) -> Tokenizer:
         """`tokenizer`; ValueError where there is none."""
@@ -443,8 +438,8 @@ class LlamaForCausalLM(Llama):
 
         Beyond a row's length the logits are zero. Raises ValueError for ids outside of the vocabulary.
         """
-        if logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep: got {logits_to_keep}, expected 0 (all) or more")
+        if not is_integer(logits_to_keep) or logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: got {logits_to_keep!r}, expected an integer of 0 (all) or more")
         hidden = self.hidden_states(input_ids, lengths)
         sequences = to_sequences(input_ids, lengths)
         keep = min(logits_to_keep, min(len(row) for row in sequences))

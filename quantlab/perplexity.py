@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantlab.config import is_integer
 from quantlab.llama import BATCH_TOKENS
 from quantlab.progress import progress
 from quantlab.token_rows import Ids, to_sequences
@@ -38,10 +39,10 @@ def perplexity(
     (mean, nats a token), `tokens` (predicted), `chunks`, and `stderr` (of ppl, from the spread of the chunks' means;
     nan for one chunk). A UserWarning where chunks are longer than what the model was trained on.
     """
-    if context < 2:
-        raise ValueError(f"context: got {context}, expected at least 2 tokens")
-    if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"max_tokens: got {max_tokens}, expected at least 2, or None for all")
+    if not is_integer(context) or context < 2:
+        raise ValueError(f"context: got {context!r}, expected an integer of at least 2 tokens")
+    if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 2):
+        raise ValueError(f"max_tokens: got {max_tokens!r}, expected an integer of at least 2, or None for all")
     ids = model.encode(text_or_ids) if isinstance(text_or_ids, str) else np.concatenate(to_sequences(text_or_ids))
     ids = ids[:max_tokens] if max_tokens is not None else ids
     if len(ids) < 2:

@@ -19,7 +19,7 @@ from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, cast_weight, la
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
-from quantlab.token_rows import Texts, are_ids, to_sequences
+from quantlab.token_rows import Texts, are_ids, listed, to_sequences
 from quantlab.weight import FLOAT_BITS, QuantWeight
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _matrix_by_matrix(
 
 def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None) -> list[np.ndarray]:
     """Rows of int32 token ids, checked against the vocabulary and cut to the model's context."""
-    wanted = "expected a list of texts, or rows of token ids"
+    wanted, calibration = "expected a list of texts, or rows of token ids", listed(calibration)
     if calibration is None or isinstance(calibration, (str, bytes)) or not hasattr(calibration, "__len__"):
         got = {"NoneType": "nothing", "str": "one text"}.get(type(calibration).__name__, type(calibration).__name__)
         raise ValueError(f"calibration: got {got}, {wanted}")

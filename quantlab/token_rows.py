@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from quantlab.arrays import DLPackArray, as_array
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackArray
 Texts = Sequence[str] | Ids
+
+
+def listed(rows: Any) -> Any:
+    """Rows as they are, but texts of an array or of a column of a data frame, whose labels do not count, as a list."""
+    if hasattr(rows, "__array__") and not hasattr(rows, "__dlpack__") and np.ndim(rows) == 1:
+        rows = np.asarray(rows)
+    return rows.tolist() if isinstance(rows, np.ndarray) and rows.dtype.kind in "OUT" else rows
 
 
 def are_ids(texts: Texts, name: str = "texts") -> TypeGuard[Ids]:
     """Whether these are token ids, not texts. ValueError, with the argument's name, for what is neither."""
     if hasattr(texts, "__dlpack__"):
         return True
-    if not hasattr(texts, "__len__"):
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes):
         raise ValueError(f"{name}: got {type(texts).__name__}, expected a list of texts, or rows of token ids")
     if len(texts) == 0 or not isinstance(texts[0], str):
         return True
@@ -27,20 +37,42 @@ def are_ids(texts: Texts, name: str = "texts") -> TypeGuard[Ids]:
     return False
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids of one text, with special tokens, int32 (t,)."""
+    if not isinstance(text, str):
+        raise ValueError(f"text: got {type(text).__name__}, expected one text")
+    try:
+        return np.array(tokenizer.encode(text).ids, np.int32)
+    except TypeError:  # the tokenizer's, for half of a surrogate pair: the shell's for bytes that are no text
+        raise ValueError("text: it is not valid Unicode and has no UTF-8") from None
+
+
+def one_row(ids: Sequence[int] | np.ndarray) -> list[int]:
+    """Token ids (t,) of one text, of whatever integer type."""
+    wanted = "expected the token ids of one text"
+    if isinstance(ids, str) or (isinstance(ids, (list, tuple)) and len(ids) and np.ndim(ids[0])):
+        raise ValueError(f"ids: got {'text' if isinstance(ids, str) else 'rows'}, {wanted}")
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
+        raise ValueError(f"ids: got {array!r:.60}, {wanted}: integers of 0 or more")
+    return array.tolist()
+
+
 def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
     """The rows of `input_ids` as int32 arrays without padding.
 
     `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
     (B,): how much of each row counts.
     """
+    input_ids = listed(input_ids)
     first = input_ids[0] if isinstance(input_ids, (list, tuple)) and input_ids else input_ids
-    if isinstance(first, str) or not (hasattr(input_ids, "__len__") or hasattr(input_ids, "__dlpack__")):
+    if isinstance(first, str) or not (isinstance(input_ids, Sequence) or hasattr(input_ids, "__dlpack__")):
         got = "text" if isinstance(first, str) else type(input_ids).__name__
         raise ValueError(f"input_ids: got {got}, expected token ids, as encode gives them for a text")
     if hasattr(input_ids, "__dlpack__"):
         input_ids = as_array(input_ids, "input_ids")
-    if isinstance(input_ids, np.ndarray) and input_ids.ndim in (1, 2):
-        rows = list(np.atleast_2d(input_ids))
+    if isinstance(input_ids, np.ndarray) and input_ids.ndim < 3:
+        rows = list(np.atleast_2d(input_ids)) if input_ids.ndim else [input_ids]
     elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
         rows = [np.asarray(input_ids)]
     else:
@@ -54,8 +86,9 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
             raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
     if lengths is not None:
         lengths = np.asarray(lengths)
-        if lengths.shape != (len(rows),):
-            raise ValueError(f"lengths: got shape {lengths.shape}, expected ({len(rows)},)")
+        if lengths.shape != (len(rows),) or lengths.dtype.kind not in "iu":
+            got = f"{lengths.dtype} with shape {lengths.shape}"
+            raise ValueError(f"lengths: got {got}, expected integers with shape ({len(rows)},)")
         for row, length in zip(rows, lengths, strict=True):
             if not 0 < length <= row.size:
                 raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")

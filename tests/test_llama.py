@@ -11,7 +11,7 @@ from quantlab.classify import LlamaForSequenceClassification, pooled_position
 from quantlab.llama import LlamaConfig, LlamaForCausalLM
 from quantlab.rope import inverse_frequencies, rope_parameters, rope_tables
 from quantlab.size import size_from_config
-from quantlab.token_rows import to_sequences
+from quantlab.token_rows import are_ids, listed, to_sequences
 
 
 def oracle_hidden(model, ids):
@@ -245,7 +245,20 @@ def test_head_training_learns_and_saves_the_best():
         (lambda m: m([1, 128]), "input_ids: got 128, expected 0 to 127"),
         (lambda m: m([-1]), "input_ids: got -1"),
         (lambda m: m(np.array([0.5])), "input_ids: got an array of float64"),
+        (lambda m: m(np.array(5)), r"input_ids: got an array of int64 with shape \(\)"),
+        (lambda m: m({"input_ids": [[1, 2]]}), "input_ids: got dict, expected token ids"),
+        (lambda m: m({1, 2}), "input_ids: got set, expected token ids"),
         (lambda m: m([[1, 2]], lengths=[3]), "lengths: got 3"),
+        (lambda m: m([[1, 2]], lengths=[2.0]), "lengths: got float64"),
+        (lambda m: m([[1, 2]], lengths=[True]), "lengths: got bool"),
+        (lambda m: m.generate([1], stop_strings=3), "stop_strings: got 3, expected texts"),
+        (lambda m: m.perplexity([1, 2, 3], context=2.0), "context: got 2.0, expected an integer"),
+        (lambda m: m.perplexity([1, 2, 3], max_tokens=2.5), "max_tokens: got 2.5, expected an integer"),
+        (lambda m: m([1, 2], logits_to_keep=1.5), "logits_to_keep: got 1.5, expected an integer"),
+        (lambda m: m.decode(5), r"ids: got array\(5\), expected the token ids of one text"),
+        (lambda m: m.decode([1, -1]), "ids: got array.*expected the token ids of one text"),
+        (lambda m: m.decode([0.5]), "ids: got array.*expected the token ids of one text"),
+        (lambda m: m.decode([[1], [2]]), "ids: got rows"),
         (lambda m: m.generate([1], max_new_tokens=0), "max_new_tokens: got 0"),
         (lambda m: m.generate([1], temperature=0.0), "temperature: got 0"),
         (lambda m: m.perplexity([1]), "at least 2"),
@@ -298,6 +311,21 @@ def test_sequences_are_ragged_rows():
     assert [row.tolist() for row in to_sequences([[1, 2], [3]])] == [[1, 2], [3]]
     assert to_sequences(np.array([4, 5]))[0].dtype == np.int32
     assert isinstance(tiny_model(), LlamaForCausalLM)
+
+
+def test_texts_and_rows_come_in_columns_too():
+    """An array of texts, or a column of a data frame: an object with __array__, whose labels do not count."""
+
+    class Column(dict):  # as pandas' Series: column[0] is what has the label 0
+        def __array__(self, dtype=None, copy=None):
+            return np.array(list(self.values()), dtype)
+
+    texts = ["a", "b c"]
+    for column in (np.array(texts), np.array(texts, object), Column(zip((7, 9), texts, strict=True))):
+        assert listed(column) == texts and not are_ids(listed(column))
+    assert [row.tolist() for row in to_sequences(Column(zip((7, 9), [4, 5], strict=True)))] == [[4, 5]]
+    with pytest.raises(ValueError, match="texts: got dict, expected a list of texts"):
+        are_ids({"text": texts})
 
 
 def test_output_matrix_in_eight_bits():
