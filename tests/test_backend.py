@@ -93,3 +93,8 @@ def test_environment() -> None:
     wrong = run_python(code, QL_ISA="mmx")
     assert wrong.returncode == 0
     assert "QL_ISA: 'mmx' is not used: expected scalar, avx2, avx512 or amx; using " in wrong.stderr
+    cores = run_python(code, QL_ISA="scalar", QL_THREADS="").stdout
+    for threads in ("four", "0", "4097", "2 "):
+        wrong = run_python(code, QL_ISA="scalar", QL_THREADS=threads)
+        assert wrong.returncode == 0 and wrong.stdout == cores
+        assert f"QL_THREADS: '{threads}' is not used: expected 1 to 4096; using " in wrong.stderr

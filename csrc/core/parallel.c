@@ -94,14 +94,17 @@ static void mark_child(void) { atomic_store(&in_forked_child, 1); }
 
 __attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, mark_child); }
 
-int ql_default_threads(void) {
+int ql_asked_threads(void) {
     const char *text = getenv("QL_THREADS");
-    if (text != NULL && *text != '\0') {
-        char *end;
-        long value = strtol(text, &end, 10);
-        if (*end == '\0' && value >= 1 && value <= MAX_THREADS) { return (int)value; }
-    }
-    return ql_usable_cores();
+    if (text == NULL || *text == '\0') { return 0; }
+    char *end;
+    long value = strtol(text, &end, 10);
+    return *end == '\0' && value >= 1 && value <= MAX_THREADS ? (int)value : -1;
+}
+
+int ql_default_threads(void) {
+    int asked = ql_asked_threads();
+    return asked > 0 ? asked : ql_usable_cores();
 }
 
 int ql_threads(void) {

@@ -94,8 +94,13 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* a wrong QL_ISA does not stop the import: the best usable ISA is taken, and that is said */
+/* a wrong QL_THREADS or QL_ISA does not stop the import: one thread a core, the best usable ISA is taken, and that is said */
 static int warn_about_environment(void) {
+    if (ql_asked_threads() < 0 &&
+        PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "QL_THREADS: '%s' is not used: expected 1 to 4096; using %d",
+                         getenv("QL_THREADS"), ql_default_threads()) < 0) {
+        return -1;
+    }
     const char *wanted = getenv("QL_ISA"), *selected = ql_isa_name(ql_isa_selected());
     if (wanted == NULL || *wanted == '\0' || strcmp(wanted, selected) == 0) { return 0; }
     const char *why_not = "expected scalar, avx2, avx512 or amx";
