@@ -117,6 +117,13 @@ def test_energy_is_one_csv_a_phase_in_codecarbons_columns(finished):
     assert cell["energy"]["evaluation"]["intensity_g_kwh"] == pytest.approx(174.05)
 
 
+def test_a_country_without_a_carbon_intensity_is_refused(tiny, tmp_path):
+    """codecarbon would count with the world's mean, and the report would give it as that country's."""
+    with pytest.raises(ValueError, match="country: got 'SPA', which codecarbon has no carbon intensity of"):
+        tweeteval.run(settings(tiny, energy=True, country="SPA"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_finished_cells_are_skipped(tiny, finished):
     before = {path.name: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()}
     told = []

@@ -176,6 +176,12 @@ def country_intensity(country: str | None) -> float | None:
     return None if row is None else float(row["carbon_intensity"])
 
 
+def require_country(country: str) -> None:
+    """ValueError where codecarbon's table lacks a country: it would then count with the world's mean, unsaid."""
+    if country_intensity(country) is None:
+        raise ValueError(f"country: got {country!r}, which codecarbon has no carbon intensity of; ESP is Spain's code")
+
+
 def write_table(path: Path, row: dict[str, Any]) -> None:
     """One row in codecarbon's columns."""
     from .record import write_text

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from quantlab.cuda import device_number
 from quantlab.tracking import event_sink
 
+from .energy import require_country
 from .record import Cell, RecordError, Run, cell_id, read_json
 from .variants import Variant, parse_variant
 
@@ -293,6 +294,8 @@ def extended(config: C, out: Path) -> C:
 def open_run(config: StudyConfig, experiment: str, out: Path, selection: Sequence[str]) -> Iterator[Run]:
     """The run directory of a study, with its energy meter and its Weights & Biases sink. selection: fields that may
     differ between the runs of one directory."""
+    if config.energy and config.intensity_g_kwh is None and not (out / "config.json").exists():  # a new run
+        require_country(config.country)
     settings = extended(config, out).to_dict()
     with (
         event_sink(config.wandb, out, experiment, settings) as sink,
