@@ -237,10 +237,11 @@ class Llama:
         """Writes a checkpoint directory in the layout that the weights ask for, floats in `saved_dtype`; returns the
         bytes of each file."""
         from quantlab.io import save_checkpoint
+        from quantlab.io.tokenizer import files_to_save
 
         if self.adapter is not None:
             raise ValueError("adapter: save_pretrained writes a model without one; use merge() first, or save_adapter")
-        files = self.checkpoint.tokenizer_files if self.checkpoint is not None else {}
+        files = files_to_save(self.checkpoint, self.tokenizer)
         return save_checkpoint(path, self.saved_config(), self.saved_weights(), self.saved_vectors(), files)
 
     def saved_config(self) -> dict[str, Any]:
@@ -338,8 +339,7 @@ class Llama:
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of token ids (t,)."""
-        row = one_row(ids)
-        return self.require_tokenizer().decode(row, skip_special_tokens)
+        return self.require_tokenizer().decode(one_row(ids), skip_special_tokens)
 
     def require_tokenizer(self) -> Tokenizer:
         """`tokenizer`; ValueError where there is none."""

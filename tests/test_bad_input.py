@@ -95,6 +95,18 @@ def test_damaged_gguf(capfd, tmp_path, name):
     shell_fails(capfd, says, "generate", tmp_path / "model.gguf", "hi")
 
 
+def test_the_tokenizer_is_saved_though_its_folder_is_gone(broken, tmp_path):
+    model = ql.LlamaForCausalLM.from_pretrained(broken)
+    ids = model.encode("hello")
+    parts = (model.config, model.weights, model.vectors, model.tokenizer)
+    shutil.rmtree(broken)
+    for other in (model, ql.LlamaForCausalLM(*parts)):
+        other.save_pretrained(tmp_path / "again")
+        again = ql.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+        np.testing.assert_array_equal(again.encode("hello"), ids)
+        shutil.rmtree(tmp_path / "again")
+
+
 def test_nan_weights_are_named(broken):
     from hostile import tensor_edit
 
@@ -196,6 +208,10 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "a device by its number": (lambda m: m.to(0), "device: got 0"),
     "calibration of a path": (lambda m: ql.quantize(m, ql.GPTQConfig(), Path("t.txt")), "calibration: got PosixPath"),
     "no calibration": (lambda m: ql.quantize(m, ql.GPTQConfig()), "calibration"),
+    "an id for a row of ids": (lambda m: m.decode(5), "ids: got array(5), expected the token ids of one text"),
+    "an id below zero": (lambda m: m.decode([1, -1]), "ids: got array([ 1, -1]), expected"),
+    "ids that are fractions": (lambda m: m.decode([0.5]), "ids: got array([0.5]), expected"),
+    "rows for a row of ids": (lambda m: m.decode([[1], [2]]), "ids: got rows, expected"),
     "half of a surrogate pair": (lambda m: m.encode("a \udcff"), "text: it is not valid Unicode"),
     "settings of training as a dictionary": (
         lambda m: ql.finetune(m, ql.LoraConfig(), ["a b"], {"max_steps": 1}, progress=False),

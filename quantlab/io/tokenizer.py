@@ -11,6 +11,8 @@ from quantlab.io.files import MAX_JSON, read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from quantlab.io.checkpoint import Checkpoint
+
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
@@ -52,6 +54,13 @@ def directory_tokenizer_files(folder: Path) -> dict[str, bytes]:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_JSON} are accepted")
             found[name] = path.read_bytes()
     return found
+
+
+def files_to_save(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """{name: content} of what is written beside a model for its tokenizer: the files of the checkpoint that it is from,
+    or the tokenizer alone where there is none, or its directory is gone."""
+    files = checkpoint.tokenizer_files if checkpoint is not None else {}
+    return files or ({} if tokenizer is None else {"tokenizer.json": tokenizer.to_str(pretty=True).encode()})
 
 
 def directory_chat_template(folder: Path) -> str | None:
