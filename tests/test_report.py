@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from synthetic_run import INVENTED, make_run
 
-from quantlab.experiments.record import RecordError
+from quantlab.experiments.record import RecordError, Run
 from quantlab.report import build_report, figure, numbers, plots, published, tables
 from quantlab.report.records import COLOURS, title
 from quantlab.report.study import load_study
@@ -185,6 +185,16 @@ def test_what_cannot_be_reported_is_refused(tmp_path, content, message):
     with pytest.raises(RecordError, match=message):
         build_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_said_of_a_run_that_was_interrupted_at_once(tmp_path):
+    def work(cell):
+        raise KeyboardInterrupt
+
+    with Run(tmp_path, "tweeteval", {"variants": ["fp32"]}) as opened, pytest.raises(KeyboardInterrupt):
+        opened.cell("fp32", {}, work)
+    with pytest.raises(RecordError, match=r"no finished variant to report \(fp32: interrupted\)"):
+        build_report(tmp_path)
 
 
 def test_notebook_runs_on_a_small_run(run):

@@ -156,9 +156,17 @@ def read_run(run: str | os.PathLike[str], experiment: str) -> dict[str, Any]:
     return {"path": path, "config": read_json(path / "config.json")["config"], "cells": done, "unfinished": unfinished}
 
 
+def error_of(cell: Mapping[str, Any]) -> str:
+    """Why a cell did not finish, on one line."""
+    error = cell.get("error") or {}
+    if cell["status"] == "cancelled":
+        return "interrupted"
+    return f"{error.get('type', 'unknown')}: {error.get('message', '')}"
+
+
 def nothing_finished(found: Mapping[str, Any], what: str) -> RecordError:
     """The error of a run without what a report is about."""
-    failures = "; ".join(f"{cell['name']}: {cell['error']['message']}" for cell in found["unfinished"])
+    failures = "; ".join(f"{cell['name']}: {error_of(cell)}" for cell in found["unfinished"])
     done = f"done so far: {', '.join(found['cells'])}" if found["cells"] else "no cell has been run"
     return RecordError(f"{found['path']}: no finished {what} to report ({failures or done})")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .records import Records
+from .records import Records, error_of
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -41,12 +41,6 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def error_of(cell: dict[str, Any]) -> str:
-    """The error of a cell that did not finish, on one line."""
-    error = cell.get("error") or {}
-    return f"{error.get('type', 'unknown')}: {error.get('message', '')}"
 
 
 def document(study: Records, heading: str, tables: Iterable[Table]) -> str:
