@@ -187,6 +187,16 @@ def test_symmetric_reader_ignores_qzeros(tmp_path: Path, rng: np.random.Generato
     np.testing.assert_array_equal(open_checkpoint(tmp_path).weight(LAYER).dequantize(), weights[LAYER].dequantize())
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_without_a_word_on_symmetry_the_zero_points_tell(sym: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    _, weights = tiny_checkpoint(tmp_path, lambda n, k: random_weight(rng, 4, n, k, 32, sym, False))
+    version = "gptq" if sym else "gptq_v2"
+    rewrite(tmp_path, {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": version})
+    read = open_checkpoint(tmp_path).weight(LAYER)
+    assert (read.zeros is None) == sym
+    np.testing.assert_array_equal(read.dequantize(), weights[LAYER].dequantize())
+
+
 def test_synonyms_and_missing_keys(tmp_path: Path, rng: np.random.Generator) -> None:
     _, weights = tiny_checkpoint(tmp_path, lambda n, k: random_weight(rng, 4, n, k, 32, False, False))
     rewrite(tmp_path, {"method": "gptq", "wbits": 4, "q_group_size": 32, "zero_point": True, "version": "gptq_v2"})

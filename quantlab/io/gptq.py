@@ -54,6 +54,7 @@ class GPTQLayout:
         if quantization.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise ValueError(f"{where}: pack_dtype {quantization['pack_dtype']!r} is not supported; supported: 'int32'")
         self.settings = self._settings(quantization, Settings(0, 0, True))
+        self._sym_stated = "sym" in quantization or "zero_point" in quantization  # else the zero points tell
         dynamic = quantization.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(isinstance(value, dict) for value in dynamic.values()):
             raise ValueError(f"{where}: dynamic is {dynamic!r}, expected an object of patterns and objects")
@@ -116,7 +117,11 @@ class GPTQLayout:
         scales = tensors.array(f"{module}.scales").astype(np.float32)
         if not np.isfinite(scales).all():
             raise ValueError(f"{self.where}: tensor {module + '.scales'!r} holds NaN or infinity")
-        zeros = None if settings.sym else self._zeros(tensors.array(f"{module}.qzeros"), n, settings.bits)
+        zeros = None
+        if not settings.sym or not self._sym_stated:
+            zeros = self._zeros(tensors.array(f"{module}.qzeros"), n, settings.bits)
+            if settings.sym and (zeros == 1 << (settings.bits - 1)).all():
+                zeros = None
         perm = None
         if f"{module}.g_idx" in tensors:
             g_idx = tensors.array(f"{module}.g_idx").astype(np.int64)
@@ -127,7 +132,7 @@ class GPTQLayout:
                 perm, group, rows = regroup(g_idx, group)
                 codes = pack(unpack(codes, k, settings.bits)[:, perm], settings.bits)
                 scales, zeros = scales[rows], None if zeros is None else zeros[rows]
-        meta = {"method": "gptq", "bits": settings.bits, "group_size": settings.group_size, "sym": settings.sym,
+        meta = {"method": "gptq", "bits": settings.bits, "group_size": settings.group_size, "sym": zeros is None,
                 "desc_act": perm is not None, "checkpoint_format": self.version}  # fmt: skip
         return QuantWeight(
             "affine", settings.bits, (n, k), group, codes, np.ascontiguousarray(scales.T),
