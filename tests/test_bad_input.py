@@ -95,6 +95,15 @@ def test_damaged_gguf(capfd, tmp_path, name):
     shell_fails(capfd, says, "generate", tmp_path / "model.gguf", "hi")
 
 
+def test_an_empty_path_is_no_place_to_save(broken, tmp_path, monkeypatch):
+    model, empty = ql.LlamaForCausalLM.from_pretrained(broken), tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    with pytest.raises(ValueError, match="path: got '', expected a directory"):
+        model.save_pretrained("")
+    assert not list(empty.iterdir())
+
+
 def test_the_tokenizer_is_saved_though_its_folder_is_gone(broken, tmp_path):
     model = ql.LlamaForCausalLM.from_pretrained(broken)
     ids = model.encode("hello")

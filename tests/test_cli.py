@@ -314,7 +314,7 @@ def test_a_failed_job_is_status_1_and_debug_shows_the_traceback(capsys, tmp_path
 
 
 def test_interrupt_is_status_130(tmp_path):
-    endless = save_tiny(tmp_path / "endless", eos_token_id=None)
+    endless = save_tiny(tmp_path / "endless", eos_token_id=None, max_position_embeddings=1 << 16)
     words = ["generate", str(endless), "hi", "--max-new-tokens", "50000"]
     command = [sys.executable, "-m", "quantlab.cli", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:

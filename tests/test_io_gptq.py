@@ -197,6 +197,19 @@ def test_without_a_word_on_symmetry_the_zero_points_tell(sym: bool, tmp_path: Pa
     np.testing.assert_array_equal(read.dequantize(), weights[LAYER].dequantize())
 
 
+def test_zero_points_that_a_stated_symmetry_leaves_out_are_told_of_once(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tiny_checkpoint(tmp_path, lambda n, k: random_weight(rng, 4, n, k, 32, False, False))
+    stated = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "checkpoint_format": "gptq_v2"}
+    rewrite(tmp_path, stated)
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="sym is true, and the zero points of .* are not used") as told:
+        assert checkpoint.weight(LAYER).zeros is None
+        assert checkpoint.weight(LAYER).zeros is None
+    assert len(told) == 1
+
+
 def test_synonyms_and_missing_keys(tmp_path: Path, rng: np.random.Generator) -> None:
     _, weights = tiny_checkpoint(tmp_path, lambda n, k: random_weight(rng, 4, n, k, 32, False, False))
     rewrite(tmp_path, {"method": "gptq", "wbits": 4, "q_group_size": 32, "zero_point": True, "version": "gptq_v2"})

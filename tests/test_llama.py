@@ -132,6 +132,15 @@ def test_perplexity_beyond_the_trained_context_warns():
         model.perplexity(list(range(3, 40)), context=17)
 
 
+def test_generation_beyond_the_trained_context_warns():
+    model = tiny_model(max_position_embeddings=16)
+    model.generate([list(range(3, 10))], max_new_tokens=9)
+    with pytest.warns(
+        UserWarning, match="max_new_tokens: up to 17 tokens a row, the model was trained on no more than 16"
+    ):
+        model.generate([[5], list(range(3, 10))], max_new_tokens=10)
+
+
 def test_perplexity_is_the_mean_of_the_oracle():
     model = tiny_model()
     ids = np.random.default_rng(1).integers(0, 128, 70)

@@ -334,7 +334,7 @@ def generate(
             shown = text
 
     options |= {"do_sample": do_sample, "on_token": show, "stop_strings": stop, "eos_token_id": stops}
-    with wrong_call():
+    with wrong_call(), told_warnings():
         model.generate(ids, max_new_tokens=max_new_tokens, **options)
     text = model.decode(tokens)
     if as_json:

@@ -11,6 +11,7 @@ Packed numbers are little-endian bit streams, so qweight is the transpose of a Q
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class GPTQLayout:
         if quantization.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
             raise ValueError(f"{where}: pack_dtype {quantization['pack_dtype']!r} is not supported; supported: 'int32'")
         self.settings = self._settings(quantization, Settings(0, 0, True))
+        self._told = False  # of zero points that are not used
         self._sym_stated = "sym" in quantization or "zero_point" in quantization  # else the zero points tell
         dynamic = quantization.get("dynamic") or {}
         if not isinstance(dynamic, dict) or not all(isinstance(value, dict) for value in dynamic.values()):
@@ -117,11 +119,7 @@ class GPTQLayout:
         scales = tensors.array(f"{module}.scales").astype(np.float32)
         if not np.isfinite(scales).all():
             raise ValueError(f"{self.where}: tensor {module + '.scales'!r} holds NaN or infinity")
-        zeros = None
-        if not settings.sym or not self._sym_stated:
-            zeros = self._zeros(tensors.array(f"{module}.qzeros"), n, settings.bits)
-            if settings.sym and (zeros == 1 << (settings.bits - 1)).all():
-                zeros = None
+        zeros = self._read_zeros(tensors, module, n, settings)
         perm = None
         if f"{module}.g_idx" in tensors:
             g_idx = tensors.array(f"{module}.g_idx").astype(np.int64)
@@ -138,6 +136,21 @@ class GPTQLayout:
             "affine", settings.bits, (n, k), group, codes, np.ascontiguousarray(scales.T),
             None if zeros is None else np.ascontiguousarray(zeros.T), perm, meta=meta,
         )  # fmt: skip
+
+    def _read_zeros(self, tensors: Tensors, module: str, n: int, settings: Settings) -> np.ndarray | None:
+        """None: symmetric. A stated sym goes before other zero points, as files of 3 bits by older writers want it."""
+        zeros = self._zeros(tensors.array(f"{module}.qzeros"), n, settings.bits)
+        if not settings.sym:
+            return zeros
+        if (zeros == 1 << (settings.bits - 1)).all():
+            return None
+        if not self._sym_stated:
+            return zeros
+        if settings.bits != 3 and not self._told:
+            self._told = True
+            text = f"{self.where}: sym is true, and the zero points of {module}, which say otherwise, are not used"
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return None
 
     def _group(self, module: str, k: int) -> int:
         size = self.settings_of(module).group_size

@@ -41,6 +41,8 @@ def save_checkpoint(
     leaves what was there before.
     """
     target = Path(path)
+    if os.fspath(path) == "":
+        raise ValueError("path: got '', expected a directory to write the checkpoint to")
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"path: {target} is a file, expected a directory to write the checkpoint to")
     if max_shard_bytes < 1:
