@@ -8,11 +8,13 @@
 
 #include <stdalign.h> /* alignas */
 
-enum {
-    FETCH = 4,              /* cache lines, or pairs of them, to ask for beside 32 steps */
-    FOURS = 2 * SIDE / 4,   /* of cache lines in 2 x 2 tiles */
-    LAST_STEPS = 2 * SIDE   /* see multiply_plane */
-};
+enum { FOURS = 2 * SIDE / 4 }; /* of cache lines in 2 x 2 tiles */
+
+/* where 2 x 2 tiles of sums go: `down` and `right` elements apart, their rows `ld` */
+typedef struct {
+    float *at;
+    int64_t ld, down, right;
+} tile_target;
 
 typedef struct {
     const uint16_t *a, *b;
@@ -20,28 +22,25 @@ typedef struct {
     int planes;           /* LIMBS: limbs */
     int transposed;       /* tiles of sums are those of the transpose: with one plane */
     const float *before;  /* 2 x 2 tiles to add to, or NULL */
-    float *after;         /* where the result goes, its tiles `down` and `right` elements apart, rows `ld` */
-    int64_t ld, down, right;
-    const char *fetch, *fetch_end; /* memory that is needed soon */
+    tile_target after;    /* where the result goes */
+    tile_target held;     /* and where that of the quad before goes, which the tiles still hold; at NULL: they hold none */
+    const char *fetch, *fetch_end; /* memory that is needed soon, `fetch_pace` lines beside 32 steps */
     const char *line;              /* and what is added to or written next: pairs of lines, `line_ld` bytes apart, `lines` of them */
-    int64_t line_ld, lines;
+    int64_t fetch_pace, line_ld, lines, line_pace;
     const char *codes; /* and what the next block of b is made of: `code_bytes` of each of `code_rows` rows, `codes_ld` bytes apart, */
     int64_t codes_ld, code_bytes, code_rows, code_at, code_pace; /* from `code_at` on, so many lines at a time */
     /* The result of the quad before, whole tiles of the transpose, which goes to rows `out_ld` apart while this one is computed:
      * four cache lines at a time, `left` times more. */
-    const float *turned;
+    float *turned;
     float *out;
     int64_t out_ld, left;
     int past_caches; /* whole cache lines of the result go to memory at once */
 } quad;
 
-/* asks for a few lines of memory */
+/* Asks for a few lines of memory: as many beside each step as need be, since many at once keep tiles waiting. */
 static inline __attribute__((always_inline)) void fetch(quad *q) {
-    if (q->fetch < q->fetch_end) {
-        for (int i = 0; i < FETCH; i++) { _mm_prefetch(q->fetch + 64 * i, _MM_HINT_T1); }
-        q->fetch += 64 * FETCH;
-    }
-    for (int i = 0; i < FETCH && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
+    for (int64_t i = 0; i < q->fetch_pace && q->fetch < q->fetch_end; i++, q->fetch += 64) { _mm_prefetch(q->fetch, _MM_HINT_T1); }
+    for (int64_t i = 0; i < q->line_pace && q->lines > 0; i++, q->lines--, q->line += q->line_ld) {
         __builtin_prefetch(q->line, 1);
         __builtin_prefetch(q->line + 64, 1);
     }
@@ -88,21 +87,54 @@ enum { PRODUCT, TRANSPOSED, PRODUCT_OF_LIMBS };
     }
 
 /* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
- * NULL: past the first-level cache, where those of a stay for all columns */
+ * NULL: past the first-level cache, where those of a stay for all columns. Loads first: then no product waits for one. */
 static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int kind, const int rows,
                                                                 const int columns) {
-    if (b != NULL) { _tile_stream_loadd(6, b, 64); }
     _tile_loadd(4, a, 64);
+    if (b != NULL) { _tile_stream_loadd(6, b, 64); }
+    if (rows > 1) { _tile_loadd(5, a + TILE, 64); }
+    if (columns > 1 && b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
+    MULTIPLY(kind, 0, 4, 6);
+    if (columns > 1) { MULTIPLY(kind, 1, 4, 7); }
+    if (rows > 1) { MULTIPLY(kind, 2, 5, 6); }
+    if (rows > 1 && columns > 1) { MULTIPLY(kind, 3, 5, 7); }
+}
+
+/* tile t of sums to `to` */
+#define STORE_SUM(t, to) _tile_stored(t, (to)->at + (t) / 2 * (to)->down + (t) % 2 * (to)->right, (to)->ld * (int64_t)sizeof *(to)->at)
+
+/* tile t of sums: that of the quad before goes, that of this one begins */
+#define NEXT_SUM(t, q)                                                  \
+    if ((q)->held.at != NULL) { STORE_SUM(t, &(q)->held); }             \
+    if ((q)->before != NULL) {                                          \
+        _tile_stream_loadd(t, (q)->before + (t) * (QUAD / 4), 64);      \
+    } else {                                                            \
+        _tile_zero(t);                                                  \
+    }
+
+/* The first step. Four tiles stored one after another fill the processor's store buffer, and the tile unit waits: so those of the
+ * quad before are stored one by one between the first products of this one. */
+static inline __attribute__((always_inline)) void begin(quad *q, const uint16_t *a, const uint16_t *b, const int kind, const int rows,
+                                                        const int columns) {
+    _tile_loadd(4, a, 64);
+    _tile_stream_loadd(6, b, 64);
+    NEXT_SUM(0, q);
     MULTIPLY(kind, 0, 4, 6);
     if (columns > 1) {
-        if (b != NULL) { _tile_stream_loadd(7, b + TILE, 64); }
+        _tile_stream_loadd(7, b + TILE, 64);
+        NEXT_SUM(1, q);
         MULTIPLY(kind, 1, 4, 7);
     }
     if (rows > 1) {
         _tile_loadd(5, a + TILE, 64);
+        NEXT_SUM(2, q);
         MULTIPLY(kind, 2, 5, 6);
-        if (columns > 1) { MULTIPLY(kind, 3, 5, 7); }
+        if (columns > 1) {
+            NEXT_SUM(3, q);
+            MULTIPLY(kind, 3, 5, 7);
+        }
     }
+    q->held.at = NULL;
 }
 
 /* the same with the tiles of a that are there, and another plane of b */
@@ -124,13 +156,29 @@ static inline __attribute__((always_inline)) void zero_tiles(void) {
     _tile_zero(3);
 }
 
-/* the tiles of sums of one column of tiles to `out`, where they are `down` elements apart and their rows `ld` */
-static inline __attribute__((always_inline)) void store_column(void *out, int64_t ld, int64_t down, const int rows, const int column) {
-    float *to = out; /* or integers: as wide */
-    int64_t stride = ld * (int64_t)sizeof *to;
-    if (column == 0) { _tile_stored(0, to, stride); } else { _tile_stored(1, to, stride); }
-    if (rows > 1) {
-        if (column == 0) { _tile_stored(2, to + down, stride); } else { _tile_stored(3, to + down, stride); }
+static inline __attribute__((always_inline)) void store_sums(const tile_target *to, const int rows, const int columns) {
+    STORE_SUM(0, to);
+    if (columns > 1) { STORE_SUM(1, to); }
+    if (rows > 1) { STORE_SUM(2, to); }
+    if (rows > 1 && columns > 1) { STORE_SUM(3, to); }
+}
+
+/* what the tiles hold goes to its place */
+static void release(quad *q) {
+    if (q->held.at == NULL) { return; }
+    MEMORY_BARRIER();
+    store_sums(&q->held, 2, 2);
+    MEMORY_BARRIER();
+    q->held.at = NULL;
+}
+
+/* the end of a quad: 2 x 2 tiles stay where they are, see begin */
+static inline __attribute__((always_inline)) void end(quad *q, const int rows, const int columns) {
+    while (q->left > 0) { put_four(q); }
+    if (rows > 1 && columns > 1) {
+        q->held = q->after;
+    } else {
+        store_sums(&q->after, rows, columns);
     }
 }
 
@@ -138,47 +186,29 @@ static inline __attribute__((always_inline)) void store_column(void *out, int64_
 static inline __attribute__((always_inline)) void multiply_planes(quad *q, const int rows, const int columns) {
     const uint16_t *a = q->a, *b = q->b;
     for (int64_t s = 0; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) { /* as few tile loads as there can be */
-        multiply_step(a + q->plane, b, PRODUCT, rows, columns);
+        if (s == 0) {
+            begin(q, a + q->plane, b, PRODUCT, rows, columns);
+        } else {
+            multiply_step(a + q->plane, b, PRODUCT, rows, columns);
+        }
         multiply_step(a, NULL, PRODUCT, rows, columns);
         multiply_same_rows(b + q->plane, rows, columns);
         do_between(q);
     }
-    store_column(q->after, q->ld, q->down, rows, 0);
-    if (columns > 1) { store_column(q->after + q->right, q->ld, q->down, rows, 1); }
+    end(q, rows, columns);
 }
 
-/* sums += a b of one tile of columns over steps [from, steps) */
-static inline __attribute__((always_inline)) void multiply_column(const quad *q, int64_t from, const int kind, const int rows,
-                                                                  const int column) {
-    const uint16_t *a = q->a + from * SIDE, *b = q->b + from * SIDE + column * TILE;
-    for (int64_t s = from; s < q->steps; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
-        _tile_stream_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        if (column == 0) { MULTIPLY(kind, 0, 4, 6) } else { MULTIPLY(kind, 1, 4, 6) }
-        if (rows > 1) {
-            _tile_loadd(5, a + TILE, 64);
-            if (column == 0) { MULTIPLY(kind, 2, 5, 6) } else { MULTIPLY(kind, 3, 5, 6) }
-        }
-    }
-}
-
-/* Sums += the products of one plane, and to where the result goes. Four tiles stored one after another fill the processor's
- * store buffer, and the tile unit waits: so the last steps are done for the first columns, whose tiles are stored while those of
- * the others are multiplied. */
+/* sums += the products of one plane */
 static inline __attribute__((always_inline)) void multiply_plane(quad *q, const int kind, const int rows, const int columns) {
-    const int64_t steps = round_up(q->steps, SIDE), last = columns > 1 && steps > LAST_STEPS ? steps - LAST_STEPS : 0;
     const uint16_t *a = q->a, *b = q->b;
-    for (int64_t s = 0; s < last; s += SIDE, a += 2 * TILE, b += 2 * TILE) {
+    begin(q, a, b, kind, rows, columns);
+    do_between(q);
+    for (int64_t s = SIDE; s < q->steps; s += SIDE) {
+        a += 2 * TILE, b += 2 * TILE;
         multiply_step(a, b, kind, rows, columns);
         do_between(q);
     }
-    while (q->left > 0) { put_four(q); }
-    multiply_column(q, last, kind, rows, 0);
-    store_column(q->after, q->ld, q->down, rows, 0);
-    if (columns > 1) {
-        multiply_column(q, last, kind, rows, 1);
-        store_column(q->after + q->right, q->ld, q->down, rows, 1);
-    }
+    end(q, rows, columns);
 }
 
 /* after = sums times the largest values of their rows and columns, and + before where `add` is set; sums: of the products of limbs 0 0, of
@@ -192,9 +222,9 @@ static inline __attribute__((always_inline)) void scale_quad(const quad *q, cons
     const int past_caches = q->past_caches;
     for (int tile = 0; tile < 2 * rows; tile++) {
         if (tile % 2 >= columns) { continue; }
-        float *after = q->after + tile / 2 * q->down + tile % 2 * q->right;
+        float *after = q->after.at + tile / 2 * q->after.down + tile % 2 * q->after.right;
         vf columns_most = v_load(column_most + tile % 2 * 16);
-        for (int64_t r = 0, ld = q->ld, at = tile * (QUAD / 4); r < 16; r++, at += 16, after += ld) {
+        for (int64_t r = 0, ld = q->after.ld, at = tile * (QUAD / 4); r < 16; r++, at += 16, after += ld) {
             vf sum = join_limbs(vi_load(sums + at), vi_load(sums + QUAD + at), vi_load(sums + 2 * QUAD + at));
             sum = v_mul(v_mul(sum, unit), v_mul(columns_most, v_set1(row_most[tile / 2 * 16 + r])));
             store_line(after, add ? v_add(v_load(before + at), sum) : sum, past_caches);
@@ -214,8 +244,7 @@ static inline __attribute__((always_inline)) void multiply_group(quad *q, int32_
         if (group > 1) { multiply_step(a + 2 * plane, b, PRODUCT_OF_LIMBS, rows, columns); }
         do_between(q);
     }
-    store_column(sums, 16, QUAD / 2, rows, 0);
-    if (columns > 1) { store_column(sums + QUAD / 4, 16, QUAD / 2, rows, 1); }
+    store_sums(&(tile_target){(float *)(void *)sums, 16, QUAD / 2, QUAD / 4}, rows, columns);
 }
 
 static inline __attribute__((always_inline)) void multiply_limbs(quad *q, const int rows, const int columns) {
@@ -236,14 +265,6 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
         multiply_limbs(q, rows, columns);
         return;
     }
-    if (q->before == NULL) {
-        zero_tiles();
-    } else {
-        _tile_loadd(0, q->before, 64);
-        if (columns > 1) { _tile_loadd(1, q->before + QUAD / 4, 64); }
-        if (rows > 1) { _tile_loadd(2, q->before + QUAD / 2, 64); }
-        if (rows > 1 && columns > 1) { _tile_loadd(3, q->before + 3 * QUAD / 4, 64); }
-    }
     if (q->planes > 1) {
         multiply_planes(q, rows, columns);
     } else if (q->transposed) {
@@ -254,6 +275,7 @@ static inline __attribute__((always_inline)) void multiply_tiles(quad *q, const 
 }
 
 static void multiply_quad(quad *q, int rows, int columns) {
+    if (rows < 2 || columns < 2) { release(q); }
     MEMORY_BARRIER();
     if (rows > 1 && columns > 1) {
         multiply_tiles(q, 2, 2);

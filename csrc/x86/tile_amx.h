@@ -177,43 +177,41 @@ static void take_codes(quad *q, const tile_gemm *g, strip *s, int64_t j) {
     s->next_j += q->code_rows;
 }
 
-/* 32 rows of a, one block of k, against all columns of the task */
-static void multiply_rows(const tile_gemm *g, strip s, uint16_t *block, float *sums) {
-    alignas(64) float turned[QUAD];
-    int64_t rows = at_most(SIDE, g->i1 - s.i), steps = s.k1 - s.k0, size = panel_size(g, steps);
+/* 32 rows of a, one block of k, against all columns of the task; q->turned: memory for a quad */
+static void multiply_rows(const tile_gemm *g, quad *q, strip s, uint16_t *block, float *sums) {
+    int64_t rows = at_most(SIDE, g->i1 - s.i), steps = s.k1 - s.k0, size = panel_size(g, steps), count = pieces(steps, SIDE);
     int last_block = s.k1 == g->k, turns = last_block && g->transposed;
-    quad q = {.a = panel_of_a(g, s.i, s.k0, s.k1), .steps = steps, .plane = plane_size(steps), .planes = g->planes,
-              .transposed = g->transposed};
-    q.fetch = (const char *)(q.a + size), q.fetch_end = (const char *)(q.a + 2 * size);
+    q->a = panel_of_a(g, s.i, s.k0, s.k1), q->steps = steps, q->plane = plane_size(steps);
+    q->fetch = (const char *)(q->a + size), q->fetch_end = (const char *)(q->a + 2 * size);
+    q->fetch_pace = pieces(size * (int64_t)sizeof *q->a, 64 * count * pieces(s.j1 - s.j0, SIDE));
     for (int64_t j = s.j0; j < s.j1 && !(g->lower && j > s.i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, s.j1 - j);
         int whole = rows == SIDE && columns == SIDE && !(g->lower && j + columns - 1 > s.i);
-        int inside = whole && !g->accumulate && g->c_columns == NULL;
+        int inside = whole && !g->accumulate && g->c_columns == NULL, direct = last_block && inside && !turns;
         float *c = g->c + s.i * g->ldc + j;
-        q.b = panel_at(block, g, j - s.j0, steps);
-        q.before = s.k0 > 0 ? sums : NULL;
-        if (last_block && inside && !turns) {
-            q.after = c, q.ld = g->ldc, q.down = 16 * g->ldc, q.right = 16;
-        } else {
-            q.after = turns ? turned : sums, q.ld = 16, q.down = QUAD / 2, q.right = QUAD / 4;
-        }
-        if (s.next_j < s.next_end) { take_codes(&q, g, &s, j); }
-        q.past_caches = g->past_caches && (turns || q.after == c);
-        if (q.past_caches && !turns) {
-            q.lines = 0;
-        } else if (q.after == c && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
-            q.line = (const char *)c, q.line_ld = g->ldc * (int64_t)sizeof *c, q.lines = rows;
+        q->b = panel_at(block, g, j - s.j0, steps);
+        q->before = s.k0 > 0 ? sums : NULL;
+        q->after = (tile_target){turns ? q->turned : sums, 16, QUAD / 2, QUAD / 4};
+        if (direct) { q->after = (tile_target){c, g->ldc, 16 * g->ldc, 16}; }
+        q->code_rows = 0;
+        if (s.next_j < s.next_end) { take_codes(q, g, &s, j); }
+        q->past_caches = g->past_caches && (turns || direct);
+        if (q->past_caches && !turns) {
+            q->lines = 0;
+        } else if (direct && g->planes == LIMBS) { /* whole tiles go to c faster where nobody has asked for its lines before */
+            q->line = (const char *)c, q->line_ld = g->ldc * (int64_t)sizeof *c, q->lines = rows;
         } else { /* the next sums */
-            q.line = (const char *)(sums + QUAD), q.line_ld = 2 * 64, q.lines = g->k > g->block_k && j + SIDE < s.j1 ? SIDE : 0;
+            q->line = (const char *)(sums + QUAD), q->line_ld = 2 * 64, q->lines = g->k > g->block_k ? SIDE : 0;
         }
-        multiply_quad(&q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
+        q->line_pace = pieces(q->lines, count);
+        multiply_quad(q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
         if (turns && inside) {
-            q.turned = turned, q.out = c, q.out_ld = g->ldc, q.left = FOURS;
+            q->out = c, q->out_ld = g->ldc, q->left = FOURS;
         } else if (last_block && !inside) {
-            merge_quad(g, q.after, s.i, rows, j, columns);
+            release(q);
+            merge_quad(g, q->after.at, s.i, rows, j, columns);
         }
     }
-    while (q.left > 0) { put_four(&q); }
 }
 
 static void tile_gemm_task(void *context, int64_t task) {
@@ -225,6 +223,8 @@ static void tile_gemm_task(void *context, int64_t task) {
     int64_t worker = take_place(&g->workers), quads_a_row = pieces(g->width, SIDE);
     uint16_t *block = g->blocks + worker * BLOCK_SIZE;
     float *sums = g->sums + worker * g->sums_size;
+    alignas(64) float turned[QUAD];
+    quad q = {.planes = g->planes, .transposed = g->transposed, .turned = turned};
     tile_config before;
     configure_tiles(&before);
     for (int64_t k0 = 0; k0 < g->k; k0 += g->block_k) {
@@ -242,9 +242,11 @@ static void tile_gemm_task(void *context, int64_t task) {
                 s.next_j = j0 + (j1 - j0) * (i - i0) / (i1 - i0);
                 s.next_end = j0 + (j1 - j0) * at_most(i + SIDE - i0, i1 - i0) / (i1 - i0);
             }
-            multiply_rows(g, s, panels, sums + kept);
+            multiply_rows(g, &q, s, panels, sums + kept);
         }
     }
+    release(&q);
+    while (q.left > 0) { put_four(&q); }
     restore_tiles(&before);
     if (g->past_caches) { _mm_sfence(); }
     leave_place(&g->workers, worker);
