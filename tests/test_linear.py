@@ -244,13 +244,14 @@ def test_precise(rng: np.random.Generator, case: str) -> None:
                     assert op(a[37:61].copy(), weight).tobytes() == out[37:61].tobytes()
 
 
-def test_large_odd_shape(isa: str, rng: np.random.Generator) -> None:
-    """More than one chunk of rows, many blocks, every kind of edge."""
+@pytest.mark.parametrize("m,n,k", [(2065, 1021, 773), (704, 384, 1024)])
+def test_large_shape(isa: str, rng: np.random.Generator, m: int, n: int, k: int) -> None:
+    """More than one chunk of rows, many blocks, every kind of edge; and a task with as many sums as there can be."""
     if isa == "scalar":
         pytest.skip("the specification, too slow at this size")
-    stored = make(rng, "affine4-ragged", 1021, 773)
+    stored = make(rng, "affine4-ragged", n, k)
     weight, values = stored.core(), ref.decode(stored)
-    x, dy = rng.standard_normal((2065, 773), dtype=np.float32), rng.standard_normal((331, 1021), dtype=np.float32)
+    x, dy = rng.standard_normal((m, k), dtype=np.float32), rng.standard_normal((331, n), dtype=np.float32)
     for op, a, w in ((_core.linear, x, values.T), (_core.linear_backward_input, dy, values)):
         limit = bound(a, w, isa, "affine4-ragged")
         assert (np.abs(op(a, weight) - a @ w) <= limit).all()

@@ -29,10 +29,9 @@ typedef struct {
     int64_t fetch_pace, line_ld, lines, line_pace;
     const char *codes; /* and what the next block of b is made of: `code_bytes` of each of `code_rows` rows, `codes_ld` bytes apart, */
     int64_t codes_ld, code_bytes, code_rows, code_at, code_pace; /* from `code_at` on, so many lines at a time */
-    /* The result of the quad before, whole tiles of the transpose, which goes to rows `out_ld` apart while this one is computed:
-     * four cache lines at a time, `left` times more. */
-    float *turned;
-    float *out;
+    /* Memory for whole tiles of the transpose: the result of the quad before, which goes from there to rows `out_ld` apart while
+     * this one is computed, four cache lines at a time, `left` times more. */
+    float *turned, *out;
     int64_t out_ld, left;
     int past_caches; /* whole cache lines of the result go to memory at once */
 } quad;
@@ -87,7 +86,7 @@ enum { PRODUCT, TRANSPOSED, PRODUCT_OF_LIMBS };
     }
 
 /* sums (2 x 2 tiles of 16 x 16) += tiles 4, 5 of a, loaded from `a`, times tiles 6, 7 of b, loaded from `b` where that is not
- * NULL: past the first-level cache, where those of a stay for all columns. Loads first: then no product waits for one. */
+ * NULL: past the first-level cache, where those of a stay for all columns. All loads first: products wait for them less. */
 static inline __attribute__((always_inline)) void multiply_step(const uint16_t *a, const uint16_t *b, const int kind, const int rows,
                                                                 const int columns) {
     _tile_loadd(4, a, 64);
@@ -134,6 +133,7 @@ static inline __attribute__((always_inline)) void begin(quad *q, const uint16_t 
             MULTIPLY(kind, 3, 5, 7);
         }
     }
+    MEMORY_BARRIER(); /* put_four reads what was held */
     q->held.at = NULL;
 }
 

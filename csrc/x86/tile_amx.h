@@ -177,13 +177,14 @@ static void take_codes(quad *q, const tile_gemm *g, strip *s, int64_t j) {
     s->next_j += q->code_rows;
 }
 
-/* 32 rows of a, one block of k, against all columns of the task; q->turned: memory for a quad */
+/* 32 rows of a, one block of k, against all columns of the task. The last result is still on its way then, see q. */
 static void multiply_rows(const tile_gemm *g, quad *q, strip s, uint16_t *block, float *sums) {
-    int64_t rows = at_most(SIDE, g->i1 - s.i), steps = s.k1 - s.k0, size = panel_size(g, steps), count = pieces(steps, SIDE);
+    int64_t rows = at_most(SIDE, g->i1 - s.i), steps = s.k1 - s.k0, size = panel_size(g, steps);
+    int64_t asks = pieces(steps, SIDE) * (g->planes == LIMBS ? LIMBS : 1); /* times that a quad asks for memory */
     int last_block = s.k1 == g->k, turns = last_block && g->transposed;
     q->a = panel_of_a(g, s.i, s.k0, s.k1), q->steps = steps, q->plane = plane_size(steps);
     q->fetch = (const char *)(q->a + size), q->fetch_end = (const char *)(q->a + 2 * size);
-    q->fetch_pace = pieces(size * (int64_t)sizeof *q->a, 64 * count * pieces(s.j1 - s.j0, SIDE));
+    q->fetch_pace = pieces(size * (int64_t)sizeof *q->a, 64 * asks * pieces(s.j1 - s.j0, SIDE));
     for (int64_t j = s.j0; j < s.j1 && !(g->lower && j > s.i + rows - 1); j += SIDE, sums += QUAD) {
         int64_t columns = at_most(SIDE, s.j1 - j);
         int whole = rows == SIDE && columns == SIDE && !(g->lower && j + columns - 1 > s.i);
@@ -203,7 +204,7 @@ static void multiply_rows(const tile_gemm *g, quad *q, strip s, uint16_t *block,
         } else { /* the next sums */
             q->line = (const char *)(sums + QUAD), q->line_ld = 2 * 64, q->lines = g->k > g->block_k ? SIDE : 0;
         }
-        q->line_pace = pieces(q->lines, count);
+        q->line_pace = pieces(q->lines, asks);
         multiply_quad(q, rows > 16 ? 2 : 1, columns > 16 ? 2 : 1);
         if (turns && inside) {
             q->out = c, q->out_ld = g->ldc, q->left = FOURS;
@@ -277,12 +278,11 @@ static void narrow(tile_gemm *g, int64_t count) {
 
 static void choose_tasks(tile_gemm *g, int64_t count, int64_t threads) {
     const double enough = 0.9;
-    int64_t rows = g->i1 - g->i0, most = MAX_WIDTH;
-    if (rows > MAX_SUMS / MAX_WIDTH || g->planes * g->block_k > BLOCK_SIZE / MAX_WIDTH) { most = MAX_WIDTH / 2; }
-    most = at_most(most, BLOCK_SIZE / panel_size(g, g->block_k) * SIDE);
+    int64_t rows = g->i1 - g->i0, most = at_most(MAX_WIDTH, BLOCK_SIZE / panel_size(g, g->block_k) * SIDE);
+    int64_t tallest = MAX_SUMS / most / SIDE * SIDE;
     for (int64_t p = 0; p < count; p++) {
         g[p].width = round_up(pieces(g[p].n, pieces(g[p].n, most)), SIDE);
-        g[p].chunk = round_up(pieces(rows, pieces(rows, MAX_SUMS / most)), SIDE);
+        g[p].chunk = round_up(pieces(rows, pieces(rows, tallest)), SIDE);
     }
     while (balance(g, count, threads) < enough && widest_of(g, count) > 3 * SIDE) { narrow(g, count); }
     while (balance(g, count, threads) < enough && g->chunk >= 2 * MIN_CHUNK) {
