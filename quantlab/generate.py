@@ -146,7 +146,8 @@ def generate(
     never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. A draw
     depends on the logits, the seed, the number of the row and the step: not on the rows beside it. `on_token(row,
     token)` is called as tokens come. Which kernels compute the logits may depend on how many rows run together, and on
-    the device: a choice between two tokens that are as likely but for rounding may then be another.
+    the device: a choice between two tokens that are as likely but for rounding may then be another. A UserWarning says
+    where a row may grow beyond the positions that the model was trained on.
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
