@@ -179,7 +179,8 @@ def pivot(records: list[dict[str, Any]], row: Any, column: Any) -> str:
 
 
 CUDA_TABLES = {  # by op and roof
-    "product read": "Few tokens: microseconds of a layer's fused products (share of the time to read the weight once)",
+    "product read": "Few tokens: microseconds of a layer's fused products (share of the time to read the weight once); "
+    "activations are in the L2 cache, weights are not",
     "product matmul": "Many tokens: the same (share of cuBLAS' product of all its matrices in bfloat16 alone)",
     "linear matmul": "A product of float32 rows, rounded on the way: microseconds (share of cuBLAS' in bfloat16)",
     "linear_backward_input matmul": "The same for the gradient of the input",
