@@ -41,10 +41,11 @@ typedef struct {
 /* the same of `n` loops, whose tasks are independent of one another, for the price of one */
 void ql_parallel_loops(ql_loop *loops, int64_t n);
 
+enum { QL_MAX_THREADS = 4096 };
 int ql_threads(void);
 void ql_set_threads(int threads); /* < 1: the default (QL_THREADS, else the cores this process may use) */
 int ql_default_threads(void);
-int ql_asked_threads(void); /* what QL_THREADS asks for; 0: nothing; -1: no number of 1 to 4096, and then not used */
+int ql_asked_threads(void); /* what QL_THREADS asks for; 0: nothing; -1: no number of 1 to QL_MAX_THREADS, and then not used */
 
 /* Products with W (linear) that compute in bfloat16 take integers of 24 bits instead, with a scale for each row and block of k; those that take
  * such integers for a float32 W take float32 */

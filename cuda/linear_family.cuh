@@ -80,7 +80,7 @@ template <typename Codes, int Tokens8> constexpr wide_kernel make_wide() {
 }
 #define SMALL_WIDES_OF(Codes) { make_wide<Codes, 16>(), make_wide<Codes, 32>() }
 
-/* Of those that take the tokens, the first that fits with the best residence (linear_packed.cu) is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
+/* Of those that take the tokens, the first that fits is used. Wide: the first kernel for 2 to 8 tokens has 16 warps and an SM for
  * itself, where a table leaves no room for two blocks. */
 #define SMALL_RINGS_OF(Codes, Parts, Wide)                                                                                   \
     {                                                                                                                        \

@@ -58,19 +58,16 @@ static bool make_part(small_part *part, const ql_product *product, const ql_rota
 /* ---- launches ----------------------------------------------------------------------------------------------------- */
 
 /* Blocks of this kernel an SM, and how many of this size an SM should hold, the next kernel's among them, whose weights are then
- * on their way before this one ends. */
+ * on their way before this one ends. One block where an SM has few bytes, as measured on an H100 (cuda/dev/README.md). */
 typedef struct {
     int per_sm, resident;
 } residence;
 
-/* Choice `choice` of RESIDENCES: one block an SM where it has few bytes, as measured on an H100 (cuda/dev/01_linear_small.cu); without the next
- * kernel's; alone. */
-enum { RESIDENCES = 3 };
-static residence residence_of(const small_kernel *k, const small_args *a, int choice) {
+static residence residence_of(const small_kernel *k, const small_args *a) {
     int64_t bytes_an_sm = (int64_t)a->tiles * a->units * a->record * 2 / ql_cuda_multiprocessors();
-    int per_sm = k->blocks > 1 && bytes_an_sm > (k->tokens == 1 ? 160 : 120) << 10 ? 2 : 1;
-    residence choices[RESIDENCES] = {{per_sm, k->blocks == 1 ? 1 : k->tokens == 1 ? per_sm + 1 : 2}, {per_sm, per_sm}, {1, 1}};
-    return choices[choice];
+    residence r = {k->blocks > 1 && bytes_an_sm > (k->tokens == 1 ? 160 : 120) << 10 ? 2 : 1, 1};
+    r.resident = k->blocks == 1 ? 1 : k->tokens == 1 ? r.per_sm + 1 : 2;
+    return r;
 }
 
 /* Shared memory and stages of kernel k with blocks of `room` bytes: false where they do not fit. */
@@ -86,14 +83,18 @@ static bool fit_ring(const small_kernel *k, small_args *a, int cluster, int clus
     return true;
 }
 
-static bool launch_ring(const small_kernel *k, small_args *a, int cluster, residence r) {
-    int wanted = ql_cuda_multiprocessors() * r.per_sm / cluster, clusters = wanted < a->tiles ? wanted : a->tiles;
-    size_t shared = 0;
-    if (!fit_ring(k, a, cluster, clusters, SHARED_MEMORY / r.resident - RESERVED, &shared)) { return false; }
-    void *arguments[] = {a};
-    ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)), dim3((unsigned)(k->warps + 1 + k->finishers) * WARP), shared,
-                            true, (unsigned)cluster, arguments);
-    return true;
+static bool launch_ring(const small_kernel *k, small_args *a, int cluster) {
+    residence best = residence_of(k, a), tries[] = {best, {best.per_sm, best.per_sm}, {1, 1}};
+    for (residence r : tries) {
+        int wanted = ql_cuda_multiprocessors() * r.per_sm / cluster, clusters = wanted < a->tiles ? wanted : a->tiles;
+        size_t shared = 0;
+        if (!fit_ring(k, a, cluster, clusters, SHARED_MEMORY / r.resident - RESERVED, &shared)) { continue; }
+        void *arguments[] = {a};
+        ql_cuda_launch_pointers((const void *)k->function, dim3((unsigned)(clusters * cluster)),
+                                dim3((unsigned)(k->warps + 1 + k->finishers) * WARP), shared, true, (unsigned)cluster, arguments);
+        return true;
+    }
+    return false;
 }
 
 /* one block a tile where a warp can hold its share of K */
@@ -170,12 +171,11 @@ static bool launch_groups(small_args *a, const group_kernel *kernels, int column
 /* a kernel for 8 tokens takes 2 to 8, one for 16 takes 9 to 16 */
 static bool takes(const small_kernel *k, int m) { return m <= k->tokens && (k->tokens == 1 || m > (k->tokens == 8 ? 1 : k->tokens / 2)); }
 
-/* the first ring kernel that fits with the smallest cluster of first .. last and the best residence */
+/* the first ring kernel that fits with the smallest cluster of first .. last */
 static bool launch_rings(small_args *a, const small_kernel *kernels, int first, int last) {
     for (int cluster = first; cluster <= last && cluster <= a->units; cluster *= 2) {
-        for (int i = 0; i < RESIDENCES * SMALL_RINGS; i++) {
-            const small_kernel *k = &kernels[i % SMALL_RINGS];
-            if (takes(k, a->m) && launch_ring(k, a, cluster, residence_of(k, a, i / SMALL_RINGS))) { return true; }
+        for (int i = 0; i < SMALL_RINGS; i++) {
+            if (takes(&kernels[i], a->m) && launch_ring(&kernels[i], a, cluster)) { return true; }
         }
     }
     return false;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -151,10 +150,8 @@ def generate(
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
-    longest, positions = max(map(len, sequences), default=0) + max_new_tokens, model.config.max_position_embeddings
-    if longest > positions:
-        text = f"max_new_tokens: up to {longest} tokens a row, the model was trained on no more than {positions}"
-        warnings.warn(text, UserWarning, stacklevel=3)  # where model.generate is called
+    longest = max(map(len, sequences), default=0) + max_new_tokens
+    model.config.warn_beyond_positions(f"max_new_tokens: up to {longest} tokens a row", longest)
     stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
     sampling = (temperature if do_sample else 0.0, min(int(top_k), model.config.vocab_size), top_p, int(seed))
     steps = generation_steps(model, sequences, max_new_tokens, *sampling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,13 @@ class LlamaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""
         return dict(self._values)
+
+    def warn_beyond_positions(self, what: str, tokens: int) -> None:
+        """A UserWarning, where a method of the model is called, if `tokens` are more than the model was trained on."""
+        positions = self.max_position_embeddings
+        if tokens > positions:
+            text = f"{what}, the model was trained on no more than {positions}"
+            warnings.warn(text, UserWarning, stacklevel=4)  # this, the function, the model's method, its caller
 
     def __repr__(self) -> str:
         return (

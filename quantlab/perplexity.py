@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,10 +48,7 @@ def perplexity(
         raise ValueError(f"text_or_ids: {len(ids)} tokens, perplexity needs at least 2")
     whole = len(ids) // context * context
     chunks = np.split(ids[:whole], whole // context) if whole else [ids]
-    positions = model.config.max_position_embeddings
-    if len(chunks[0]) > positions:
-        text = f"context: chunks of {len(chunks[0])} tokens, the model was trained on no more than {positions}"
-        warnings.warn(text, UserWarning, stacklevel=3)  # where model.perplexity is called
+    model.config.warn_beyond_positions(f"context: chunks of {len(chunks[0])} tokens", len(chunks[0]))
     at_once, means = max(1, BATCH_TOKENS // len(chunks[0])), np.empty(len(chunks))  # chunks are of one length
     with progress(len(chunks), "perplexity", "chunk", show) as bar:
         for first in range(0, len(chunks), at_once):

@@ -32,7 +32,6 @@ enum {
     POLL_INTERVAL_NS = 50000000,
     SPIN_NS = 50000,      /* about what it costs to sleep and be woken, several times over */
     PAUSES_PER_LOOK = 64, /* at the clock; a pause is 10 to 70 ns */
-    MAX_THREADS = 4096,
     MAX_RUNS = 64, /* more threads share them */
     STACK_BYTES = 4 << 20 /* of a worker; a task keeps less than 256 KiB there */
 };
@@ -99,7 +98,7 @@ int ql_asked_threads(void) {
     if (text == NULL || *text == '\0') { return 0; }
     char *end;
     long value = strtol(text, &end, 10);
-    return *end == '\0' && value >= 1 && value <= MAX_THREADS ? (int)value : -1;
+    return *end == '\0' && value >= 1 && value <= QL_MAX_THREADS ? (int)value : -1;
 }
 
 int ql_default_threads(void) {
@@ -135,13 +134,13 @@ static struct {
     atomic_int helpers; /* workers that may take part */
     alignas(64) atomic_uint region; /* futex of the workers: number of the latest region */
     atomic_int sleeping_workers;
-    task_count finished[MAX_THREADS]; /* by each worker, which alone writes it */
+    task_count finished[QL_MAX_THREADS]; /* by each worker, which alone writes it */
     alignas(64) atomic_uint reports;  /* futex of the caller: grows where it sleeps and a worker has finished tasks */
     atomic_int caller_sleeps;
     alignas(64) atomic_flag busy; /* held by the caller of the region, guards what follows */
     int workers;
     unsigned runs; /* of the latest region */
-    pthread_t worker[MAX_THREADS];
+    pthread_t worker[QL_MAX_THREADS];
     cpu_set_t home; /* where the program may run, as it was when the latest worker was begun */
     int avoided;    /* CPU that the workers keep off; -1: none */
 } pool = {.busy = ATOMIC_FLAG_INIT, .avoided = -1};

@@ -40,7 +40,9 @@ static PyObject *threads_set(PyObject *self, PyObject *argument) {
     (void)self;
     long threads = PyLong_AsLong(argument);
     if (threads == -1 && PyErr_Occurred()) { return NULL; }
-    if (threads < 0 || threads > 4096) { return PyErr_Format(PyExc_ValueError, "threads: got %ld, expected 1 to 4096", threads); }
+    if (threads < 0 || threads > QL_MAX_THREADS) {
+        return PyErr_Format(PyExc_ValueError, "threads: got %ld, expected 1 to %d", threads, QL_MAX_THREADS);
+    }
     ql_set_threads((int)threads);
     Py_RETURN_NONE;
 }
@@ -97,8 +99,8 @@ static PyMethodDef methods[] = {
 /* a wrong QL_THREADS or QL_ISA does not stop the import: one thread a core, the best usable ISA is taken, and that is said */
 static int warn_about_environment(void) {
     if (ql_asked_threads() < 0 &&
-        PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "QL_THREADS: '%s' is not used: expected 1 to 4096; using %d",
-                         getenv("QL_THREADS"), ql_default_threads()) < 0) {
+        PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "QL_THREADS: '%s' is not used: expected 1 to %d; using %d",
+                         getenv("QL_THREADS"), QL_MAX_THREADS, ql_default_threads()) < 0) {
         return -1;
     }
     const char *wanted = getenv("QL_ISA"), *selected = ql_isa_name(ql_isa_selected());

@@ -139,17 +139,19 @@ class GPTQLayout:
 
     def _read_zeros(self, tensors: Tensors, module: str, n: int, settings: Settings) -> np.ndarray | None:
         """None: symmetric. A stated sym goes before other zero points, as files of 3 bits by older writers want it."""
+        stated = settings.sym and self._sym_stated
+        if stated and (settings.bits == 3 or self._told):
+            return None
         zeros = self._zeros(tensors.array(f"{module}.qzeros"), n, settings.bits)
         if not settings.sym:
             return zeros
         if (zeros == 1 << (settings.bits - 1)).all():
             return None
-        if not self._sym_stated:
+        if not stated:
             return zeros
-        if settings.bits != 3 and not self._told:
-            self._told = True
-            text = f"{self.where}: sym is true, and the zero points of {module}, which say otherwise, are not used"
-            warnings.warn(text, UserWarning, stacklevel=2)
+        self._told = True
+        text = f"{self.where}: sym is true, and the zero points of {module}, which say otherwise, are not used"
+        warnings.warn(text, UserWarning, stacklevel=2)
         return None
 
     def _group(self, module: str, k: int) -> int:
