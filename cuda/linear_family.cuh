@@ -18,9 +18,9 @@ typedef struct {
 } small_kernel;
 
 typedef struct {
-    void (*function)(small_args, ql_tensor_map);
-    uint32_t (*bytes)(int stages, int record, int units); /* of shared memory */
-    int tokens, groups;                                   /* most tokens; warpgroups that multiply */
+    void (*function)(small_args, ql_tensor_map), (*streams)(small_args, ql_tensor_map); /* streams: activations go by in slots */
+    uint32_t (*bytes)(int stages, int record, int units, int slots);                    /* of shared memory */
+    int tokens, groups, together;                                                       /* most tokens; warpgroups that multiply; units a copy */
 } group_kernel;
 
 typedef struct {
@@ -65,11 +65,11 @@ template <typename Codes, int Parts, int Tokens, int Units, int MaxWarps, int Bl
     return {small_register<Codes, 1, Tokens == 1, Parts, Units, MaxWarps, Blocks>, NULL, Tokens, MaxWarps, Units, 0, Blocks};
 }
 
-template <typename Codes, int Tokens8, int Groups> uint32_t group_bytes(int stages, int record, int units) {
-    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units).bytes;
+template <typename Codes, int Tokens8, int Groups> uint32_t group_bytes(int stages, int record, int units, int slots) {
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, slots).bytes;
 }
 template <typename Codes, int Parts, int Tokens8, int Groups> constexpr group_kernel make_group() {
-    return {small_group<Codes, Tokens8, Parts, Groups>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8, Groups};
+    return {small_group<Codes, Tokens8, Parts, Groups, false>, small_group<Codes, Tokens8, Parts, Groups, true>, group_bytes<Codes, Tokens8, Groups>, 8 * Tokens8, Groups, group_together<Codes, Tokens8>()};
 }
 #define SMALL_GROUPS_OF(Codes, Parts) \
     { make_group<Codes, Parts, 2, 4>(), make_group<Codes, Parts, 4, 3>(), make_group<Codes, Parts, 6, 2>(), make_group<Codes, Parts, 8, 2>() }

@@ -3,10 +3,12 @@
  * memory by the tensor cores, 64 rows of W at a time, so that more tokens cost little.
  *
  * An item is 64 outputs: four tiles, one a warp of a warpgroup. The blocks of a cluster split K, and the warpgroups of a block split
- * its part: each holds the activations of its own columns for the whole launch, so it waits for no other, and takes all items of the
- * cluster. A warp brings its own weights, units of both halves of its tile in `stages` stages, by bulk copies. Finishing warps, one a
- * tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on: first those of the block's warpgroups, in order, then, dealt
- * out to the blocks of the cluster, those of its blocks, and store them.
+ * its part: each has the activations of its own columns, so it waits for no other, and takes all items of the cluster. They stay in
+ * shared memory for the whole launch; or, where a long K would leave them no room but in clusters of many blocks, and each cluster has
+ * one item, they go by as the weights do, through `slots` units a warpgroup (Streams). A warp brings its own weights, units of both
+ * halves of its tile in `stages` stages, by bulk copies: `ahead` of them are asked for before the activations, which the multiprocessor
+ * would else bring after them all. Finishing warps, one a tile, add up fragments (16 rows x 8 tokens) while the warpgroups go on:
+ * first those of the block's warpgroups, in order, then, dealt out to the blocks of the cluster, those of its blocks, and store them.
  *
  *   shared: barriers | norms | table | activations (columns / 64, tokens, 64) bf16 | sums of an item, of all warpgroups of the
  *           block | those of the cluster's blocks that are added here | stages
@@ -24,7 +26,7 @@
 enum { GROUP_THREADS = 128, GROUP_WARPS = 4, GROUP_MAX_STAGES = 12, GROUP_BLOCK = 64 /* columns of a swizzled row */ };
 
 struct group_layout {
-    uint32_t full, sums_full, sums_free, received_full, received_free, x_full; /* barriers, 8 bytes each; x_full: of each unit of the block */
+    uint32_t full, sums_full, sums_free, received_full, received_free, x_full, x_free; /* barriers, 8 bytes each; x_full, x_free: of each unit of the block */
     uint32_t norms, table, x, sums, received, stages, bytes;
 };
 
@@ -36,17 +38,18 @@ template <typename Codes, int Tokens8> __host__ __device__ constexpr int group_t
     return (int)Codes::bytes == (int)CHUNK && !Codes::table && Tokens8 < 8 ? 2 : 1;
 }
 
-/* units: of K, of a block; the bytes count what aligning the start may take */
+/* units: of K, of a block; slots: units of activations that a warpgroup holds, 0: all of its part; the bytes count what aligning the start may take */
 template <typename Codes, int Tokens8, int Groups>
-__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units) {
+__host__ __device__ inline group_layout group_layout_of(int stages, int record, int units, int slots) {
     constexpr int warps = Groups * GROUP_WARPS, line = Tokens8 > 4 ? 64 : 8 * Tokens8; /* of the norms: a power of two */
     group_layout l;
     l.full = 0, l.sums_full = l.full + 8 * warps * GROUP_MAX_STAGES, l.sums_free = l.sums_full + 8 * GROUP_WARPS;
     l.received_full = l.sums_free + 8 * GROUP_WARPS, l.received_free = l.received_full + 8 * GROUP_WARPS, l.x_full = l.received_free + 8 * GROUP_WARPS;
-    l.norms = (l.x_full + 8 * units + 15) / 16 * 16;
+    l.x_free = l.x_full + 8 * units;
+    l.norms = (l.x_free + 8 * units + 15) / 16 * 16;
     l.table = (l.norms + norms_bytes(GROUP_WARPS, line) + 127) / 128 * 128;
     l.x = (l.table + (Codes::table ? (uint32_t)TABLE_BYTES : 0u) + 1023) / 1024 * 1024;
-    l.sums = l.x + (uint32_t)(units * Codes::columns * 8 * Tokens8 * 2);
+    l.sums = l.x + (uint32_t)((slots > 0 ? Groups * slots : units) * Codes::columns * 8 * Tokens8 * 2);
     l.received = l.sums + (uint32_t)(warps * Tokens8 / group_passes<Tokens8>() * CHUNK), l.stages = l.received + GROUP_WARPS * Tokens8 * CHUNK;
     l.bytes = l.stages + (uint32_t)(stages * warps * 2 * group_together<Codes, Tokens8>() * record) + 1024;
     return l;
@@ -77,6 +80,8 @@ __device__ __forceinline__ uint32_t group_stage_full(const group_place &p, int w
 }
 /* activations of unit `unit` of K */
 __device__ __forceinline__ uint32_t group_x_full(const group_place &p, int unit) { return p.base + p.l.x_full + 8 * (unit - p.k.first); }
+/* the same, when they have been multiplied */
+__device__ __forceinline__ uint32_t group_x_free(const group_place &p, int unit) { return p.base + p.l.x_free + 8 * (unit - p.k.first); }
 template <int Together> __device__ __forceinline__ uint32_t group_stage(const small_args &a, const group_place &p, int warp, int stage) {
     return p.base + p.l.stages + (warp * a.stages + stage) * 2 * Together * a.record;
 }
@@ -143,17 +148,25 @@ template <int Tokens8> __device__ __forceinline__ void group_load_x(const small_
     block_barrier(1 + p.group, GROUP_THREADS);
 }
 
-/* The same of columns that stand in the order of the fragments (ordered_column), by tensor copies, so that the products start with the first
- * unit; by one lane. */
-template <typename Codes, int Tokens8>
-__device__ __forceinline__ void group_fetch_x(const group_place &p, const ql_tensor_map *map, small_range mine) {
-    constexpr uint32_t block_bytes = 8 * Tokens8 * GROUP_BLOCK * 2, blocks = Codes::columns / GROUP_BLOCK;
+/* bytes of a unit's */
+template <typename Codes, int Tokens8> __host__ __device__ constexpr int group_x_bytes() { return Codes::columns * 16 * Tokens8; }
+
+/* The same of columns that stand in the order of the fragments (ordered_column), by tensor copies to `x`, so that the products start with the
+ * first unit: units from `first` on, less than `end`; by one lane. Streams: through a.slots slots. */
+template <typename Codes, int Tokens8, bool Streams>
+__device__ __forceinline__ void group_fetch_x(const small_args &a, const group_place &p, const ql_tensor_map *map, uint32_t x, small_range mine, int first, int end) {
+    constexpr int blocks = Codes::columns / GROUP_BLOCK, bytes = group_x_bytes<Codes, Tokens8>();
+    int slot = first - mine.first;
 #pragma unroll 1
-    for (int u = mine.first; u < mine.end; u++) {
-        uint32_t full = group_x_full(p, u), to = p.base + p.l.x + (u - p.k.first) * blocks * block_bytes;
-        barrier_arrive_expect(full, blocks * block_bytes);
+    for (int u = first; u < end; u++, slot++) {
+        uint32_t full = group_x_full(p, u);
+        if (Streams && u - mine.first >= a.slots) {
+            slot = slot >= a.slots ? slot - a.slots : slot;
+            barrier_wait(group_x_free(p, u - a.slots), 0);
+        }
+        barrier_arrive_expect(full, bytes);
 #pragma unroll
-        for (int i = 0; i < blocks; i++) { copy_tensor(to + i * block_bytes, map, u * Codes::columns + i * GROUP_BLOCK, 0, full); }
+        for (int i = 0; i < blocks; i++) { copy_tensor(x + slot * bytes + i * (bytes / blocks), map, u * Codes::columns + i * GROUP_BLOCK, 0, full); }
     }
 }
 
@@ -179,10 +192,11 @@ template <int Tokens8, int Batch> __device__ __forceinline__ void group_scale(gr
     for (int e = 0; e < 4 * Tokens8; e++) { s.sums[e] = fmaf(e % 4 < 2 ? s.scale_u : s.scale_l, s.product[e], s.sums[e]); }
 }
 
-/* the units at `upper` and `lower` times the activations at x; Parts: scales a row and unit (0: known at run time) */
-template <typename Codes, int Tokens8, int Parts, int Batch>
+/* the units at `upper` and `lower` times the activations at x; Parts: scales a row and unit (0: known at run time). What was multiplied before is
+ * there once `done` is called. */
+template <typename Codes, int Tokens8, int Parts, int Batch, typename Done>
 __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const small_args &a, uint32_t upper, uint32_t lower, uint32_t x,
-                                           uint32_t table, int lane) {
+                                           uint32_t table, int lane, Done done) {
     constexpr int steps = Codes::columns / STEP, part_steps = group_part_steps<Codes, Parts>();
     uint32_t wu[Codes::words], wl[Codes::words], place = Codes::bytes + lane / 4 * 2;
     load_words<Codes>(wu, upper, lane);
@@ -202,6 +216,7 @@ __device__ __forceinline__ void group_unit(group_state<Tokens8, Batch> &s, const
         }
         if (first % part_steps == 0) {
             group_scale(s);
+            if (first == 0) { done(); }
             s.scale_u = half_bits_to_float(load_shared<uint16_t>(upper + place + 16 * part));
             s.scale_l = half_bits_to_float(load_shared<uint16_t>(lower + place + 16 * part));
         }
@@ -345,7 +360,7 @@ template <int Tokens8, int Groups> __device__ __forceinline__ void group_finish(
 
 /* ---- the kernel ------------------------------------------------------------------------------------------------------ */
 
-template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ group_place group_start(const small_args &a, const void *shared) {
+template <typename Codes, int Tokens8, int Groups, bool Streams> __device__ __forceinline__ group_place group_start(const small_args &a, const void *shared) {
     group_place p;
     int warp = __shfl_sync(QL_FULL_WARP, threadIdx.x / WARP, 0); /* the same in all lanes: descriptors stay in uniform registers */
     int cluster = cluster_size();
@@ -354,10 +369,13 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
     p.items = (a.tiles + GROUP_WARPS - 1) / GROUP_WARPS, p.first = blockIdx.x >> p.shift, p.step = gridDim.x >> p.shift;
     p.k = small_units_of(a.units, p.rank, p.shift);
     p.base = (shared_address(shared) + 1023) & ~1023u;
-    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) >> p.shift);
+    p.l = group_layout_of<Codes, Tokens8, Groups>(a.stages, a.record, (a.units + cluster - 1) >> p.shift, Streams ? a.slots : 0);
     if (one_lane()) { /* of each warp: places that differ by lane would be set one after the other */
 #pragma unroll 1
-        for (int i = warp; i < p.k.end - p.k.first; i += (Groups + 1) * GROUP_WARPS) { barrier_init(p.base + p.l.x_full + 8 * i, 1); }
+        for (int u = p.k.first + warp; u < p.k.end; u += (Groups + 1) * GROUP_WARPS) {
+            barrier_init(group_x_full(p, u), 1);
+            if (Streams) { barrier_init(group_x_free(p, u), warp_arrivals(GROUP_WARPS)); }
+        }
         if (p.group < Groups) {
 #pragma unroll 1
             for (int i = 0; i < a.stages; i++) { barrier_init(group_stage_full(p, warp, i), 1); }
@@ -373,9 +391,9 @@ template <typename Codes, int Tokens8, int Groups> __device__ __forceinline__ gr
 }
 
 /* the part of the warpgroup's columns in all items of the cluster */
-template <typename Codes, int Tokens8, int Parts, int Groups>
+template <typename Codes, int Tokens8, int Parts, int Groups, bool Streams>
 __device__ __forceinline__ void group_multiply(const small_args &a, const group_place &p, group_fetch fetch, small_range mine, uint32_t x, uint32_t table) {
-    int stage = 0, phase = 0, count = 0, warp = p.group * GROUP_WARPS + p.member;
+    int stage = 0, phase = 0, count = 0, slot = 0, warp = p.group * GROUP_WARPS + p.member;
     constexpr int together = group_together<Codes, Tokens8>();
     for (int item = p.first; item < p.items; item += p.step, count++) {
         group_state<Tokens8, group_batch<Codes, Parts>()> s = {};
@@ -385,10 +403,13 @@ __device__ __forceinline__ void group_multiply(const small_args &a, const group_
             int end = together > 1 ? min(first + together, mine.end) : first + 1;
 #pragma unroll 1
             for (int u = first; u < end; u++) {
-                if (count == 0 && a.ordered) { barrier_wait(group_x_full(p, u), 0); }
+                if (Streams || (count == 0 && a.ordered)) { barrier_wait(group_x_full(p, u), 0); }
                 if (u == first) { barrier_wait(group_stage_full(p, warp, stage), phase); }
-                group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + together * a.record, x_here, table, p.lane);
-                upper += a.record, x_here += Codes::columns / GROUP_BLOCK * 1024 * Tokens8 / 16;
+                group_unit<Codes, Tokens8, Parts>(s, a, upper, upper + together * a.record, x_here, table, p.lane, [&] {
+                    if (Streams && u > mine.first) { warp_arrive(group_x_free(p, u - 1), p.lane); }
+                });
+                upper += a.record, x_here += group_x_bytes<Codes, Tokens8>() / 16;
+                if (Streams && ++slot == a.slots) { slot = 0, x_here -= a.slots * group_x_bytes<Codes, Tokens8>() / 16; }
             }
             __syncwarp();
             group_fetch_stage<together>(fetch, a, p, mine, warp, stage);
@@ -400,12 +421,14 @@ __device__ __forceinline__ void group_multiply(const small_args &a, const group_
 }
 
 /* The block has 4 Groups warps that multiply and 4 that finish. */
-template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __forceinline__ void group_body(const small_args &a, const ql_tensor_map *map) {
+template <typename Codes, int Tokens8, int Parts, int Groups, bool Streams> __device__ __forceinline__ void group_body(const small_args &a, const ql_tensor_map *map) {
     extern __shared__ __align__(128) uint8_t shared[];
-    group_place p = group_start<Codes, Tokens8, Groups>(a, shared);
-    small_range mine = group_units<Groups>(p, p.group < Groups ? p.group : p.member); /* a finishing warp's: of the activations it brings */
-    uint32_t table = p.base + p.l.table, x = p.base + p.l.x + (mine.first - p.k.first) * (Codes::columns * 16 * Tokens8);
-    bool multiplies = p.group < Groups, brings_x = !multiplies && a.ordered && p.member < Groups;
+    group_place p = group_start<Codes, Tokens8, Groups, Streams>(a, shared);
+    int part = p.group < Groups ? p.group : p.member; /* a finishing warp's: of the activations it brings */
+    small_range mine = group_units<Groups>(p, part);
+    int units_ahead = Streams ? part * a.slots : mine.first - p.k.first; /* of activations in shared memory */
+    uint32_t table = p.base + p.l.table, x = p.base + p.l.x + units_ahead * group_x_bytes<Codes, Tokens8>();
+    bool multiplies = p.group < Groups, brings_x = !multiplies && (Streams || a.ordered) && p.member < Groups;
     constexpr int together = group_together<Codes, Tokens8>();
     group_fetch fetch = {};
     if (multiplies) { fetch = group_fetch_first(a, p, mine); }
@@ -415,7 +438,12 @@ template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __force
     ql_cuda_start_next();
     if (!multiplies) {
         ql_cuda_wait_previous();
-        if (brings_x && one_lane()) { group_fetch_x<Codes, Tokens8>(p, map, mine); }
+        int asked = Streams ? min(mine.first + a.slots, mine.end) : mine.end;
+        if (brings_x && one_lane()) { group_fetch_x<Codes, Tokens8, Streams>(a, p, map, x, mine, mine.first, asked); }
+        __syncwarp();
+        block_arrive(3 + Groups, (Groups + 1) * GROUP_THREADS);
+        if (Streams && brings_x && one_lane()) { group_fetch_x<Codes, Tokens8, Streams>(a, p, map, x, mine, asked, mine.end); }
+        __syncwarp();
         small_norms norms = {1.0f, a.made.halves != NULL ? p.base + p.l.norms : 0};
         if (norms.each != 0) { make_norms(norms.each, a.made, a.k, a.eps, p.member, GROUP_WARPS, p.lane, 1 + Groups); }
         cluster_wait();
@@ -423,25 +451,28 @@ template <typename Codes, int Tokens8, int Parts, int Groups> __device__ __force
         return;
     }
 #pragma unroll 1
-    for (int i = 0; i < a.stages; i++) { group_fetch_stage<together>(fetch, a, p, mine, p.group * GROUP_WARPS + p.member, i); }
+    for (int i = 0; i < a.ahead; i++) { group_fetch_stage<together>(fetch, a, p, mine, p.group * GROUP_WARPS + p.member, i); }
     if (Codes::table) { /* while the first weights are on their way */
         fill_table(table, a, Groups * GROUP_THREADS);
         block_barrier(2 + Groups, Groups * GROUP_THREADS);
     }
-    if (!a.ordered) {
+    if (!Streams && !a.ordered) {
         ql_cuda_wait_previous();
         group_load_x<Tokens8>(a, p, x, mine.first * Codes::columns, (mine.end - mine.first) * Codes::columns);
     }
     cluster_wait();
-    group_multiply<Codes, Tokens8, Parts, Groups>(a, p, fetch, mine, x, table);
+    block_barrier(3 + Groups, (Groups + 1) * GROUP_THREADS);
+#pragma unroll 1
+    for (int i = a.ahead; i < a.stages; i++) { group_fetch_stage<together>(fetch, a, p, mine, p.group * GROUP_WARPS + p.member, i); }
+    group_multiply<Codes, Tokens8, Parts, Groups, Streams>(a, p, fetch, mine, x, table);
 }
 
 #endif
 
-template <typename Codes, int Tokens8, int Parts, int Groups>
+template <typename Codes, int Tokens8, int Parts, int Groups, bool Streams>
 __global__ void __launch_bounds__((Groups + 1) * GROUP_THREADS, 1) small_group(const __grid_constant__ small_args a, const __grid_constant__ ql_tensor_map map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    group_body<Codes, Tokens8, Parts, Groups>(a, &map);
+    group_body<Codes, Tokens8, Parts, Groups, Streams>(a, &map);
 #else
     __trap(); /* not chosen: linear_packed.cu */
 #endif

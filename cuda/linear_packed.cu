@@ -8,7 +8,7 @@
 #include <string.h>
 
 /* RING_TOKENS, GROUP_TOKENS: the most that such kernels take. PLAIN_TOKENS: more of them are handed from product to product in the order of the
- * fragments where linear_group.cuh can be used. */
+ * fragments where linear_group.cuh can be used; fewer in some cases (ql_cuda_takes_ordered). */
 enum { RESERVED = 1 << 10, PLAIN_TOKENS = 8, RING_TOKENS = 16, GROUP_TOKENS = 64 };
 
 static const small_family *family_of(const ql_packed *p) {
@@ -120,37 +120,63 @@ bool ql_cuda_orders(int64_t t) { return t > PLAIN_TOKENS && has_groups(); }
 /* a way to launch a kernel of linear_group.cuh */
 typedef struct {
     const group_kernel *kernel;
-    int cluster, clusters, stages;
+    int cluster, clusters;
+    int slots, stages, ahead; /* slots: 0 where all activations stay */
     size_t shared;
     int64_t cost;
 } group_plan;
 
+/* Stages of weights that fit beside the activations of `units` units, or beside a few slots of them. Activations that go by are waited for again and
+ * again: weights that a block asks for far ahead would stand in their way. false: it does not fit. */
+static bool fit_group(group_plan *plan, const small_args *a, int units, int columns) {
+    enum { STREAM_BYTES = 64 << 10, SLOT_COLUMNS = 512, LEAST_SLOTS = 3 };
+    const group_kernel *k = plan->kernel;
+    if (plan->slots > 0) { plan->slots = SLOT_COLUMNS / columns > LEAST_SLOTS ? SLOT_COLUMNS / columns : LEAST_SLOTS; }
+    int without = (int)k->bytes(0, a->record, units, plan->slots), stage = (int)k->bytes(1, a->record, units, plan->slots) - without;
+    int stages = (SHARED_MEMORY - without) / stage, most = plan->slots > 0 ? STREAM_BYTES / stage : GROUP_MAX_STAGES;
+    if (without + LEAST_STAGES * stage > SHARED_MEMORY) { return false; }
+    most = most < LEAST_STAGES ? LEAST_STAGES : most < GROUP_MAX_STAGES ? most : GROUP_MAX_STAGES;
+    plan->stages = stages < most ? stages : most, plan->shared = (size_t)without + (size_t)plan->stages * stage;
+    return true;
+}
+
+/* Stages that are asked for before the activations, which would wait behind them: those of an item, or, where there is no other, as many bytes as
+ * memory brings until they are there. */
+static int stages_ahead(const group_plan *plan, const small_args *a, int units, bool several) {
+    enum { AHEAD_BYTES = 36 << 10, MANY_TOKENS = 32 };
+    const group_kernel *k = plan->kernel;
+    int steps = (units + k->groups - 1) / k->groups, stage = (int)(k->bytes(1, a->record, units, plan->slots) - k->bytes(0, a->record, units, plan->slots));
+    int ahead = several ? (steps + k->together - 1) / k->together : AHEAD_BYTES / stage;
+    if (several && k->tokens > MANY_TOKENS) { return plan->stages; }
+    return ahead < 1 ? 1 : ahead < plan->stages ? ahead : plan->stages;
+}
+
 /* Of kernel k with clusters of `cluster` blocks; cost 0 where it does not fit. A block brings in the weights of its items, and
  * activations, which come from L2 and count half; an item that is handed over costs as much as ITEM_BYTES of weights. As measured on an
- * H100 (cuda/dev). */
-static group_plan plan_group(const group_kernel *k, const small_args *a, int cluster, int columns) {
+ * H100 (cuda/dev). Streams: activations go by, once: only where no cluster has a second item. */
+static group_plan plan_group(const group_kernel *k, const small_args *a, int cluster, bool streams, int columns) {
     enum { ITEM_BYTES = 48 << 10 };
-    group_plan plan = {k, cluster, 0, 0, 0, 0};
+    group_plan plan = {k, cluster, 0, streams, 0, 0, 0, 0};
     int items = (a->tiles + GROUP_WARPS - 1) / GROUP_WARPS, units = (a->units + cluster - 1) / cluster, most = ql_cuda_max_clusters(cluster);
-    uint32_t without = k->bytes(0, a->record, units), stage = k->bytes(1, a->record, units) - without;
     plan.clusters = most < items ? most : items;
-    if (plan.clusters == 0 || without + LEAST_STAGES * stage > SHARED_MEMORY) { return plan; }
+    if (plan.clusters == 0 || (streams && (items > plan.clusters || !a->ordered)) || !fit_group(&plan, a, units, columns)) { return plan; }
     int64_t rounds = (items + plan.clusters - 1) / plan.clusters, steps = (units + k->groups - 1) / k->groups;
     int64_t weights = steps * k->groups * a->record * 2 * GROUP_WARPS;
-    int stages = (int)((SHARED_MEMORY - without) / stage);
-    plan.stages = stages < GROUP_MAX_STAGES ? stages : GROUP_MAX_STAGES, plan.shared = without + (size_t)plan.stages * stage;
+    plan.ahead = stages_ahead(&plan, a, units, rounds > 1);
     plan.cost = rounds * (weights + ITEM_BYTES) + (int64_t)units * columns * k->tokens;
     return plan;
 }
 
 /* of the kernels for the fewest tokens that are enough, the cheapest way; cost 0: there is none */
 static group_plan best_plan(const small_args *a, const group_kernel *kernels, int columns) {
-    group_plan best = {NULL, 0, 0, 0, 0, 0};
+    group_plan best = {NULL, 0, 0, 0, 0, 0, 0, 0};
     for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
         if (a->m > kernels[i].tokens || (best.cost > 0 && kernels[i].tokens > best.kernel->tokens)) { continue; }
         for (int cluster = 2; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-            group_plan plan = plan_group(&kernels[i], a, cluster, columns);
-            if (plan.cost > 0 && (best.cost == 0 || plan.cost < best.cost)) { best = plan; }
+            for (int streams = 0; streams <= 1; streams++) {
+                group_plan plan = plan_group(&kernels[i], a, cluster, streams, columns);
+                if (plan.cost > 0 && (best.cost == 0 || plan.cost < best.cost)) { best = plan; }
+            }
         }
     }
     return best;
@@ -161,9 +187,10 @@ static bool launch_groups(small_args *a, const group_kernel *kernels, int column
     if (best.cost == 0) { return false; }
     ql_tensor_map map = {}; /* of columns in order */
     if (a->ordered && !ql_cuda_tensor_map(&map, a->x, a->m, a->x_line, a->x_line, best.kernel->tokens)) { return true; } /* the failure is kept */
-    a->stages = best.stages;
+    a->stages = best.stages, a->slots = best.slots, a->ahead = best.ahead;
     void *arguments[] = {a, &map};
-    ql_cuda_launch_pointers((const void *)best.kernel->function, dim3((unsigned)(best.clusters * best.cluster)),
+    auto function = best.slots > 0 ? best.kernel->streams : best.kernel->function;
+    ql_cuda_launch_pointers((const void *)function, dim3((unsigned)(best.clusters * best.cluster)),
                             dim3((unsigned)(best.kernel->groups + 1) * GROUP_THREADS), best.shared, true, (unsigned)best.cluster, arguments);
     return true;
 }
@@ -189,7 +216,7 @@ static bool is_decoded(const small_args *a, const ql_packed *p) {
     return has_groups() && a->part[0].output >= SMALL_BF16 && p->kind < QL_ROWS_F32 && a->m > wide_tokens(p->kind) && ql_cuda_fits_decoded(a, p->columns);
 }
 
-/* As measured on an H100: rings up to 8 tokens; more in the order of the fragments go to groups, others up to 16 to a ring where a block holds the
+/* As measured on an H100: rings up to 8 tokens; those in the order of the fragments go to groups, others up to 16 to a ring where a block holds the
  * activations of all of K. Rings know the plain order alone. */
 static bool launch(small_args *a, const ql_packed *p) {
     if (p->kind >= QL_ROWS_F32) { return ql_cuda_launch_dense(a, p->kind); }
@@ -205,7 +232,7 @@ static bool launch(small_args *a, const ql_packed *p) {
     if (a->m > GROUP_TOKENS) { return ql_cuda_launch_wide(a, family->wide, p->columns); }
     const small_kernel *rings = exact ? family->ring : family->any;
     if (!a->ordered && launch_rings(a, rings, 1, a->m <= 8 ? 8 : 1)) { return true; }
-    return (a->m > 8 && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || (!a->ordered && launch_rings(a, rings, 2, 8));
+    return ((a->m > PLAIN_TOKENS || a->ordered) && launch_groups(a, exact ? family->group : family->group_any, p->columns)) || (!a->ordered && launch_rings(a, rings, 2, 8));
 }
 
 /* the activations of `a`: as they are, or converted; a single token in float32 is left to the kernel. False: memory is out */
@@ -303,7 +330,7 @@ static int64_t most_tokens(const ql_weight *w, ql_output output, bool once) {
 }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (!ql_cuda_orders(t) || t > most_tokens(w, QL_OUT_FLOAT_ADD, false) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
+    if (!has_groups() || t < 2 || t > most_tokens(w, QL_OUT_FLOAT_ADD, false) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
         return 0;
     }
     const ql_packed *p = ql_packed_of(w);
@@ -316,7 +343,11 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
     a.tiles = a.part[0].tiles, a.units = p->units, a.record = p->record, a.m = (int)t;
     bool exact = p->parts == family->parts;
     if (t > GROUP_TOKENS) { return ql_cuda_fits_wide(&a, family->wide, p->columns); }
-    return best_plan(&a, exact ? family->group : family->group_any, p->columns).cost > 0;
+    a.ordered = true;
+    group_plan plan = best_plan(&a, exact ? family->group : family->group_any, p->columns);
+    if (t > PLAIN_TOKENS) { return plan.cost > 0; }
+    /* as measured: where a ring would have to wait for the activations of a long K, and, with a table, 8 tokens of a weight with an item a cluster */
+    return plan.slots > 0 || (p->kind == QL_UNITS_TABLE && t == PLAIN_TOKENS && plan.clusters * GROUP_WARPS >= a.tiles);
 }
 
 bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {

@@ -36,6 +36,7 @@ struct small_args {
     int ordered;                /* whether x has each column at its ordered_column */
     int k, x_line;
     int d;
+    int slots, ahead;           /* linear_group.cuh: units of activations that a warpgroup has room for; stages asked for before them */
     int alone;                  /* linear_wide.cuh: items that each block takes alone */
     int adapted;                /* whether a part has a term */
     float eps;

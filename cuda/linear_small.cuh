@@ -197,15 +197,16 @@ template <int Warps, int Units> __device__ __forceinline__ int small_chunk(small
     return (stages + SMALL_X_CHUNKS - 1) / SMALL_X_CHUNKS * Warps * Units;
 }
 
-/* activations of this block's part of K, by one warp */
-template <typename Codes, int Warps, int Units>
-__device__ __forceinline__ void small_fetch_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int lane) {
+/* Activations of this block's part of K, by one lane of each finishing warp: warp `self` brings every Finishers-th token, and the first says how
+ * much is to come (bytes may be there before that is said: the barrier waits for both). */
+template <typename Codes, int Warps, int Units, int Finishers>
+__device__ __forceinline__ void small_fetch_x(const small_args &a, uint32_t base, const small_layout &l, small_range k, int self) {
     int chunk = small_chunk<Warps, Units>(k);
     for (int u = k.first, i = 0; u < k.end; u += chunk, i++) {
         uint32_t bytes = (uint32_t)min(chunk, k.end - u) * Codes::columns * 2, barrier = base + l.x_full + 8 * i;
-        if (lane == 0) { barrier_arrive_expect(barrier, a.m * bytes); }
-        __syncwarp();
-        for (int token = lane; token < a.m; token += WARP) {
+        if (self == 0) { barrier_arrive_expect(barrier, a.m * bytes); }
+#pragma unroll 1
+        for (int token = self; token < a.m; token += Finishers) {
             copy_bulk(base + l.x + token * l.x_line + (u - k.first) * Codes::columns * 2, a.x + (int64_t)token * a.x_line + u * Codes::columns,
                       bytes, barrier);
         }
@@ -441,7 +442,10 @@ __device__ __forceinline__ void small_ring_body(const small_args &a) {
     }
     if (warp < Warps && makes) { small_make_x<Codes, Warps>(a, base, l, k, warp, lane); }
     ql_cuda_wait_previous();
-    if (warp == Warps + 1 && !makes) { small_fetch_x<Codes, Warps, Units>(a, base, l, k, lane); }
+    if (warp > Warps && !makes) {
+        if (one_lane()) { small_fetch_x<Codes, Warps, Units, Finishers>(a, base, l, k, warp - Warps - 1); }
+        __syncwarp();
+    }
     if (makes) { block_barrier(1, (Warps + Finishers) * WARP); }
     if (warp < Warps) {
         small_consume<Codes, Tokens8, Single, Parts, Warps, Units>(a, base, l, k, first, step, warp, lane);

@@ -176,4 +176,9 @@ __device__ __forceinline__ void block_barrier(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+/* arrives there without waiting */
+__device__ __forceinline__ void block_arrive(int number, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 #endif

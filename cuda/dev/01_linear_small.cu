@@ -52,14 +52,14 @@ struct variant {
     int groups;
 };
 template <int Tokens8, int Groups> static uint32_t group_bytes_of(int stages, int record, int units) {
-    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units).bytes;
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, 0).bytes;
 }
 
 #define RING(T8, S, W, U, F, B)                                                                                                    \
     variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B, NULL, 0 }
 #define REGISTER(T8, S, U, W, B) \
     variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B, NULL, 0 }
-#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G>, NULL, T8, 0, 4 * (G) + 4, 1, 0, 1, group_bytes_of<T8, G>, G }
+#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G, false>, NULL, T8, 0, 4 * (G) + 4, 1, 0, 1, group_bytes_of<T8, G>, G }
 
 static const variant variants[] = {
 #ifndef QL_ONLY_GROUPS
@@ -271,7 +271,7 @@ static bool configure(setting &c, const problem &p) {
 static void launch(const setting &c, const problem &p, int copy) {
     const variant &v = variants[c.index];
     small_args a = arguments(p, copy);
-    a.stages = c.stages;
+    a.stages = a.ahead = c.stages;
     cudaLaunchConfig_t config;
     memset(&config, 0, sizeof config);
     int units = p.s->k / COLUMNS, warps = v.groups > 0 ? (v.groups + 1) * GROUP_WARPS : v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 1 + v.finishers;
