@@ -330,7 +330,7 @@ static int64_t most_tokens(const ql_weight *w, ql_output output, bool once) {
 }
 
 int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
-    if (!has_groups() || t < 2 || t > most_tokens(w, QL_OUT_FLOAT_ADD, false) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
+    if (!has_groups() || t > most_tokens(w, QL_OUT_FLOAT_ADD, false) || w->perm != NULL || (l != NULL && l->r > 0) || !is_packed(w)) {
         return 0;
     }
     const ql_packed *p = ql_packed_of(w);
@@ -345,9 +345,8 @@ int ql_cuda_takes_ordered(const ql_weight *w, const ql_low_rank *l, int64_t t) {
     if (t > GROUP_TOKENS) { return ql_cuda_fits_wide(&a, family->wide, p->columns); }
     a.ordered = true;
     group_plan plan = best_plan(&a, exact ? family->group : family->group_any, p->columns);
-    if (t > PLAIN_TOKENS) { return plan.cost > 0; }
-    /* as measured: where a ring would have to wait for the activations of a long K, and, with a table, 8 tokens of a weight with an item a cluster */
-    return plan.slots > 0 || (p->kind == QL_UNITS_TABLE && t == PLAIN_TOKENS && plan.clusters * GROUP_WARPS >= a.tiles);
+    bool crowds = t * w->k * (int64_t)sizeof(bf16) > SHARED_MEMORY / 2; /* a ring: there is no room for the kernels around it */
+    return t > PLAIN_TOKENS ? plan.cost > 0 : plan.slots > 0 && crowds;
 }
 
 bool ql_cuda_linear_packed(const ql_product *products, int count, const ql_activations *x, const ql_rotation *rotation, int64_t m) {
