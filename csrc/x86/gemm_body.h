@@ -24,7 +24,7 @@ enum {
     NB = V_AVX512 ? 384 : 192, /* widest block of b, 12 panels: (KC, NB) stays in the second-level cache */
     PANEL = KC * NR,           /* a block is its panels one after another, each (KC, NR) row-major */
     BLOCK = NB / NR * PANEL,
-    BLOCKS = V_AVX512 ? 3 : 1, /* packed at once: at most 1.2 MB, where the second-level cache has more */
+    BLOCKS = V_AVX512 ? 2 : 1, /* packed at once: at most 0.8 MB, where the second-level cache has more */
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
@@ -74,14 +74,9 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
         vf b0 = v_load(b), b1 = v_load(b + VL);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const float *x = a + r * A_ROW;
-            if (r % 2 == 0) { /* half the rows so, half so: neither the loads nor the instructions hold up the sums */
-                sum[r][0] = v_fma(v_set1(*x), b0, sum[r][0]);
-                sum[r][1] = v_fma(v_set1(*x), b1, sum[r][1]);
-            } else {
-                sum[r][0] = v_fma_at(x, b0, sum[r][0]);
-                sum[r][1] = v_fma_at(x, b1, sum[r][1]);
-            }
+            vf x = v_set1(a[r * A_ROW]);
+            sum[r][0] = v_fma(x, b0, sum[r][0]);
+            sum[r][1] = v_fma(x, b1, sum[r][1]);
         }
         a += A_STEP, b += NR;
     }

@@ -51,7 +51,6 @@ static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 static inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }   /* a b + c */
-static inline vf v_fma_at(const float *a, vf b, vf c) { return v_fma(v_set1(*a), b, c); } /* *a b + c */
 static inline vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); } /* c - a b */
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }              /* b where either is NaN */
 static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }

@@ -52,11 +52,6 @@ static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a b + c */
-/* *a b + c: the load is part of the instruction */
-static inline vf v_fma_at(const float *a, vf b, vf c) {
-    __asm__("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(c) : "m"(*a), "v"(b));
-    return c;
-}
 static inline vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a b */
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }              /* b where either is NaN */
 static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
