@@ -1,8 +1,8 @@
 /* gemm_body.h: c (m, n) = a (m, k) b (k, n), or += where `accumulate` is set, in float32.
  *
- * A task owns `chunk` rows and `width` columns of c. It walks k in blocks of KC: BLOCKS blocks of b are packed once, in panels
- * of NR columns in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet the panels in a kernel
- * that holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
+ * A task owns `chunk` rows and some panels, of NR columns, of c. It walks k in blocks of KC: a block of b is packed once, in
+ * panels in the second-level cache, then tiles of MR rows of a, in the first-level cache, meet the panels in a kernel that
+ * holds the MR x NR sums in registers. The lanes of a vector are columns of c, and every element is
  *     for each block of KC: sum = fma(a[i, s], b[s, j], sum) for s in order; c[i, j] += sum
  * whatever m, the tile, the task or the number of threads: a row's result does not depend on the batch it is in.
  *
@@ -14,23 +14,25 @@
 #include "../quantlab.h"
 #include "places.h"
 
+#include <math.h>     /* INFINITY */
 #include <stdalign.h> /* alignas */
 #include <string.h>   /* memcpy */
 
 enum {
     MR = V_AVX512 ? 14 : 6, /* 28 or 12 registers of sums, 2 of b, the rest for a */
     NR = 2 * VL,
-    KC = 256,
-    NB = V_AVX512 ? 384 : 192, /* widest block of b, 12 panels: (KC, NB) stays in the second-level cache */
+    KC = 512,
+    PANELS = 12, /* of the widest block of b: 0.8 or 0.4 MB, which stay in the second-level cache */
+    NB = PANELS * NR,
     PANEL = KC * NR,           /* a block is its panels one after another, each (KC, NR) row-major */
-    BLOCK = NB / NR * PANEL,
-    BLOCKS = V_AVX512 ? 2 : 1, /* packed at once: at most 0.8 MB, where the second-level cache has more */
+    BLOCK = PANELS * PANEL,
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
     A_TILES = GEMM_A_TRANSPOSED ? 4 : 1, /* tiles packed at once: a row of a transposed a is far from the next one */
     MAX_CHUNK = 2048, /* rows: a task stays well under a second */
-    MIN_CHUNK = 112   /* rows below which packing b costs more than an idle thread */
+    PACK_A = 20,      /* packing a row of a takes as long as its products with so many columns */
+    PACK_B = 45       /* packing a column of b, as its products with so many rows */
 };
 
 typedef struct gemm gemm;
@@ -48,8 +50,8 @@ struct gemm {
     /* *block_at(block, s - k0, j - j0) = b[s, j] for s in [k0, k1), j in [j0, j1) */
     void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
     int64_t m, n, k;
-    int64_t chunk, width;
-    float *blocks; /* (workers, BLOCKS * BLOCK) */
+    int64_t chunk, across; /* rows of a task; tasks side by side, which share the panels evenly */
+    float *blocks;         /* (workers, BLOCK) */
     places workers;
 };
 
@@ -70,6 +72,7 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
         v_prefetch(c + r * ldc);
         v_prefetch(c + r * ldc + VL);
     }
+#pragma GCC unroll 2
     for (int64_t s = 0; s < steps; s++) {
         vf b0 = v_load(b), b1 = v_load(b + VL);
 #pragma GCC unroll 16
@@ -171,65 +174,61 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
     }
 }
 
-/* rows [i0, i1) of c, columns [j0, j1), with steps [k0, k1), whose blocks of b are packed: the sums of a tile stay in the
- * first-level cache from one block to the next */
-static void multiply_rows(const gemm *g, const float *blocks, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k0, int64_t k1) {
+/* rows [i0, i1) of c, columns [j0, j1), with steps [k, k + steps), whose block of b is packed */
+static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k, int64_t steps) {
     alignas(64) float tile_a[A_TILES * A_SIZE];
     for (int64_t i = i0; i < i1; i += A_TILES * MR) {
         int64_t end = at_most(i + A_TILES * MR, i1);
-        for (int64_t k = k0; k < k1; k += KC) {
-            int64_t steps = at_most(KC, k1 - k);
-            pack_a(tile_a, g, i, end - i, k, k + steps);
-            for (int64_t r = i; r < end; r += MR) {
-                multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, blocks + (k - k0) / KC * BLOCK, g->accumulate || k > 0, r,
-                              at_most(MR, end - r), j0, j1, steps);
-            }
+        pack_a(tile_a, g, i, end - i, k, k + steps);
+        for (int64_t r = i; r < end; r += MR) {
+            multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, block, g->accumulate || k > 0, r, at_most(MR, end - r), j0, j1, steps);
         }
     }
 }
 
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
-    int64_t across = pieces(g->n, g->width);
-    int64_t i0 = task / across * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
-    int64_t j0 = task % across * g->width, j1 = at_most(j0 + g->width, g->n);
+    int64_t i0 = task / g->across * g->chunk, i1 = at_most(i0 + g->chunk, g->m);
+    int64_t panels = pieces(g->n, NR), place = task % g->across;
+    int64_t j0 = place * panels / g->across * NR, j1 = at_most((place + 1) * panels / g->across * NR, g->n);
     if (g->lower && j0 > i1 - 1) { return; }
     int64_t worker = take_place(&g->workers);
-    float *blocks = g->blocks + worker * BLOCKS * BLOCK;
-    for (int64_t k0 = 0, k1; k0 < g->k; k0 = k1) {
-        k1 = at_most(k0 + BLOCKS * KC, g->k);
-        for (int64_t k = k0; k < k1; k += KC) {
-            int64_t steps = at_most(KC, k1 - k);
-            float *block = blocks + (k - k0) / KC * BLOCK;
-            g->pack_b(block, g, k, k + steps, j0, j1);
-            pad_block(block, steps, j1 - j0);
-        }
-        multiply_rows(g, blocks, i0, i1, j0, j1, k0, k1);
+    float *block = g->blocks + worker * BLOCK;
+    for (int64_t k = 0; k < g->k; k += KC) {
+        int64_t steps = at_most(KC, g->k - k);
+        g->pack_b(block, g, k, k + steps, j0, j1);
+        pad_block(block, steps, j1 - j0);
+        multiply_rows(g, block, i0, i1, j0, j1, k, steps);
     }
     leave_place(&g->workers, worker);
 }
 
-static int64_t task_count(const gemm *g) { return pieces(g->m, g->chunk) * pieces(g->n, g->width); }
+static int64_t task_count(const gemm *g) { return pieces(g->m, g->chunk) * g->across; }
 
-/* 1: no thread waits for another at the end, were all tasks equal */
-static double balance(const gemm *g, int64_t threads) {
-    int64_t tasks = task_count(g);
-    return (double)tasks / (double)(pieces(tasks, threads) * threads);
+/* what the busiest thread does, in products of a row and a column */
+static double cost(const gemm *g, int64_t threads) {
+    double rows = (double)g->chunk, columns = (double)g->n / (double)g->across;
+    return (double)pieces(task_count(g), threads) * (rows * columns + rows * PACK_A + columns * PACK_B);
 }
 
-/* Tasks as large as the number of threads allows. Few rows have little to reuse: then narrow blocks cost nothing.
+/* Tasks as large as the number of threads allows: the cheapest of m, m / 2, … rows and of all numbers of tasks side by side.
  * 0: no memory for the blocks of b, nothing is written. */
 static int gemm_run(gemm *g) {
-    const double enough = 0.9;
     if (g->m < 1 || g->n < 1) { return 1; }
-    int64_t threads = ql_threads(), size = threads * BLOCKS * BLOCK;
+    int64_t threads = ql_threads(), size = threads * BLOCK, panels = pieces(g->n, NR);
     g->blocks = ql_scratch((size_t)size * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
     if (g->blocks == NULL) { return 0; }
     g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
-    g->width = g->m < MIN_CHUNK / 2 ? 2 * NR : pieces(pieces(g->n, pieces(g->n, NB)), NR) * NR;
-    g->chunk = at_most(g->m, MAX_CHUNK);
-    while (balance(g, threads) < enough && g->chunk >= 2 * MIN_CHUNK) { g->chunk = pieces(pieces(g->chunk, 2), MR) * MR; }
-    while (balance(g, threads) < enough && g->width > NR) { g->width -= NR; }
+    gemm best = *g, trial = *g;
+    double least = INFINITY;
+    for (trial.chunk = at_most(g->m, MAX_CHUNK);; trial.chunk = pieces(pieces(trial.chunk, 2), MR) * MR) {
+        for (trial.across = pieces(panels, PANELS); trial.across <= panels; trial.across++) {
+            double c = cost(&trial, threads);
+            if (c < least) { least = c, best = trial; }
+        }
+        if (trial.chunk <= PACK_B) { break; }
+    }
+    *g = best;
     ql_parallel_for(task_count(g), gemm_task, g);
     return 1;
 }
