@@ -221,8 +221,9 @@ static int gemm_run(gemm *g) {
     g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
     gemm best = *g, trial = *g;
     double least = INFINITY;
+    int64_t widest = g->m < PACK_B ? 2 : PANELS; /* few rows have little to reuse: their block stays nearer */
     for (trial.chunk = at_most(g->m, MAX_CHUNK);; trial.chunk = pieces(pieces(trial.chunk, 2), MR) * MR) {
-        for (trial.across = pieces(panels, PANELS); trial.across <= panels; trial.across++) {
+        for (trial.across = pieces(panels, widest); trial.across <= panels; trial.across++) {
             double c = cost(&trial, threads);
             if (c < least) { least = c, best = trial; }
         }
