@@ -50,12 +50,12 @@ def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeigh
 
 def bound(a: np.ndarray, w: np.ndarray, isa: str, case: str, before: np.ndarray | float = 0.0) -> np.ndarray:
     """Of a @ w, a priori. The sum of |a w| times half an EPS for each addition on the longest path to the sum (the
-    vector kernels sum blocks of 256, the tiles blocks of 32, the scalar reference all terms in a row), for the product
+    vector kernels sum blocks of 512, the tiles blocks of 32, the scalar reference all terms in a row), for the product
     and up to 5 roundings of w; on tiles also what the roundings of a and w to bfloat16 leave out, or to limbs: half a
     unit of the largest of its row or column, and the products of low limbs."""
     terms = len(w) + 1
     magnitude = np.abs(a) @ np.abs(w) + np.abs(before)
-    additions = terms if isa == "scalar" else min(terms, 256) + terms // 256
+    additions = terms if isa == "scalar" else min(terms, 512) + terms // 512
     left_out: np.ndarray | float = 0.0
     if isa == "amx" and on_limbs(w, case):
         row, column = np.abs(a).max(axis=1, keepdims=True), np.abs(w).max(axis=0)

@@ -24,7 +24,7 @@ enum {
     KC = 512,
     PANELS = 12, /* of the widest block of b: 0.8 or 0.4 MB, which stay in the second-level cache */
     NB = PANELS * NR,
-    PANEL = KC * NR,           /* a block is its panels one after another, each (KC, NR) row-major */
+    PANEL = KC * NR, /* a block is its panels one after another, each (KC, NR) row-major */
     BLOCK = PANELS * PANEL,
     A_ROW = GEMM_A_TRANSPOSED ? 1 : KC + 16,
     A_STEP = GEMM_A_TRANSPOSED ? VL : 1, /* element (row, step) of a tile is at row * A_ROW + step * A_STEP */
@@ -175,7 +175,8 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
 }
 
 /* rows [i0, i1) of c, columns [j0, j1), with steps [k, k + steps), whose block of b is packed */
-static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k, int64_t steps) {
+static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
+                          int64_t steps) {
     alignas(64) float tile_a[A_TILES * A_SIZE];
     for (int64_t i = i0; i < i1; i += A_TILES * MR) {
         int64_t end = at_most(i + A_TILES * MR, i1);
@@ -205,10 +206,13 @@ static void gemm_task(void *context, int64_t task) {
 
 static int64_t task_count(const gemm *g) { return pieces(g->m, g->chunk) * g->across; }
 
-/* what the busiest thread does, in products of a row and a column */
+/* what the busiest thread does, in products of a row and a column. The tasks of a triangle differ: all together are half of
+ * what they would be, and the largest may be the last. */
 static double cost(const gemm *g, int64_t threads) {
     double rows = (double)g->chunk, columns = (double)g->n / (double)g->across;
-    return (double)pieces(task_count(g), threads) * (rows * columns + rows * PACK_A + columns * PACK_B);
+    double tasks = (double)task_count(g), even = (double)pieces(task_count(g), threads);
+    double rounds = g->lower ? (tasks / 2 + (double)threads - 1) / (double)threads : even;
+    return rounds * (rows * columns + rows * PACK_A + columns * PACK_B);
 }
 
 /* Tasks as large as the number of threads allows: the cheapest of m, m / 2, … rows and of all numbers of tasks side by side.
