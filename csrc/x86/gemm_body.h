@@ -22,7 +22,9 @@ enum {
     MR = V_AVX512 ? 14 : 6, /* 28 or 12 registers of sums, 2 of b, the rest for a */
     NR = 2 * VL,
     KC = 512,
-    PANELS = 12, /* of the widest block of b: 0.8 or 0.4 MB, which stay in the second-level cache */
+    PANELS = 12,    /* of the widest block of b: 0.8 or 0.4 MB, which stay in the second-level cache */
+    FEW_PANELS = 4, /* of the widest block for few rows: wide enough that a is seldom packed, and nearer, for each panel is used
+                     * once or twice */
     NB = PANELS * NR,
     PANEL = KC * NR, /* a block is its panels one after another, each (KC, NR) row-major */
     BLOCK = PANELS * PANEL,
@@ -215,7 +217,8 @@ static double cost(const gemm *g, int64_t threads) {
     return rounds * (rows * columns + rows * PACK_A + columns * PACK_B);
 }
 
-/* Tasks as large as the number of threads allows: the cheapest of m, m / 2, … rows and of all numbers of tasks side by side.
+/* Tasks as large as the number of threads allows: the cheapest of m, m / 2, … rows and of the numbers of tasks side by side
+ * from the smallest on: every `threads` of them one gives all threads as many tasks, and a triangle may want some more.
  * 0: no memory for the blocks of b, nothing is written. */
 static int gemm_run(gemm *g) {
     if (g->m < 1 || g->n < 1) { return 1; }
@@ -225,9 +228,9 @@ static int gemm_run(gemm *g) {
     g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
     gemm best = *g, trial = *g;
     double least = INFINITY;
-    int64_t widest = g->m < PACK_B ? 2 : PANELS; /* few rows have little to reuse: their block stays nearer */
+    int64_t first = pieces(panels, g->m < PACK_B ? FEW_PANELS : PANELS), last = at_most(first + 2 * threads, panels);
     for (trial.chunk = at_most(g->m, MAX_CHUNK);; trial.chunk = pieces(pieces(trial.chunk, 2), MR) * MR) {
-        for (trial.across = pieces(panels, widest); trial.across <= panels; trial.across++) {
+        for (trial.across = first; trial.across <= last; trial.across++) {
             double c = cost(&trial, threads);
             if (c < least) { least = c, best = trial; }
         }
