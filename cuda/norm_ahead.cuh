@@ -16,7 +16,7 @@ typedef struct {
     int ordered;       /* whether halves has each column at its ordered_column */
 } ql_norm_ahead;
 
-/* The place of column j among those in the order of the fragments of linear_group.cuh, which multiplies more than 8 tokens: of NORM_BLOCK,
+/* The place of column j among those in the order of the fragments of linear_group.cuh, which reads them in it: of NORM_BLOCK,
  * pair p of the 8 columns from 8 t on is pair t of the 8 from 8 p on. */
 __device__ __forceinline__ int ordered_column(int j) { return (j & ~31) | (j & 6) << 2 | (j >> 2 & 6) | (j & 1); }
 

@@ -21,10 +21,10 @@
 enum {
     MR = V_AVX512 ? 14 : 6, /* 28 or 12 registers of sums, 2 of b, the rest for a */
     NR = 2 * VL,
-    KC = 512,
-    PANELS = 12,    /* of the widest block of b: 0.8 or 0.4 MB, which stay in the second-level cache */
+    KC = 512,       /* c is read and written once a block of k: as long as a tile of a, 28 KB or 12, stays in the first-level cache */
+    PANELS = 12,    /* of the widest block of b: 0.8 or 0.4 MB, which stay in a second-level cache of 1 MB or 512 KB */
     FEW_PANELS = 4, /* of the widest block for few rows: wide enough that a is seldom packed, and nearer, for each panel is used
-                     * once or twice */
+                     * a few times */
     NB = PANELS * NR,
     PANEL = KC * NR, /* a block is its panels one after another, each (KC, NR) row-major */
     BLOCK = PANELS * PANEL,

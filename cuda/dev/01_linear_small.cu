@@ -48,18 +48,22 @@ struct variant {
     const void *kernel;
     layout_function layout; /* NULL: the register kernel, or where there are groups: that of linear_group.cuh */
     int tokens8, single, warps, units, finishers, blocks;
-    uint32_t (*bytes)(int stages, int record, int units);
-    int groups;
+    uint32_t (*bytes)(int stages, int record, int units, int slots);
+    int groups, slots; /* slots: of activations that go by, or 0 */
 };
-template <int Tokens8, int Groups> static uint32_t group_bytes_of(int stages, int record, int units) {
-    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, 0).bytes;
+template <int Tokens8, int Groups> static uint32_t group_bytes_of(int stages, int record, int units, int slots) {
+    return group_layout_of<Codes, Tokens8, Groups>(stages, record, units, slots).bytes;
 }
 
 #define RING(T8, S, W, U, F, B)                                                                                                    \
-    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B, NULL, 0 }
+    variant { (const void *)small_ring<Codes, T8, S, GROUP_PARTS, W, U, F, B>, small_ring_layout<Codes, T8, S, W, U>, T8, S, W, U, F, B, NULL, 0, 0 }
 #define REGISTER(T8, S, U, W, B) \
-    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B, NULL, 0 }
-#define GROUP(T8, G) variant { (const void *)small_group<Codes, T8, GROUP_PARTS, G, false>, NULL, T8, 0, 4 * (G) + 4, 1, 0, 1, group_bytes_of<T8, G>, G }
+    variant { (const void *)small_register<Codes, T8, S, GROUP_PARTS, U, W, B>, NULL, T8, S, W, U, 0, B, NULL, 0, 0 }
+#define GROUP_OF(T8, G, STREAMS, SLOTS)                                                                                                      \
+    variant {                                                                                                                                \
+        (const void *)small_group<Codes, T8, GROUP_PARTS, G, STREAMS>, NULL, T8, 0, 4 * (G) + 4, 1, 0, 1, group_bytes_of<T8, G>, G, SLOTS    \
+    }
+#define GROUP(T8, G) GROUP_OF(T8, G, false, 0), GROUP_OF(T8, G, true, 4)
 
 static const variant variants[] = {
 #ifndef QL_ONLY_GROUPS
@@ -235,12 +239,12 @@ static int clusters_at_once(const variant &v, int cluster, size_t shared) {
 static bool configure_group(setting &c, const variant &v, int units, int tiles) {
     int most = (units + c.cluster - 1) / c.cluster, items = (tiles + GROUP_WARPS - 1) / GROUP_WARPS, room = 227 * 1024;
     if (c.per_sm > 1 || c.resident > 1 || c.cluster < 2 || c.cluster > units) { return false; }
-    int without = (int)v.bytes(0, RECORD, most), stage = (int)v.bytes(1, RECORD, most) - without;
+    int without = (int)v.bytes(0, RECORD, most, v.slots), stage = (int)v.bytes(1, RECORD, most, v.slots) - without;
     if (without + 2 * stage > room) { return false; }
-    c.stages = std::min((room - without) / stage, (int)GROUP_MAX_STAGES);
+    c.stages = std::min((room - without) / stage, v.slots > 0 ? 2 : (int)GROUP_MAX_STAGES);
     c.shared = without + (size_t)c.stages * stage;
     c.grid = std::min(clusters_at_once(v, c.cluster, c.shared), items) * c.cluster;
-    return true;
+    return v.slots == 0 || c.grid == items * c.cluster;
 }
 
 /* false where the variant does not fit */
@@ -271,7 +275,7 @@ static bool configure(setting &c, const problem &p) {
 static void launch(const setting &c, const problem &p, int copy) {
     const variant &v = variants[c.index];
     small_args a = arguments(p, copy);
-    a.stages = a.ahead = c.stages;
+    a.stages = c.stages, a.slots = v.slots, a.ahead = v.slots > 0 ? 1 : (c.stages + 1) / 2;
     cudaLaunchConfig_t config;
     memset(&config, 0, sizeof config);
     int units = p.s->k / COLUMNS, warps = v.groups > 0 ? (v.groups + 1) * GROUP_WARPS : v.layout == NULL ? (units + v.units - 1) / v.units : v.warps + 1 + v.finishers;
@@ -340,13 +344,13 @@ static std::string describe(const setting &c) {
     snprintf(text, sizeof text, "%s warps %2d units %d finishers %d blocks %d | an SM %d of %d cluster %d grid %4d stages %2d shared %6zu",
              v.groups ? "group   " : v.layout ? "ring    " : "register", v.warps, v.units, v.finishers, v.blocks, c.per_sm, c.resident, c.cluster, c.grid,
              c.stages, c.shared);
-    return text;
+    return std::string(text) + (v.slots > 0 ? " slots " + std::to_string(v.slots) : "");
 }
 
 static std::vector<shape> make_shapes(std::vector<double> &roof) {
     std::vector<shape> shapes = {{12288, 4096}, {4096, 4096}, {22016, 4096}, {4096, 11008}};
 #ifdef QL_RACECHECK
-    shapes = {{512, 1024}};
+    shapes = {{512, 1024}, {64, 8192}}; /* the second: activations go by in more turns than one */
 #endif
     uint32_t *sink;
     CHECK(cudaMalloc(&sink, 4));

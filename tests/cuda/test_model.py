@@ -97,6 +97,15 @@ def test_few_tokens(config, intermediate: int) -> None:
     check_few_tokens(cpu, (1, 2, 7, 8, 9, 16, 17, 24, 32, 33, 40, 48, 49, 64, 65), (3, 8, 12, 20, 40))
 
 
+LONG_K = 40960  # of few outputs: no cluster has two items, and activations of so long a K go by in slots
+
+
+@pytest.mark.parametrize("config", [ql.RTNConfig(4, 128), ql.NF4Config(64), ql.RTNConfig(3, 64), ql.Int8Config()], ids=str)
+def test_long_k(config) -> None:
+    cpu = ql.quantize(tiny_model(num_hidden_layers=1, hidden_size=256, intermediate_size=LONG_K), config, progress=False)
+    check_few_tokens(cpu, (1, 2, 3, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65), (3, 8, 12, 20, 40))
+
+
 MANY_TOKENS = {  # heads of which an item of 128 outputs has none whole, two, one; outputs of whole items and not
     "small": {"intermediate_size": 256},
     "larger": {**SHAPES["larger"], "hidden_size": 384, "num_attention_heads": 6},
