@@ -98,11 +98,13 @@ def test_few_tokens(config, intermediate: int) -> None:
 
 
 LONG_K = 40960  # of few outputs: no cluster has two items, and activations of so long a K go by in slots
+LONG_K_CONFIGS = [ql.RTNConfig(4, 128), ql.NF4Config(64), ql.RTNConfig(3, 64), ql.Int8Config()]
 
 
-@pytest.mark.parametrize("config", [ql.RTNConfig(4, 128), ql.NF4Config(64), ql.RTNConfig(3, 64), ql.Int8Config()], ids=str)
+@pytest.mark.parametrize("config", LONG_K_CONFIGS, ids=str)
 def test_long_k(config) -> None:
-    cpu = ql.quantize(tiny_model(num_hidden_layers=1, hidden_size=256, intermediate_size=LONG_K), config, progress=False)
+    float_model = tiny_model(num_hidden_layers=1, hidden_size=256, intermediate_size=LONG_K)
+    cpu = ql.quantize(float_model, config, progress=False)
     check_few_tokens(cpu, (1, 2, 3, 8, 9, 16, 17, 32, 33, 48, 49, 64, 65), (3, 8, 12, 20, 40))
 
 
