@@ -292,10 +292,27 @@ static void choose_tasks(tile_gemm *g, int64_t count, int64_t threads) {
     while (balance(g, count, threads) < enough && widest_of(g, count) > SIDE) { narrow(g, count); }
 }
 
+/* Whether one thread multiplies all of it sooner than another core has the packed rows: that costs about 15 us, as measured, the more beside what there
+ * is to do the fewer the columns. */
+static int is_small(const tile_gemm *g, int64_t count) {
+    const double few_columns = 256, small = 8e6, small_of_few = 15e6; /* products of a row, a column and a step */
+    double columns = 0;
+    for (int64_t p = 0; p < count; p++) { columns += (double)g[p].n; }
+    return (double)(g->i1 - g->i0) * columns * (double)g->k <= (columns <= few_columns ? small_of_few : small);
+}
+
 /* rows [i0, i1) of all products */
 static void run_pass(tile_gemm *g, int64_t count, int64_t i0, int64_t i1) {
     ql_loop loops[QL_PRODUCTS];
     for (int64_t p = 0; p < count; p++) { g[p].i0 = i0, g[p].i1 = i1; }
+    if (is_small(g, count)) {
+        choose_tasks(g, count, 1);
+        for (int64_t i = 0; i < pieces(i1 - i0, SIDE); i++) { pack_a_task(g, i); }
+        for (int64_t p = 0; p < count; p++) {
+            for (int64_t i = 0; i < task_count(&g[p]); i++) { tile_gemm_task(&g[p], i); }
+        }
+        return;
+    }
     choose_tasks(g, count, g->workers.count);
     ql_parallel_for(pieces(i1 - i0, SIDE), pack_a_task, g);
     for (int64_t p = 0; p < count; p++) { loops[p] = (ql_loop){task_count(&g[p]), tile_gemm_task, &g[p]}; }
