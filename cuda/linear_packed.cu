@@ -131,26 +131,25 @@ typedef struct {
 } group_plan;
 
 /* Stages of weights that fit beside the activations of `units` units, or beside a few slots of them. Activations that go by are waited for again and
- * again: weights that a block asks for far ahead would stand in their way. false: it does not fit. */
-static bool fit_group(group_plan *plan, const small_args *a, int units, int columns) {
+ * again: weights that a block asks for far ahead would stand in their way. Bytes of a stage; 0: it does not fit. */
+static int fit_group(group_plan *plan, const small_args *a, int units, int columns) {
     enum { STREAM_BYTES = 64 << 10, SLOT_COLUMNS = 512, LEAST_SLOTS = 3 }; /* as measured; a slot is free when the unit behind it begins: two at least */
     const group_kernel *k = plan->kernel;
     if (plan->slots > 0) { plan->slots = SLOT_COLUMNS / columns > LEAST_SLOTS ? SLOT_COLUMNS / columns : LEAST_SLOTS; }
     uint32_t before = k->bytes(0, a->record, units, plan->slots), stage_bytes = k->bytes(1, a->record, units, plan->slots) - before;
-    if (before + LEAST_STAGES * stage_bytes > SHARED_MEMORY) { return false; }
+    if (before + LEAST_STAGES * stage_bytes > SHARED_MEMORY) { return 0; }
     int without = (int)before, stage = (int)stage_bytes, stages = (SHARED_MEMORY - without) / stage;
     int most = plan->slots > 0 ? STREAM_BYTES / stage : GROUP_MAX_STAGES;
     most = most < LEAST_STAGES ? LEAST_STAGES : most < GROUP_MAX_STAGES ? most : GROUP_MAX_STAGES;
     plan->stages = stages < most ? stages : most, plan->shared = (size_t)without + (size_t)plan->stages * stage;
-    return true;
+    return stage;
 }
 
 /* Stages that are asked for before the activations, which would wait behind them: those of an item, or, where there is no other, as many bytes as
  * memory brings until they are there. From MANY_TOKENS on several items gain nothing by it. All as measured on an H100. */
-static int stages_ahead(const group_plan *plan, const small_args *a, int units, bool several) {
+static int stages_ahead(const group_plan *plan, int stage, int steps, bool several) {
     enum { AHEAD_BYTES = 36 << 10, MANY_TOKENS = 32 };
     const group_kernel *k = plan->kernel;
-    int steps = (units + k->groups - 1) / k->groups, stage = (int)(k->bytes(1, a->record, units, plan->slots) - k->bytes(0, a->record, units, plan->slots));
     int ahead = several ? (steps + k->together - 1) / k->together : AHEAD_BYTES / stage;
     if (several && k->tokens > MANY_TOKENS) { return plan->stages; }
     return ahead < 1 ? 1 : ahead < plan->stages ? ahead : plan->stages;
@@ -164,10 +163,11 @@ static group_plan plan_group(const group_kernel *k, const small_args *a, int clu
     group_plan plan = {k, cluster, 0, streams, 0, 0, 0, 0};
     int items = (a->tiles + GROUP_WARPS - 1) / GROUP_WARPS, units = (a->units + cluster - 1) / cluster, most = ql_cuda_max_clusters(cluster);
     plan.clusters = most < items ? most : items;
-    if (plan.clusters == 0 || (streams && (items > plan.clusters || !a->ordered)) || !fit_group(&plan, a, units, columns)) { return plan; }
-    int64_t rounds = (items + plan.clusters - 1) / plan.clusters, steps = (units + k->groups - 1) / k->groups;
-    int64_t weights = steps * k->groups * a->record * 2 * GROUP_WARPS;
-    plan.ahead = stages_ahead(&plan, a, units, rounds > 1);
+    if (plan.clusters == 0 || (streams && (items > plan.clusters || !a->ordered))) { return plan; }
+    int stage = fit_group(&plan, a, units, columns), steps = (units + k->groups - 1) / k->groups;
+    if (stage == 0) { return plan; }
+    int64_t rounds = (items + plan.clusters - 1) / plan.clusters, weights = (int64_t)steps * k->groups * a->record * 2 * GROUP_WARPS;
+    plan.ahead = stages_ahead(&plan, stage, steps, rounds > 1);
     plan.cost = rounds * (weights + ITEM_BYTES) + (int64_t)units * columns * k->tokens;
     return plan;
 }
