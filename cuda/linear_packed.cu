@@ -117,10 +117,6 @@ static bool has_groups(void) {
 int ql_cuda_norm_ahead_tokens(void) { return has_groups() ? GROUP_TOKENS : ql_cuda_capability() < 90 ? 0 : RING_TOKENS; }
 bool ql_cuda_orders(int64_t t) { return t > PLAIN_TOKENS && has_groups(); }
 
-/* Whether activations may go by: timed on an H100 (cuda/dev/README.md) and free of memory errors, but tests/cuda/test_model.py::test_long_k, which
- * holds it to the CPU, has not run there yet. Set it to 1 when it has passed. */
-enum { STREAMS_SETTLED = 0 };
-
 /* a way to launch a kernel of linear_group.cuh */
 typedef struct {
     const group_kernel *kernel;
@@ -178,7 +174,7 @@ static group_plan best_plan(const small_args *a, const group_kernel *kernels, in
     for (int i = 0; i < SMALL_GROUPS && has_groups(); i++) {
         if (a->m > kernels[i].tokens || (best.cost > 0 && kernels[i].tokens > best.kernel->tokens)) { continue; }
         for (int cluster = 2; cluster <= 8 && cluster <= a->units; cluster *= 2) {
-            for (int streams = 0; streams <= STREAMS_SETTLED; streams++) {
+            for (bool streams : {false, true}) {
                 group_plan plan = plan_group(&kernels[i], a, cluster, streams, columns);
                 if (plan.cost > 0 && (best.cost == 0 || plan.cost < best.cost)) { best = plan; }
             }
