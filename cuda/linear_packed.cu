@@ -141,14 +141,15 @@ static int fit_group(group_plan *plan, const small_args *a, int units, int colum
     return stage;
 }
 
-/* Stages that are asked for before the activations, which would wait behind them: those of an item, or, where there is no other, as many bytes as
- * memory brings until they are there. From MANY_TOKENS on several items gain nothing by it. All as measured on an H100. */
-static int stages_ahead(const group_plan *plan, int stage, int steps, bool several) {
-    enum { AHEAD_BYTES = 36 << 10, MANY_TOKENS = 32 };
+/* Stages that are asked for before the activations, which would wait behind them: those of an item, two at least where there are many items, or, where
+ * there is no other, as many bytes as memory brings until they are there. From MANY_TOKENS on several items gain nothing by it. All as measured on an H100. */
+static int stages_ahead(const group_plan *plan, int stage, int steps, int64_t items) {
+    enum { AHEAD_BYTES = 36 << 10, MANY_TOKENS = 32, MANY_ITEMS = 4 };
     const group_kernel *k = plan->kernel;
-    int ahead = several ? (steps + k->together - 1) / k->together : AHEAD_BYTES / stage;
-    if (several && k->tokens > MANY_TOKENS) { return plan->stages; }
-    return ahead < 1 ? 1 : ahead < plan->stages ? ahead : plan->stages;
+    int ahead = items > 1 ? (steps + k->together - 1) / k->together : AHEAD_BYTES / stage, least = items > MANY_ITEMS ? 2 : 1;
+    if (items > 1 && k->tokens > MANY_TOKENS) { return plan->stages; }
+    ahead = ahead < least ? least : ahead;
+    return ahead < plan->stages ? ahead : plan->stages;
 }
 
 /* Of kernel k with clusters of `cluster` blocks; cost 0 where it does not fit. A block brings in the weights of its items, and
@@ -163,7 +164,7 @@ static group_plan plan_group(const group_kernel *k, const small_args *a, int clu
     int stage = fit_group(&plan, a, units, columns), steps = (units + k->groups - 1) / k->groups;
     if (stage == 0) { return plan; }
     int64_t rounds = (items + plan.clusters - 1) / plan.clusters, weights = (int64_t)steps * k->groups * a->record * 2 * GROUP_WARPS;
-    plan.ahead = stages_ahead(&plan, stage, steps, rounds > 1);
+    plan.ahead = stages_ahead(&plan, stage, steps, rounds);
     plan.cost = rounds * (weights + ITEM_BYTES) + (int64_t)units * columns * k->tokens;
     return plan;
 }
