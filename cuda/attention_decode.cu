@@ -139,33 +139,33 @@ __device__ __forceinline__ void combine_last(const decode_args &c, const chunk_w
 }
 
 #ifdef QL_HAS_BULK_COPY
-__device__ __forceinline__ void cluster_store_2(uint32_t address, float2 v) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+/* bytes that block `rank` receives of all chunks, its own among them */
+template <int D> __device__ __forceinline__ uint32_t inbound_bytes(const chunk_work &w, int rank) {
+    int tiles = (D / 8 - rank + w.chunks - 1) / w.chunks; /* of 8 columns, that it adds up */
+    return (uint32_t)(w.chunks * w.group * (8 * tiles + 2) * (int)sizeof(float));
 }
 
-/* Through the cluster: block r adds up columns [8 i, 8 i + 8), i % chunks == r, in its i / chunks'th slot. All blocks
- * of the cluster have begun: so they are there to be written to. */
+/* Through the cluster: block r adds up columns [8 i, 8 i + 8), i % chunks == r, in its i / chunks'th slot. All blocks of the cluster have begun, and their
+ * barriers `arrived` are there, which count what they receive: none ends before it has all that others send it, and no fence is needed. */
 template <int D>
 __device__ __forceinline__ void combine_cluster(const chunk_work &w, const float (&out)[(D / 8 + WARPS - 1) / WARPS][4],
-                                                const float (&maximum)[2], const float (&sum)[2], const attention_args<bf16> &args, float *parts) {
+                                                const float (&maximum)[2], const float (&sum)[2], const attention_args<bf16> &args, float *parts,
+                                                uint32_t arrived) {
     int rank = blockIdx.x, slots = (D / 8 + w.chunks - 1) / w.chunks, width = slots * 8;
     float *statistics = parts + w.chunks * w.group * width;
-    if (rank < w.chunks) {
-        each_pair<D>(
-            out, maximum, sum, w.group,
-            [&](int row, int column, float2 values, float) {
-                int tile = column / 8, at = (rank * w.group + row) * width + tile / w.chunks * 8 + column % 8;
-                cluster_store_2(cluster_address(shared_address(parts + at), tile % w.chunks), values);
-            },
-            [&](int row, float2 statistic) {
-                for (int to = 0; to < w.chunks; to++) {
-                    cluster_store_2(cluster_address(shared_address(statistics + (rank * w.group + row) * 2), to), statistic);
-                }
-            });
-    }
-    __syncwarp();
-    cluster_sync();
-    if (rank >= w.chunks) { return; }
+    auto send = [&](const float *place, int to, float2 v) {
+        cluster_store_async(cluster_address(shared_address(place), to), v, cluster_address(arrived, to));
+    };
+    each_pair<D>(
+        out, maximum, sum, w.group,
+        [&](int row, int column, float2 values, float) {
+            int tile = column / 8;
+            send(parts + (rank * w.group + row) * width + tile / w.chunks * 8 + column % 8, tile % w.chunks, values);
+        },
+        [&](int row, float2 statistic) {
+            for (int to = 0; to < w.chunks; to++) { send(statistics + (rank * w.group + row) * 2, to, statistic); }
+        });
+    barrier_wait(arrived, 0);
     for (int i = threadIdx.x; i < w.group * slots * 4; i += THREADS) {
         int row = i / (slots * 4), at = i % (slots * 4) * 2, column = (at / 8 * w.chunks + rank) * 8 + at % 8;
         if (column >= D) { continue; }
@@ -185,7 +185,7 @@ __device__ __forceinline__ void combine_cluster(const chunk_work &w, const float
 /* the blocks of this cluster have all begun */
 template <bool clustered> __device__ __forceinline__ void wait_cluster() {
 #ifdef QL_HAS_BULK_COPY
-    if (clustered) { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+    if (clustered) { cluster_wait(); }
 #endif
 }
 
@@ -194,11 +194,21 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
     constexpr int stride = D + 8, tiles_n = (D / 8 + WARPS - 1) / WARPS;
     extern __shared__ __align__(16) bf16 shared[];
     const attention_args<bf16> &args = c.a;
-#ifdef QL_HAS_BULK_COPY
-    if (clustered) { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-#endif
     chunk_work w = look_up(args);
     bool active = (int)blockIdx.x < w.chunks;
+#ifdef QL_HAS_BULK_COPY
+    __shared__ uint64_t received;
+    uint32_t arrived = shared_address(&received);
+    if (clustered) {
+        if (threadIdx.x == 0) {
+            barrier_init(arrived, 1);
+            barrier_init_fence();
+            if (active) { barrier_arrive_expect(arrived, inbound_bytes<D>(w, blockIdx.x)); }
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
+#endif
     int64_t step = (int64_t)args.hkv * D, left = min(chunk_keys(w.keys), w.keys - w.first_key), newest = w.keys - 1 - w.first_key;
     bf16 *q = shared, *k = q + ROWS * stride, *v = k + Keys * stride;
     float *scores = (float *)(v + Keys * stride);
@@ -209,14 +219,12 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
     }
     ql_cuda_wait_previous();
     ql_cuda_start_next();
-    if (!active && (!clustered || w.chunks <= 1)) { return wait_cluster<clustered>(); }
+    if (!active) { return wait_cluster<clustered>(); }
 
     int64_t head = w.query * args.hq + (int64_t)blockIdx.y * w.group;
     float out[tiles_n][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    if (active) {
-        load_row_and_queries<D, Keys>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
-        attend_chunk<D, Keys>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
-    }
+    load_row_and_queries<D, Keys>(k, v, from_k, from_v, newest, step, q, args.q + head * D, w.group);
+    attend_chunk<D, Keys>(out, maximum, sum, q, k, v, scores, from_k, from_v, step, (int)left, args.scale);
     wait_cluster<clustered>();
     if (w.chunks == 1) {
         each_pair<D>(
@@ -226,7 +234,7 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
         return;
     }
 #ifdef QL_HAS_BULK_COPY
-    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, args, scores + ROWS * score_stride<Keys>()); }
+    if (clustered) { return combine_cluster<D>(w, out, maximum, sum, args, scores + ROWS * score_stride<Keys>(), arrived); }
 #endif
     combine_last<D>(c, w, out, maximum, sum);
 }

@@ -140,6 +140,10 @@ __device__ __forceinline__ void cluster_store_async(uint32_t address, float4 v, 
                  "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                  : "memory");
 }
+__device__ __forceinline__ void cluster_store_async(uint32_t address, float2 v, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address), "f"(v.x), "f"(v.y), "r"(barrier)
+                 : "memory");
+}
 __device__ __forceinline__ void cluster_store_async(uint32_t address, float v, uint32_t barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(v), "r"(barrier)
                  : "memory");
