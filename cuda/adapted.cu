@@ -91,14 +91,15 @@ static __device__ __forceinline__ void split(uint32_t (&high)[4], uint32_t (&low
     }
 }
 
-/* the sums of the blocks of a cluster into the first one's `totals`, and whether this is the first */
-static __device__ __forceinline__ bool gather_sums(float (*totals)[DOWN_TOKENS][RANKS + 1], float sum, bool there, int token, int i) {
+/* the sums of the blocks of a cluster into the first one's `totals`, of which its barrier `arrived` counts the bytes, and whether this is the first */
+static __device__ __forceinline__ bool gather_sums(float (*totals)[DOWN_TOKENS][RANKS + 1], uint32_t arrived, float sum, bool there, int token, int i) {
 #ifdef QL_HAS_BULK_COPY
     if (cluster_size() > 1) {
+        int rank = cluster_rank();
         cluster_wait(); /* the first has begun */
-        if (there) { cluster_store(cluster_address(shared_address(&totals[cluster_rank()][token][i]), 0), sum); }
-        cluster_sync();
-        return cluster_rank() == 0;
+        if (there) { cluster_store_async(cluster_address(shared_address(&totals[rank][token][i]), 0), sum, cluster_address(arrived, 0)); }
+        if (rank == 0) { barrier_wait(arrived, 0); }
+        return rank == 0;
     }
 #endif
     if (there) { totals[0][token][i] = sum; }
@@ -172,10 +173,12 @@ static __device__ __forceinline__ void multiply_down(float (&sum)[4], float (&sq
 template <bool Floats> static __global__ void __launch_bounds__(DOWN_THREADS) down_kernel(const __grid_constant__ down_args a) {
     __shared__ float sums[WARPS][DOWN_TOKENS][RANKS + 1], totals[DOWN_CLUSTER][DOWN_TOKENS][RANKS + 1]; /* the last: of squares */
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4;
+    __shared__ uint64_t received; /* the barrier of `totals` */
     down_place p = locate_down(a);
+    uint32_t arrived = shared_address(&received);
     float sum[4] = {}, squares[2] = {};
 #ifdef QL_HAS_BULK_COPY
-    if (p.blocks > 1) { cluster_arrive(); }
+    if (p.blocks > 1) { cluster_arrive_expect(arrived, (uint32_t)(p.blocks * DOWN_TOKENS * (RANKS + 1) * (int)sizeof(float))); }
 #endif
     multiply_down<Floats>(sum, squares, a, p);
 #pragma unroll
@@ -191,7 +194,7 @@ template <bool Floats> static __global__ void __launch_bounds__(DOWN_THREADS) do
     bool there = token < DOWN_TOKENS;
     float total = 0.0f, square = 0.0f;
     for (int w = 0; w < WARPS && there; w++) { total += sums[w][token][i]; }
-    if (!gather_sums(totals, total, there, token, i)) { return; }
+    if (!gather_sums(totals, arrived, total, there, token, i)) { return; }
     if (!there || i == RANKS || p.row + token >= a.t || p.rank + i >= p.part->r) { return; }
     total = 0.0f;
     for (int s = 0; s < p.blocks; s++) { total += totals[s][token][i], square += totals[s][token][RANKS]; }

@@ -199,15 +199,7 @@ template <int D, int Keys, bool clustered> __global__ void __launch_bounds__(THR
 #ifdef QL_HAS_BULK_COPY
     __shared__ uint64_t received;
     uint32_t arrived = shared_address(&received);
-    if (clustered) {
-        if (threadIdx.x == 0) {
-            barrier_init(arrived, 1);
-            barrier_init_fence();
-            if (active) { barrier_arrive_expect(arrived, inbound_bytes<D>(w, blockIdx.x)); }
-        }
-        __syncwarp();
-        cluster_arrive();
-    }
+    if (clustered) { cluster_arrive_expect(arrived, active ? inbound_bytes<D>(w, blockIdx.x) : 0); }
 #endif
     int64_t step = (int64_t)args.hkv * D, left = min(chunk_keys(w.keys), w.keys - w.first_key), newest = w.keys - 1 - w.first_key;
     bf16 *q = shared, *k = q + ROWS * stride, *v = k + Keys * stride;

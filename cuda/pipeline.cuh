@@ -131,8 +131,16 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
-__device__ __forceinline__ void cluster_store(uint32_t address, float v) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+/* Says by all threads that the block has begun, and that its barrier, which counts `bytes` that come by cluster_store_async, is there; others store once
+ * they have come back from cluster_wait. */
+__device__ __forceinline__ void cluster_arrive_expect(uint32_t barrier, uint32_t bytes) {
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_fence();
+        barrier_arrive_expect(barrier, bytes);
+    }
+    __syncwarp();
+    cluster_arrive();
 }
 /* stores that complete `bytes` of a barrier of the same block as the address (of the cluster): no fence is needed */
 __device__ __forceinline__ void cluster_store_async(uint32_t address, float4 v, uint32_t barrier) {
