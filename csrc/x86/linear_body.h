@@ -4,46 +4,9 @@
 
 #define GEMM_A_TRANSPOSED 0
 #include "gemm_body.h"
-
 #include "narrow_body.h"
+#include "transposed_body.h"
 
-enum {
-    SPAN = 128, /* steps of a panel decoded at once: they stay in the first-level cache, beside the part of b they go to */
-    LD_ROWS = SPAN + 16
-};
-
-/* out[s NR + r] = rows[r ld + s] for `vectors` VL rows; up to 3 steps too many are written */
-static inline __attribute__((always_inline)) void transpose(float *out, const float *rows, int64_t ld, int64_t steps, const int vectors) {
-    for (int64_t s = 0; s < steps; s += 4) {
-        for (int v = 0; v < vectors; v++) {
-            vf columns[4];
-            v_transpose4(columns, rows + v * VL * ld + s, ld);
-            for (int q = 0; q < 4; q++) { v_store(out + (s + q) * NR + v * VL, columns[q]); }
-        }
-    }
-}
-
-/* b = W^T, NR rows of W at a time; KC and SPAN are multiples of 4, so the steps too many stay in the block and are never used */
-static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
-    const ql_weight *w = g->b;
-    alignas(64) float rows[NR * LD_ROWS] = {0}; /* what lies beyond n or k is never used */
-    for (int64_t j = j0; j < j1; j += NR) {
-        int64_t count = at_most(NR, j1 - j);
-        int in_place = w->format == QL_F32 && count == NR && (k1 - k0) % 4 == 0;
-        for (int64_t k = k0; k < k1; k += SPAN) {
-            int64_t steps = at_most(SPAN, k1 - k);
-            float *out = block_at(block, k - k0, j - j0);
-            if (in_place) { /* VL rows at a time: where k is a power of two, they share a set of the first-level cache */
-                const float *source = (const float *)w->codes + j * w->k + k;
-                transpose(out, source, w->k, steps, 1);
-                transpose(out + VL, source + VL * w->k, w->k, steps, 1);
-            } else {
-                V_NAME(decode_forward)(rows, LD_ROWS, w, j, j + count, k, k + steps);
-                transpose(out, rows, LD_ROWS, steps, 2);
-            }
-        }
-    }
-}
 
 void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     const ql_linear_product product = {y, w};

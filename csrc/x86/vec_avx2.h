@@ -88,6 +88,7 @@ static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm256_sub_epi32(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm256_and_si256(a, b); }
 static inline vi vi_or(vi a, vi b) { return _mm256_or_si256(a, b); }
+static inline vi vi_xor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 static inline vi vi_shl(vi a, unsigned n) { return _mm256_slli_epi32(a, (int)n); }
 static inline vi vi_shr(vi a, unsigned n) { return _mm256_srli_epi32(a, (int)n); }
 static inline vi vi_shr_by(vi a, vi n) { return _mm256_srlv_epi32(a, n); } /* 0 where n > 31 */

@@ -81,6 +81,7 @@ static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
 static inline vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+static inline vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 static inline vi vi_shl(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
 static inline vi vi_shr(vi a, unsigned n) { return _mm512_srli_epi32(a, n); }
 static inline vi vi_shr_by(vi a, vi n) { return _mm512_srlv_epi32(a, n); } /* 0 where n > 31 */
