@@ -166,6 +166,21 @@ def test_row_does_not_depend_on_its_batch(isa: str, rng: np.random.Generator, ca
             assert op(np.ascontiguousarray(a[first:last]), weight).tobytes() == together[first:last].tobytes()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "perm" not in CASES[case]])
+@pytest.mark.parametrize(("n", "k"), [(201, 640), (64, 1536), (35, 1100)])
+def test_has_the_bits_of_its_decoded_weight(isa: str, rng: np.random.Generator, case: str, n: int, k: int) -> None:
+    """However codes become floats: from rows, or from what products with few rows have packed."""
+    if isa == "amx":
+        pytest.skip("quantized and float32 weights have kernels of their own")
+    stored = make(rng, case, n, k)
+    weight, x = stored.core(), rng.standard_normal((130, k), dtype=np.float32)
+    decoded = ref.StoredWeight("f32", 32, n, k, k, _core.decode(weight, 0, n)).core()
+    for _ in range(2):
+        for m in (_core.gemv_rows() + 1, 16, 31, 64, 65, 130):
+            assert _core.linear(x[:m], weight).tobytes() == _core.linear(x[:m], decoded).tobytes(), m
+        _core.linear(x[:1], weight)  # packs
+
+
 @pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4"])
 def test_result_does_not_depend_on_threads(isa: str, rng: np.random.Generator, case: str) -> None:
     stored = make(rng, case, 201, 300)

@@ -33,6 +33,9 @@ enum {
     A_SIZE = GEMM_A_TRANSPOSED ? KC * VL : MR * (KC + 16),
     A_TILES = GEMM_A_TRANSPOSED ? 4 : 1, /* tiles packed at once: a row of a transposed a is far from the next one */
     MAX_CHUNK = 2048, /* rows: a task stays well under a second */
+    MOST_FEW = 64,     /* rows of c: with so many, a panel is packed a span at a time, in the first-level cache, */
+    SPAN = 128,        /* steps each, */
+    FEW_TOGETHER = 16, /* and a task has so many panels at most, which share the packed rows of a */
     PACK_A = 20,      /* packing a row of a takes as long as its products with so many columns */
     PACK_B = 45       /* packing a column of b, as its products with so many rows */
 };
@@ -51,6 +54,8 @@ struct gemm {
     int64_t ldb;
     /* *block_at(block, s - k0, j - j0) = b[s, j] for s in [k0, k1), j in [j0, j1) */
     void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
+    /* the same for a panel, the NR columns from j on: *(panel + (s - k0) * NR + lane); NULL: pack_b alone */
+    void (*pack_panel)(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j);
     int64_t m, n, k;
     int64_t chunk, across; /* rows of a task; tasks side by side, which share the panels evenly */
     float *blocks;         /* (workers, BLOCK) */
@@ -64,8 +69,10 @@ static inline float *block_at(float *block, int64_t step, int64_t column) {
 
 /* ---- the register tile --------------------------------------------------------------------------------------- */
 
-/* c (rows, NR) = or += a tile of a times a panel of b */
-static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, int add, const float *a, const float *b,
+typedef enum { SET, ADD, GO_ON } tile_mode; /* c = sum; c += sum; c = sum, which begins at c */
+
+/* c (rows, NR) and a tile of a times a panel of b */
+static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, tile_mode mode, const float *a, const float *b,
                                                        int64_t steps, const int rows) {
     vf sum[MR][2];
 #pragma GCC unroll 16
@@ -73,6 +80,10 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
         sum[r][0] = sum[r][1] = v_zero();
         v_prefetch(c + r * ldc);
         v_prefetch(c + r * ldc + VL);
+    }
+    if (mode == GO_ON) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) { sum[r][0] = v_load(c + r * ldc), sum[r][1] = v_load(c + r * ldc + VL); }
     }
 #pragma GCC unroll 2
     for (int64_t s = 0; s < steps; s++) {
@@ -88,15 +99,15 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, in
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         float *row = c + r * ldc;
-        v_store(row, add ? v_add(v_load(row), sum[r][0]) : sum[r][0]);
-        v_store(row + VL, add ? v_add(v_load(row + VL), sum[r][1]) : sum[r][1]);
+        v_store(row, mode == ADD ? v_add(v_load(row), sum[r][0]) : sum[r][0]);
+        v_store(row + VL, mode == ADD ? v_add(v_load(row + VL), sum[r][1]) : sum[r][1]);
     }
 }
 
-typedef void tile_function(float *c, int64_t ldc, int add, const float *a, const float *b, int64_t steps);
+typedef void tile_function(float *c, int64_t ldc, tile_mode mode, const float *a, const float *b, int64_t steps);
 #define TILE(rows)                                                                                             \
-    static void tile_##rows(float *c, int64_t ldc, int add, const float *a, const float *b, int64_t steps) { \
-        tile(c, ldc, add, a, b, steps, rows);                                                                \
+    static void tile_##rows(float *c, int64_t ldc, tile_mode mode, const float *a, const float *b, int64_t steps) { \
+        tile(c, ldc, mode, a, b, steps, rows);                                                               \
     }
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if V_AVX512
@@ -168,26 +179,59 @@ static void multiply_tile(const gemm *g, const float *tile_a, const float *block
         int64_t columns = at_most(NR, j1 - j);
         if (g->lower && j > i + rows - 1) { break; }
         if (columns == NR && g->c_columns == NULL && !(g->lower && j + NR - 1 > i)) {
-            tiles[rows](g->c + i * g->ldc + j, g->ldc, add, tile_a, block + (j - j0) / NR * PANEL, steps);
+            tiles[rows](g->c + i * g->ldc + j, g->ldc, add ? ADD : SET, tile_a, block + (j - j0) / NR * PANEL, steps);
         } else {
-            tiles[rows](sums, NR, 0, tile_a, block + (j - j0) / NR * PANEL, steps);
+            tiles[rows](sums, NR, SET, tile_a, block + (j - j0) / NR * PANEL, steps);
             merge_tile(g, sums, add, i, rows, j, columns);
         }
     }
 }
 
+/* of a tile, where `rows` are shared evenly by as few tiles as possible: one of a few rows is slower, row by row */
+static inline int64_t even_rows(int64_t rows) { return pieces(rows, pieces(rows, MR)); }
+
 /* rows [i0, i1) of c, columns [j0, j1), with steps [k, k + steps), whose block of b is packed */
 static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
                           int64_t steps) {
     alignas(64) float tile_a[A_TILES * A_SIZE];
-    for (int64_t i = i0; i < i1; i += A_TILES * MR) {
-        int64_t end = at_most(i + A_TILES * MR, i1);
+    const int64_t rows = GEMM_A_TRANSPOSED ? MR : even_rows(i1 - i0);
+    for (int64_t i = i0; i < i1; i += A_TILES * rows) {
+        int64_t end = at_most(i + A_TILES * rows, i1);
         pack_a(tile_a, g, i, end - i, k, k + steps);
-        for (int64_t r = i; r < end; r += MR) {
-            multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, block, g->accumulate || k > 0, r, at_most(MR, end - r), j0, j1, steps);
+        for (int64_t r = i; r < end; r += rows) {
+            multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, block, g->accumulate || k > 0, r, at_most(rows, end - r), j0, j1, steps);
         }
     }
 }
+
+#if !GEMM_A_TRANSPOSED
+/* All rows of c, MOST_FEW at most, columns [j0, j1): sums of a panel go on from span to span, as those of a tile do in registers. */
+static void few_rows(const gemm *g, float *memory, int64_t j0, int64_t j1) {
+    float *panel = memory, *sums = panel + SPAN * NR, *a = sums + MOST_FEW * NR;
+    int64_t rows = even_rows(g->m);
+    for (int64_t k = 0; k < g->k; k += KC) {
+        int64_t end = at_most(k + KC, g->k);
+        pack_a(a, g, 0, g->m, k, end);
+        for (int64_t j = j0; j < j1; j += NR) {
+            for (int64_t s = k; s < end; s += SPAN) {
+                int64_t steps = at_most(SPAN, end - s);
+                g->pack_panel(panel, g, s, s + steps, j);
+                for (int64_t i = 0; i < g->m; i += rows) {
+                    tiles[at_most(rows, g->m - i)](sums + i * NR, NR, s > k ? GO_ON : SET, a + i * A_ROW + s - k, panel, steps);
+                }
+            }
+            merge_tile(g, sums, g->accumulate || k > 0, 0, g->m, j, at_most(NR, j1 - j));
+        }
+    }
+}
+
+static void few_task(void *context, int64_t task) {
+    const gemm *g = context;
+    int64_t panels = pieces(g->n, NR), worker = take_place(&g->workers);
+    few_rows(g, g->blocks + worker * BLOCK, task * panels / g->across * NR, at_most((task + 1) * panels / g->across * NR, g->n));
+    leave_place(&g->workers, worker);
+}
+#endif
 
 static void gemm_task(void *context, int64_t task) {
     const gemm *g = context;
@@ -226,6 +270,13 @@ static int gemm_run(gemm *g) {
     g->blocks = ql_scratch((size_t)size * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
     if (g->blocks == NULL) { return 0; }
     g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
+#if !GEMM_A_TRANSPOSED
+    if (g->m <= MOST_FEW && g->pack_panel != NULL) {
+        g->across = at_most(pieces(panels, threads * FEW_TOGETHER) * threads, panels);
+        ql_parallel_for(g->across, few_task, g);
+        return 1;
+    }
+#endif
     gemm best = *g, trial = *g;
     double least = INFINITY;
     int64_t first = pieces(panels, g->m < PACK_B ? FEW_PANELS : PANELS), last = at_most(first + 2 * threads, panels);
