@@ -475,6 +475,6 @@ def gptq_quantize(
 # ---- roofs of the selected ISA, on threads() threads; the caller takes the time ------------------------------------
 
 def roof_fma(tasks: int, rounds: int, /) -> int: ...  # floating-point operations done, all of them in registers
-def roof_tile(tasks: int, rounds: int, /) -> int: ...  # the same for bfloat16 tiles; without AMX, roof_fma
+def roof_tile(tasks: int, rounds: int, /) -> int: ...  # the same for bfloat16 of tiles or pairs; else roof_fma
 def roof_read(x: F32, /) -> None: ...  # loads every element of x (count,) once
 def roof_copy(out: F32 | None, x: F32, /) -> F32: ...  # out = x (count,), past the caches where the ISA can

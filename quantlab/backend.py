@@ -19,12 +19,13 @@ def use(
 ) -> Iterator[None]:
     """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
 
-    isa: "scalar", "avx2", "avx512" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N": where single ops
-    (`linear`, `dequantize`, …) run; a model has a device of its own. precise: on amx, products with weights that are
-    not float32 take integers of 24 bits (a scale for some hundred values of a row), not bfloat16, which costs up to
-    four times the time and brings the error of a result from about 2^-8 to about 2^-20 (more where a few values of a
-    row are a thousand times the rest; an infinity makes its row NaN). Those with float32 weights take float32, not such
-    integers, and leave about 2^-21. Not set: False. The choice holds for the whole process, so two Python threads
+    isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N":
+    where single ops (`linear`, `dequantize`, …) run; a model has a device of its own. precise: on avx512_bf16 and amx
+    products of many rows with weights that are not float32 take bfloat16, which leaves an error of about 2^-8 of a
+    result. Where it is set, those on avx512_bf16 take float32 in twice the time (2^-21), those on amx integers of 24
+    bits (a scale for some hundred values of a row) in up to four times the time (2^-20, more where a few values of a
+    row are a thousand times the rest; an infinity makes its row NaN); and on amx those with float32 weights take
+    float32, not such integers. Not set: False. The choice holds for the whole process, so two Python threads
     should not make different ones at the same time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.

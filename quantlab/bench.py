@@ -38,7 +38,7 @@ COPY_BYTES = 256 << 20
 @dataclass(frozen=True)
 class Roofs:
     """What this machine reaches with the ISA and threads in use: bytes/s read and copied, operations/s in registers:
-    float32, and bfloat16 tiles (without AMX: float32)."""
+    float32, and bfloat16 of tiles or pairs (where there are none: float32)."""
 
     read: float
     copy: float
@@ -118,10 +118,12 @@ def flush_caches() -> None:
 
 def limits(case: Case) -> tuple[float, float]:
     """Seconds that memory and computation need at least for a case."""
-    roof, on_tiles = roofs(), variant(case) == "amx"
+    roof, isa = roofs(), variant(case)
+    in_floats = case.op.startswith("linear") and case.format == "f32"
     # float32 on tiles: six products of bytes, each half of a bfloat16's
-    factor = 3 if on_tiles and case.op.startswith("linear") and case.format == "f32" else 1
-    return case.nbytes / roof.read, case.flops * factor / (roof.tile if on_tiles else roof.fma)
+    factor = 3 if isa == "amx" and in_floats else 1
+    narrow = isa == "amx" or (isa == "avx512_bf16" and not in_floats)
+    return case.nbytes / roof.read, case.flops * factor / (roof.tile if narrow else roof.fma)
 
 
 def is_cold(case: Case) -> bool:

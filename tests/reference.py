@@ -16,6 +16,7 @@ FORMATS = ("f32", "f16", "bf16", "int8", "affine", "nf4", "fp4")
 SIZES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33)  # around the vector lengths
 EPS = float(np.finfo(np.float32).eps)  # 2^-23: one rounding errs by at most half of it
 IGNORED = -100
+ROUNDING = ("avx512_bf16", "amx")  # ISAs whose products round both operands to bfloat16, unless `precise` is set
 
 NF4 = np.array(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

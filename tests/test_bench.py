@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference as ref
 
 from quantlab import _core, bench
 from quantlab.bench_cases import WEIGHTS
@@ -31,7 +32,7 @@ def test_every_op_gives_complete_records(tmp_path: Path) -> None:
         assert 0 < one["p10_s"] <= one["median_s"] <= one["p90_s"]
         assert one["gb_per_s"] > 0 and one["roof_percent"] > 0
         assert one["variant"] in _core.isa_info()
-        assert one["error"] <= (2.0**-7 if one["variant"] == "amx" else 1e-6)  # amx: both operands rounded to bfloat16
+        assert one["error"] <= (2.0**-7 if one["variant"] in ref.ROUNDING else 1e-6)
     path = tmp_path / "bench.jsonl"
     bench.write_jsonl(records, path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == records

@@ -50,9 +50,9 @@ def make(rng: np.random.Generator, case: str, n: int, k: int) -> ref.StoredWeigh
 
 def bound(a: np.ndarray, w: np.ndarray, isa: str, case: str, before: np.ndarray | float = 0.0) -> np.ndarray:
     """Of a @ w, a priori. The sum of |a w| times half an EPS for each addition on the longest path to the sum (the
-    vector kernels sum blocks of 512, the tiles blocks of 32, the scalar reference all terms in a row), for the product
-    and up to 5 roundings of w; on tiles also what the roundings of a and w to bfloat16 leave out, or to limbs: half a
-    unit of the largest of its row or column, and the products of low limbs."""
+    vector kernels sum blocks of 512, of 1,024 in pairs, the tiles blocks of 32, the scalar reference all terms in a
+    row), for the product and up to 5 roundings of w; in pairs and on tiles also what the roundings of a and w to
+    bfloat16 leave out, or to limbs: half a unit of the largest of its row or column, and the products of low limbs."""
     terms = len(w) + 1
     magnitude = np.abs(a) @ np.abs(w) + np.abs(before)
     additions = terms if isa == "scalar" else min(terms, 512) + terms // 512
@@ -62,8 +62,9 @@ def bound(a: np.ndarray, w: np.ndarray, isa: str, case: str, before: np.ndarray 
         unit = 1 / (127 << 16)
         left_out = unit / 2 * (row * np.abs(w).sum(axis=0) + np.abs(a).sum(axis=1, keepdims=True) * column)
         left_out += 1.01 * 2.0**23 * unit**2 * terms * row * column
-    elif on_tiles(isa, case):
-        additions = min(terms, 32) + terms // 32
+    elif is_rounded(isa, case):
+        block = 32 if isa == "amx" else 1024
+        additions = min(terms, block) + terms // block
         left_out = (2 * BF16_ROUNDING + BF16_ROUNDING**2) * magnitude
     return (additions + 6) * ref.EPS / 2 * magnitude + left_out
 
@@ -73,8 +74,9 @@ def on_limbs(w: np.ndarray, case: str) -> bool:
     return min(w.shape) >= 64 and not _core.precise() if case.startswith("f32") else _core.precise()
 
 
-def on_tiles(isa: str, case: str) -> bool:
-    return isa == "amx" and not case.startswith("f32")
+def is_rounded(isa: str, case: str) -> bool:
+    """Whether operands are rounded to bfloat16."""
+    return not case.startswith("f32") and (isa == "amx" or (isa == "avx512_bf16" and not _core.precise()))
 
 
 def bf16(a: np.ndarray) -> np.ndarray:
@@ -121,14 +123,14 @@ def test_low_rank(isa: str, rng: np.random.Generator, m: int, accumulate: bool) 
 
 @pytest.mark.parametrize("case", ["f32", "affine4-ragged", "nf4-crossing"])
 def test_error_is_at_most_twice_the_scalar_error(isa: str, rng: np.random.Generator, case: str) -> None:
-    """Root mean square over the matrix; the scalar reference is the naive sum, on tiles that of rounded operands."""
+    """Root mean square over the matrix; the scalar reference is the naive sum, or that of rounded operands."""
     stored = make(rng, case, 193, 577)
     weight, values = stored.core(), ref.decode(stored)
     x, dy = rng.standard_normal((70, 577), dtype=np.float32), rng.standard_normal((70, 193), dtype=np.float32)
     for op, a, w in ((_core.linear, x, values.T), (_core.linear_backward_input, dy, values)):
         exact = a.astype(np.float64) @ w
         error = np.sqrt(np.mean((op(a, weight) - exact) ** 2))
-        if on_tiles(isa, case):
+        if is_rounded(isa, case):
             naive = np.sqrt(np.mean((bf16(a) @ bf16(w) - exact) ** 2))
         else:
             _core.isa_select("scalar")
@@ -174,7 +176,10 @@ def test_has_the_bits_of_its_decoded_weight(isa: str, rng: np.random.Generator, 
         pytest.skip("quantized and float32 weights have kernels of their own")
     stored = make(rng, case, n, k)
     weight, x = stored.core(), rng.standard_normal((130, k), dtype=np.float32)
-    decoded = ref.StoredWeight("f32", 32, n, k, k, _core.decode(weight, 0, n)).core()
+    decoded = ref.StoredWeight("f32", 32, n, k, k, _core.decode(weight, 0, n))
+    if is_rounded(isa, case):  # float32 weights are not
+        decoded = ref.StoredWeight("bf16", 16, n, k, k, decoded.codes.astype(ml_dtypes.bfloat16).view(np.uint16))
+    decoded = decoded.core()
     for _ in range(2):
         for m in (_core.gemv_rows() + 1, 16, 31, 64, 65, 130):
             assert _core.linear(x[:m], weight).tobytes() == _core.linear(x[:m], decoded).tobytes(), m

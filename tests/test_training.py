@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference as ref
 from models import tiny_adapter, tiny_model
 from training_reference import Oracle
 
@@ -171,12 +172,12 @@ def large():
 
 
 def test_long_sequences_and_chunks_of_losses(isa):
-    """More tokens than logits are held for. AMX rounds to bfloat16 in each product unless asked not to."""
+    """More tokens than logits are held for. Some ISAs round to bfloat16 in each product unless asked not to."""
     setting, (wanted_loss, wanted) = large()
     for precise in (True, False):
         with ql.backend.use(precise=precise):
             loss, gradient = setting.accumulate()
-        rough = isa == "amx" and not precise
+        rough = isa in ref.ROUNDING and not precise
         assert loss == pytest.approx(wanted_loss, rel=1e-3 if rough else 1e-5)
         close(gradient, wanted, setting, 5e-2 if rough else 1e-4)
 

@@ -14,6 +14,7 @@
 QL_ROOF_PROTOTYPES(scalar)
 QL_ROOF_PROTOTYPES(avx2)
 QL_ROOF_PROTOTYPES(avx512)
+int64_t ql_roof_pairs_avx512_bf16(int64_t tasks, int64_t rounds); /* bf16 products in registers; returns the operations done */
 int64_t ql_roof_tile_amx(int64_t tasks, int64_t rounds); /* bf16 products of tiles in registers; returns the operations done */
 
 #endif

@@ -40,11 +40,14 @@ static PyObject *roof_fma(PyObject *self, PyObject *arguments) {
     return count_operations(arguments, selected_roof().fma);
 }
 
-/* bfloat16 products: of tiles where the selected ISA has them, else there is nothing faster than float32 */
+/* bfloat16 products: of tiles or of pairs where the selected ISA has them, else there is nothing faster than float32 */
 static PyObject *roof_tile(PyObject *self, PyObject *arguments) {
     (void)self;
 #ifdef QL_BUILT_AMX
     if (ql_isa_selected() >= QL_ISA_AMX) { return count_operations(arguments, ql_roof_tile_amx); }
+#endif
+#ifdef QL_BUILT_AVX512_BF16
+    if (ql_isa_selected() >= QL_ISA_AVX512_BF16) { return count_operations(arguments, ql_roof_pairs_avx512_bf16); }
 #endif
     return count_operations(arguments, selected_roof().fma);
 }

@@ -6,13 +6,19 @@
  *     for each block of KC: sum = fma(a[i, s], b[s, j], sum) for s in order; c[i, j] += sum
  * whatever m, the tile, the task or the number of threads: a row's result does not depend on the batch it is in.
  *
- * The file that includes this one has included vec_<isa>.h and defines GEMM_A_TRANSPOSED: 0, a is (m, k); 1, a is (k, m). */
+ * The file that includes this one has included vec_<isa>.h and defines GEMM_A_TRANSPOSED: 0, a is (m, k); 1, a is (k, m). Where it defines
+ * GEMM_PAIRS, a step is two values of k, both operands are rounded to bf16, and a word of a tile or a panel is a pair of them: v_multiply_pairs
+ * (pairs_avx512_bf16.h) takes the place of fma, and sums stay float32. */
 #ifndef QL_GEMM_BODY_H
 #define QL_GEMM_BODY_H
 
 #include "../core/sizes.h"
 #include "../quantlab.h"
 #include "places.h"
+
+#ifndef GEMM_PAIRS
+#define GEMM_PAIRS 0
+#endif
 
 #include <math.h>     /* INFINITY */
 #include <stdalign.h> /* alignas */
@@ -36,8 +42,8 @@ enum {
     MOST_FEW = 64,     /* rows of c: with so many, a panel is packed a span at a time, in the first-level cache, */
     SPAN = 128,        /* steps each, */
     FEW_TOGETHER = 16, /* and a task has so many panels at most, which share the packed rows of a */
-    PACK_A = 20,      /* packing a row of a takes as long as its products with so many columns */
-    PACK_B = 45       /* packing a column of b, as its products with so many rows */
+    PACK_A = GEMM_PAIRS ? 40 : 20, /* packing a row of a takes as long as its products with so many columns */
+    PACK_B = GEMM_PAIRS ? 100 : 45 /* packing a column of b, as its products with so many rows */
 };
 
 typedef struct gemm gemm;
@@ -57,6 +63,7 @@ struct gemm {
     /* the same for a panel, the NR columns from j on: *(panel + (s - k0) * NR + lane); NULL: pack_b alone */
     void (*pack_panel)(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j);
     int64_t m, n, k;
+    int64_t values;        /* of a row of a; steps are pairs of them */
     int64_t chunk, across; /* rows of a task; tasks side by side, which share the panels evenly */
     float *blocks;         /* (workers, BLOCK) */
     places workers;
@@ -68,6 +75,14 @@ static inline float *block_at(float *block, int64_t step, int64_t column) {
 }
 
 /* ---- the register tile --------------------------------------------------------------------------------------- */
+
+static inline vf multiply_words(vf a, vf b, vf sum) {
+#if GEMM_PAIRS
+    return v_multiply_pairs(a, b, sum);
+#else
+    return v_fma(a, b, sum);
+#endif
+}
 
 typedef enum { SET, ADD, GO_ON } tile_mode; /* c = sum; c += sum; c = sum, which begins at c */
 
@@ -91,8 +106,8 @@ static inline __attribute__((always_inline)) void tile(float *c, int64_t ldc, ti
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             vf x = v_set1(a[r * A_ROW]);
-            sum[r][0] = v_fma(x, b0, sum[r][0]);
-            sum[r][1] = v_fma(x, b1, sum[r][1]);
+            sum[r][0] = multiply_words(x, b0, sum[r][0]);
+            sum[r][1] = multiply_words(x, b1, sum[r][1]);
         }
         a += A_STEP, b += NR;
     }
@@ -134,15 +149,20 @@ static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_
     for (int64_t r = 0; r < rows; r++) {
         const float *row = g->a + (i + r) * g->lda;
         float *out = tile_a + r * A_ROW;
+#if GEMM_PAIRS
+        v_pairs_of_row(out, row, g->a_columns, 2 * k0, at_most(2 * k1, g->values));
+#else
         if (g->a_columns == NULL) {
             memcpy(out, row + k0, (size_t)(k1 - k0) * sizeof *out);
         } else {
             for (int64_t s = k0; s < k1; s++) { out[s - k0] = row[g->a_columns[s]]; }
         }
+#endif
     }
 #endif
 }
 
+#if !GEMM_PAIRS
 /* one row of a block from contiguous columns */
 static inline void pack_row(float *block, int64_t step, const float *row, int64_t columns) {
     for (int64_t j = 0; j < columns; j += NR) {
@@ -157,6 +177,7 @@ static void pad_block(float *block, int64_t steps, int64_t columns) {
         memset(block_at(block, s, columns), 0, (size_t)missing * sizeof *block);
     }
 }
+#endif
 
 /* ---- tasks --------------------------------------------------------------------------------------------------- */
 
@@ -204,6 +225,33 @@ static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t
     }
 }
 
+#if GEMM_PAIRS
+enum { PACK_SPAN = SPAN / 2 }; /* steps */
+
+/* *(panel + (s - k0) * NR + lane), steps [k0, k1), PACK_SPAN at most */
+static void pack_words(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
+    alignas(64) float values[SPAN * NR];
+    int64_t count = at_most(2 * k1, g->values) - 2 * k0;
+    g->pack_panel(values, g, 2 * k0, 2 * k0 + count, j);
+    v_pairs_of_rows(panel, values, NR, count);
+}
+
+static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    for (int64_t j = j0; j < j1; j += NR) {
+        for (int64_t k = k0; k < k1; k += PACK_SPAN) { pack_words(block_at(block, k - k0, j - j0), g, k, at_most(k + PACK_SPAN, k1), j); }
+    }
+}
+#else
+enum { PACK_SPAN = SPAN };
+
+static inline void pack_words(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) { g->pack_panel(panel, g, k0, k1, j); }
+
+static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+    g->pack_b(block, g, k0, k1, j0, j1);
+    pad_block(block, k1 - k0, j1 - j0);
+}
+#endif
+
 #if !GEMM_A_TRANSPOSED
 /* All rows of c, MOST_FEW at most, columns [j0, j1): sums of a panel go on from span to span, as those of a tile do in registers. */
 static void few_rows(const gemm *g, float *memory, int64_t j0, int64_t j1) {
@@ -213,9 +261,9 @@ static void few_rows(const gemm *g, float *memory, int64_t j0, int64_t j1) {
         int64_t end = at_most(k + KC, g->k);
         pack_a(a, g, 0, g->m, k, end);
         for (int64_t j = j0; j < j1; j += NR) {
-            for (int64_t s = k; s < end; s += SPAN) {
-                int64_t steps = at_most(SPAN, end - s);
-                g->pack_panel(panel, g, s, s + steps, j);
+            for (int64_t s = k; s < end; s += PACK_SPAN) {
+                int64_t steps = at_most(PACK_SPAN, end - s);
+                pack_words(panel, g, s, s + steps, j);
                 for (int64_t i = 0; i < g->m; i += rows) {
                     tiles[at_most(rows, g->m - i)](sums + i * NR, NR, s > k ? GO_ON : SET, a + i * A_ROW + s - k, panel, steps);
                 }
@@ -243,8 +291,7 @@ static void gemm_task(void *context, int64_t task) {
     float *block = g->blocks + worker * BLOCK;
     for (int64_t k = 0; k < g->k; k += KC) {
         int64_t steps = at_most(KC, g->k - k);
-        g->pack_b(block, g, k, k + steps, j0, j1);
-        pad_block(block, steps, j1 - j0);
+        pack_block(block, g, k, k + steps, j0, j1);
         multiply_rows(g, block, i0, i1, j0, j1, k, steps);
     }
     leave_place(&g->workers, worker);

@@ -9,6 +9,7 @@
 
 void ql_overlay_avx2(ql_backend *table);
 void ql_overlay_avx512(ql_backend *table);
+void ql_overlay_avx512_bf16(ql_backend *table);
 void ql_overlay_amx(ql_backend *table);
 
 /* the ops that have a kernel for every ISA, written once as <op>_body.h */
@@ -79,7 +80,7 @@ void ql_attention_first_avx512(attention_call *call);
  * for others pack the other operand, which costs more than such a product */
 enum { QL_FEW = 16 };
 
-#define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_amx params;
+#define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_avx512_bf16 params; void ql_##op##_amx params;
 QL_OPS(X)
 QL_FORMAT_OPS(X)
 #undef X

@@ -171,10 +171,12 @@ static void pack_transposed_panel(float *panel, const gemm *g, int64_t k0, int64
     transpose_span(panel, g->b, k0, k1, j);
 }
 
+#if !GEMM_PAIRS
 static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
     for (int64_t j = j0; j < j1; j += NR) {
         for (int64_t k = k0; k < k1; k += SPAN) { transpose_span(block_at(block, k - k0, j - j0), g->b, k, at_most(k + SPAN, k1), j); }
     }
 }
+#endif
 
 #endif

@@ -1,0 +1,35 @@
+/* linear_avx512_bf16.c: y = x W^T and dx = dy W for processors with bf16 products and no tiles: as linear_avx512.c, with x and W rounded to bf16, twice
+ * as many products an instruction. Float32 weights, ql_precise() and what takes few rows are left to AVX-512. */
+#include "pairs_avx512_bf16.h"
+
+#include "../formats/packed.h" /* QL_GEMV_ROWS */
+#include "overlay.h"
+
+#define GEMM_A_TRANSPOSED 0
+#define GEMM_PAIRS 1
+#include "gemm_body.h"
+#include "transposed_body.h"
+
+static int takes_pairs(const ql_weight *w) { return w->format != QL_F32 && !ql_precise(); }
+
+void ql_linear_forward_avx512_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
+    gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w, .pack_panel = pack_transposed_panel,
+              .m = m, .n = w->n, .k = pieces(w->k, 2), .values = w->k};
+    if (m <= QL_GEMV_ROWS || !takes_pairs(w) || !gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
+}
+
+void ql_linear_many_forward_avx512_bf16(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
+    if (m <= QL_GEMV_ROWS) { ql_linear_many_forward_avx512(products, count, x, m); return; }
+    for (int64_t i = 0; i < count; i++) { ql_linear_forward_avx512_bf16(products[i].y, x, products[i].w, m, 0); }
+}
+
+/* b = W: its rows are the steps */
+static void pack_rows_panel(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
+    ql_decode_forward_avx512(panel, NR, g->b, k0, k1, j, at_most(j + NR, g->n));
+}
+
+void ql_linear_backward_input_avx512_bf16(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
+    gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w, .pack_panel = pack_rows_panel,
+              .m = m, .n = w->k, .k = pieces(w->n, 2), .values = w->n};
+    if (!takes_pairs(w) || !gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
+}
