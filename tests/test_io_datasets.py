@@ -199,7 +199,7 @@ def test_load_text(tmp_path: Path) -> None:
     assert load_text(path) == "one" and read_lines(path) == ["one"]
     for content, message in ((b"", "0 bytes"), (b"\xff\xfe", "not UTF-8"), (b" \n", "white space")):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"a\.txt: .*{message}"):
             load_text(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_text(tmp_path / "b.txt")

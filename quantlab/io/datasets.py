@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from quantlab.io.files import read_text
+
 STANCES = ("stance_abortion", "stance_atheism", "stance_climate", "stance_feminist", "stance_hillary")
 TASKS = ("emoji", "emotion", "hate", "irony", "offensive", "sentiment", *STANCES)
 SPLITS = {"train": "train", "val": "validation", "test": "test"}  # GitHub's names: the hub's
@@ -26,7 +28,6 @@ LIMA_ID, LIMA_FILE = "GAIR/lima", "train.jsonl"
 DEMO_NAMES = ["negative", "neutral", "positive"]
 DEMO_COUNTS = (1087, 768, 2345)  # negative, neutral, positive
 DEMO_THRESHOLD = 0.5  # mean rating, of -4 to 4, at which a tweet counts as negative or positive
-MAX_TEXT = 1 << 30  # bytes of a text file
 
 Labelled = tuple[list[str], np.ndarray, list[str]]
 
@@ -218,25 +219,13 @@ def load_text(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"text: {path}: no such file")
-    size = path.stat().st_size
-    if not 0 < size <= MAX_TEXT:
-        raise ValueError(f"text: {path} has {size} bytes, accepted: 1 to {MAX_TEXT}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # a byte order mark, as Windows writes it, is no text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text: {path} is not UTF-8 (byte {error.start})") from None
+    text = read_text(path)
     if not text.strip():
-        raise ValueError(f"text: {path} holds only white space")
+        raise ValueError(f"{path}: holds {'only white space' if text else '0 bytes'}, expected text")
     return text
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """Lines of a UTF-8 file, parted by line feeds alone (a tweet may hold other line breaks), without the last's."""
-    path = Path(path)
-    if path.stat().st_size > MAX_TEXT:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_TEXT} are accepted")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    text = read_text(path)
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 256,000 tokens has about 35 MB
+MAX_TEXT = 1 << 30  # bytes of a text file
 
 
 @contextmanager
@@ -34,6 +35,19 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> int:
     with atomic_writer(path) as file:
         file.write(data)
     return len(data)
+
+
+def read_text(path: str | os.PathLike[str], at_most: int = MAX_TEXT) -> str:
+    """A UTF-8 text file, without the byte order mark that Windows writes; ValueError with the file's name where it is
+    none or has more than `at_most` bytes."""
+    path = Path(path)
+    size = path.stat().st_size
+    if size > at_most:
+        raise ValueError(f"{path}: {size} bytes, at most {at_most} are accepted")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

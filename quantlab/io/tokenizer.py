@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantlab.io.files import MAX_JSON, read_json
+from quantlab.io.files import MAX_JSON, read_json, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +67,7 @@ def directory_chat_template(folder: Path) -> str | None:
     """The default chat template of a directory (chat_template.jinja, or the one inside tokenizer_config.json)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text("utf-8")
+        return read_text(path, MAX_JSON)
     template = _config(folder).get("chat_template")
     if isinstance(template, list):  # several named ones
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
