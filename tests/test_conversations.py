@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -97,6 +98,24 @@ def test_the_models_own_template_is_used(tmp_path):
     assert chat_template(model, "{{ messages[0].content }}").name == "given"
     ids = model.apply_chat_template(MESSAGES[:1])
     assert ids[0] == 1 and text_of(model, ids) == "<s><|user|>Is it?</s><|assistant|>"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_template_is_there_though_its_folder_is_gone(tmp_path, file):
+    path = save_tiny(tmp_path / "tiny")
+    (path / file).write_text(json.dumps({"chat_template": LLAMA3}) if file.endswith("json") else LLAMA3)
+    model = ql.LlamaForCausalLM.from_pretrained(path)
+    shutil.rmtree(path)
+    model.save_pretrained(tmp_path / "again")
+    for one in (model, ql.LlamaForCausalLM.from_pretrained(tmp_path / "again")):
+        assert text_of(one, one.apply_chat_template(MESSAGES[:1])) == "<s><|user|>Is it?</s><|assistant|>"
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    path = save_tiny(tmp_path / "tiny")
+    (path / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8 \(byte 3\)"):
+        ql.LlamaForCausalLM.from_pretrained(path)
 
 
 def test_what_transformers_gives_to_templates():

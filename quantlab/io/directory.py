@@ -190,13 +190,14 @@ class DirectoryCheckpoint(Checkpoint):
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
+        _ = self.chat_template  # read with it: a model outlives its directory
         return directory_tokenizer(self.path)
 
     @cached_property
     def tokenizer_files(self) -> dict[str, bytes]:
         return directory_tokenizer_files(self.path)
 
-    @property
+    @cached_property
     def chat_template(self) -> str | None:
         return directory_chat_template(self.path)
 

@@ -58,9 +58,13 @@ def directory_tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 def files_to_save(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """{name: content} of what is written beside a model for its tokenizer: the files of the checkpoint that it is from,
-    or the tokenizer alone where there is none, or its directory is gone."""
+    or the tokenizer and the chat template that were read where there are none, or their directory is gone."""
     files = checkpoint.tokenizer_files if checkpoint is not None else {}
-    return files or ({} if tokenizer is None else {"tokenizer.json": tokenizer.to_str(pretty=True).encode()})
+    if files or tokenizer is None:
+        return files
+    template = checkpoint.chat_template if checkpoint is not None else None
+    files = {} if template is None else {"chat_template.jinja": template.encode()}
+    return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **files}
 
 
 def directory_chat_template(folder: Path) -> str | None:
