@@ -63,7 +63,7 @@ def test_cholesky(k: int) -> None:
     x = np.random.default_rng(k).standard_normal((2 * k, k))
     matrix = x.T @ x
     expected = np.linalg.cholesky(matrix)
-    for isa in (isa for isa, usable in ql.info()["isa"]["usable"].items() if usable):
+    for isa in [name for name, usable in ql.info()["isa"]["usable"].items() if usable]:
         found = []
         for threads in (1, 2):
             lower = np.where(np.tri(k, dtype=bool), matrix, np.nan)
