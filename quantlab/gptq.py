@@ -21,7 +21,7 @@ import numpy as np
 from quantlab import _core
 from quantlab.arrays import as_float32
 from quantlab.config import GPTQConfig
-from quantlab.weight import QuantWeight, check_finite
+from quantlab.weight import QuantWeight, check_finite, check_scales
 
 DAMP_STEP = 0.01  # added to damp_percent each time the Hessian turns out not to be positive definite
 THREADED_SOLVE = 4096  # columns from which LAPACK's own threads pay; below, they and ours wait for each other
@@ -279,8 +279,9 @@ def quantize(
     residual (n, k): sum over tokens of (r_full - r) x^T, r the residual stream that the outputs are added to.
     Both aim at the unquantized model: W' = W + (W drift + residual) (H + lambda I)^-1 is quantized in place of W.
 
-    Raises ValueError where shapes do not fit, NumericError, naming the layer, where W or H is not finite or no damping
-    makes H positive definite (it is raised by 0.01 at a time; the report says what was used).
+    Raises ValueError where shapes do not fit, NumericError, naming the layer, where W or H is not finite, W too large
+    for float16 scales, or no damping makes H positive definite (it is raised by 0.01 at a time; the report says what
+    was used).
     """
     load = {name: lambda: as_float32(w, name)}
     if not isinstance(hessian, Hessian):
@@ -358,6 +359,7 @@ def _quantize_matrix(
         w, config.bits, config.sym, _SEARCH[config.scale_search], fixed, whole_row and config.scale_search != "hessian",
         config.block_stale_scales, True, reordered,
     )  # fmt: skip
+    check_scales(scales, config.bits, name)
     report = GPTQReport(
         name, (len(w), hessian.k), config.bits, float(loss.sum()), factor.damp_percent, int(factor.dead.sum()),
         hessian.tokens, time.perf_counter() - started,

@@ -72,7 +72,8 @@ def quantize(
     a layer are bfloat16 there, the rest is as exact as on the CPU. The result is where the model is, of a source on
     the CPU: `.to("cuda")` moves it.
 
-    Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite.
+    Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite or
+    too large for the scales of the format.
     """
     if not isinstance(config, QuantizationConfig):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,6 +18,7 @@ from quantlab.config import GPTQConfig, Int8Config, NF4Config, QuantizationConfi
 FLOAT_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 FORMATS = (*FLOAT_BITS, "int8", "affine", "nf4", "fp4")
 SCALE_BLOCK = 256  # block scales that share one nested scale in double quantization
+FLOAT16_MAX = 65504  # also the largest scale of an affine weight: checkpoints hold float16
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,8 @@ class QuantWeight:
 
         NF4 and FP4 give bitsandbytes' codes and scales to the last bit, Int8 those of LLM.int8(). GPTQ needs inputs:
         use `quantlab.quantize` (a model) or `quantlab.gptq.quantize` (one matrix and its Hessian).
-        Raises quantlab.NumericError where `w` holds NaN or infinity."""
+        Raises quantlab.NumericError where `w` holds NaN or infinity, or numbers too large for the scales of `config`
+        (float16 for RTN: a group may span less than 65504 * (2^bits - 1))."""
         array = as_float32(w, name)
         _check_matrix(array, name)
         if isinstance(config, GPTQConfig):
@@ -105,11 +108,11 @@ class QuantWeight:
             )
         check_finite(array, name)
         if isinstance(config, NF4Config):  # FP4Config is one
-            return _quantize_4bit(array, config)
+            return _quantize_4bit(array, config, name)
         if isinstance(config, Int8Config):
             return _quantize_int8(array, config)
         if isinstance(config, RTNConfig):
-            return _quantize_rtn(array, config)
+            return _quantize_rtn(array, config, name)
         raise TypeError(f"config: got {type(config).__name__}, expected NF4Config, FP4Config, RTNConfig or Int8Config")
 
     # ---- used -----------------------------------------------------------------------------------------------------
@@ -232,10 +235,26 @@ def check_finite(array: np.ndarray, name: str = "weight") -> None:
         raise _core.NumericError(f"{name}: {array.flat[index]} at [{place}]; every element must be a finite number")
 
 
-def _quantize_4bit(w: np.ndarray, config: NF4Config) -> QuantWeight:
+def check_scales(scales: np.ndarray, bits: int, name: str) -> None:
+    """quantlab.NumericError naming the row where the scale of an affine weight, (n, groups), went as far as it goes:
+    the codes of larger weights are cut."""
+    if scales.max() >= FLOAT16_MAX:
+        row, most = int(scales.max(axis=1).argmax()), FLOAT16_MAX * ((1 << bits) - 1)
+        raise _core.NumericError(
+            f"{name}: a group of row {row} spans {most:,} or more, which at {bits} bits takes a scale beyond float16's "
+            f"{FLOAT16_MAX}; the scales of NF4Config, FP4Config and Int8Config are float32"
+        )
+
+
+def _quantize_4bit(w: np.ndarray, config: NF4Config, name: str) -> QuantWeight:
     codes, scales = _core.quantize(w, config.method, config.block_size)
     meta = config.to_dict()
     nested = DoubleQuant(*_core.double_quantize(scales)) if config.double_quant else None
+    if nested is not None and not math.isfinite(np.float32(nested.absmax.max()) + np.float32(nested.offset)):
+        raise _core.NumericError(
+            f"{name}: got block scales up to {scales.max():g}, whose float32 mean or nested scales overflow with "
+            "double_quant=True; expected smaller weights, or double_quant=False"
+        )
     plain = None if config.double_quant else scales
     return QuantWeight(config.method, 4, _shape(w), config.block_size, codes, plain, double_quant=nested, meta=meta)
 
@@ -246,8 +265,9 @@ def _quantize_int8(w: np.ndarray, config: Int8Config) -> QuantWeight:
     return QuantWeight("int8", 8, (n, k), k, codes.reshape(n, k), scales, meta=config.to_dict())
 
 
-def _quantize_rtn(w: np.ndarray, config: RTNConfig) -> QuantWeight:
+def _quantize_rtn(w: np.ndarray, config: RTNConfig, name: str) -> QuantWeight:
     n, k = w.shape
     group = k if config.group_size == -1 else config.group_size
     codes, scales, zeros = _core.quantize_rtn(w, config.bits, group, config.sym)
+    check_scales(scales, config.bits, name)
     return QuantWeight("affine", config.bits, (n, k), group, codes, scales, zeros, meta=config.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import ml_dtypes
@@ -59,9 +60,20 @@ def rtn_reference(w: np.ndarray, bits: int, group: int, sym: bool):
     return codes, scales, zeros
 
 
+def rtn(w: np.ndarray, bits: int, group: int, sym: bool, cut: bool) -> ql.QuantWeight:
+    """cut: whether the codes of large weights are cut, which the op does and from_float refuses."""
+    config = ql.RTNConfig(bits, group, sym)
+    if not cut:
+        return ql.QuantWeight.from_float(w, config)
+    with pytest.raises(ql.NumericError, match=rf"^w: a group of row \d+ spans {65504 * (2**bits - 1):,} or more"):
+        ql.QuantWeight.from_float(w, config, name="w")
+    group = w.shape[1] if group == -1 else group
+    return ql.QuantWeight("affine", bits, w.shape, group, *_core.quantize_rtn(w, bits, group, sym))
+
+
 def assert_rtn(w: np.ndarray, bits: int, group: int, sym: bool) -> None:
-    weight = ql.QuantWeight.from_float(w, ql.RTNConfig(bits, group, sym))
     codes, scales, zeros = rtn_reference(w, bits, group, sym)
+    weight = rtn(w, bits, group, sym, cut=scales.max() == 65504)
     np.testing.assert_array_equal(weight.stored_codes(), codes)
     assert weight.scales.tobytes() == scales.tobytes()
     assert weight.zeros is None if sym else np.array_equal(weight.zeros, zeros)
@@ -108,8 +120,22 @@ def test_rtn_hard_groups(isa, sym):
     rows[7] *= np.float32(1e-42)
     for bits in (2, 3, 4, 8):
         assert_rtn(rows, bits, 32, sym)
-        weight = ql.QuantWeight.from_float(rows, ql.RTNConfig(bits, 32, sym))
+        weight = rtn(rows, bits, 32, sym, cut=True)
         assert np.isfinite(weight.dequantize()).all() and not weight.dequantize()[0].any()
+
+
+@pytest.mark.parametrize("config", [ql.NF4Config(), ql.FP4Config(), ql.Int8Config()], ids=lambda c: c.method)
+def test_formats_with_float32_scales_take_the_largest_weights(isa, config):
+    w = matrix((8, 64))
+    w *= np.float32(3.4e38) / np.abs(w).max()
+    plain = ql.QuantWeight.from_float(w, config).dequantize()
+    small = ql.QuantWeight.from_float(w * np.float32(2.0**-100), config).dequantize()
+    np.testing.assert_array_equal(plain, small * np.float32(2.0**100))
+    if config.method != "int8":
+        nested = dataclasses.replace(config, double_quant=True)
+        assert np.isfinite(ql.QuantWeight.from_float(w / 1000, nested).dequantize()).all()
+        with pytest.raises(ql.NumericError, match=r"^w: got block scales up to 3\.4e\+38, .* expected smaller weights"):
+            ql.QuantWeight.from_float(w, nested, name="w")
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
