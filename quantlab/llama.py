@@ -15,7 +15,7 @@ from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
 from quantlab.progress import progress
 from quantlab.rope import rope_parameters, rope_tables
 from quantlab.token_rows import Ids, one_row, text_ids, to_sequences
-from quantlab.weight import QuantWeight
+from quantlab.weight import DTYPE_NAMES, QuantWeight, cast, cast_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from quantlab.io import Checkpoint
     from quantlab.lora import Adapter
 
-DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 DTYPES = (*DTYPE_NAMES.values(), "auto")
 BATCH_TOKENS = 4096  # tokens that one C call works on: bounds the workspace
 # what from_pretrained of transformers takes, and what does the same here
@@ -158,7 +157,7 @@ class Llama:
                 if module.endswith("norm"):
                     vectors[module] = checkpoint.vector(module)
                 else:
-                    weights[module] = cast_weight(checkpoint.weight(module), dtype)
+                    weights[module] = cast_weight(checkpoint.weight(module), dtype, module)
                 bar.advance()
         return cls(checkpoint.config, weights, vectors, checkpoint.tokenizer, checkpoint, **extra)
 
@@ -227,11 +226,11 @@ class Llama:
 
     def saved_weights(self) -> dict[str, QuantWeight]:
         """The matrices that `save_pretrained` writes."""
-        return {module: cast_weight(weight, self.saved_dtype) for module, weight in self.weights.items()}
+        return {module: cast_weight(weight, self.saved_dtype, module) for module, weight in self.weights.items()}
 
     def saved_vectors(self) -> dict[str, np.ndarray]:
         """The gains of norms that `save_pretrained` writes."""
-        return {module: vector.astype(numpy_dtype(self.saved_dtype)) for module, vector in self.vectors.items()}
+        return {module: cast(vector, self.saved_dtype, module) for module, vector in self.vectors.items()}
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> dict[str, int]:
         """Writes a checkpoint directory in the layout that the weights ask for, floats in `saved_dtype`; returns the
@@ -484,17 +483,3 @@ def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
     filled = np.zeros((_core.gemv_rows() + 1, x.shape[1]), np.float32)
     filled[: len(x)] = x
     return _core.linear(filled, weight.handle)[: len(x)]
-
-
-def cast_weight(weight: QuantWeight, dtype: str) -> QuantWeight:
-    """A float matrix in `dtype`; a quantized one, or any with dtype "auto", as it is."""
-    if dtype == "auto" or DTYPE_NAMES.get(weight.format, dtype) == dtype:
-        return weight
-    return QuantWeight.from_array(weight.dequantize().astype(numpy_dtype(dtype)))
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """NumPy's dtype of float32, bfloat16 or float16."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

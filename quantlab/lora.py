@@ -24,9 +24,9 @@ from quantlab.config import (
     TaskType,
 )
 from quantlab.io import peft
-from quantlab.llama import Llama, cast_weight
+from quantlab.llama import Llama
 from quantlab.llama_config import LINEARS, layer_modules
-from quantlab.weight import FLOAT_BITS, QuantWeight
+from quantlab.weight import FLOAT_BITS, QuantWeight, cast_weight
 
 Model = TypeVar("Model", bound=Llama)
 
@@ -273,4 +273,4 @@ def _stored(dense: np.ndarray, old: QuantWeight, config: QuantizationConfig | No
     if config is not None:
         return QuantWeight.from_float(dense, config, name=module)
     dtype = {"f16": "float16", "bf16": "bfloat16"}.get(old.format, "float32")
-    return cast_weight(QuantWeight.from_array(dense, module), dtype)
+    return cast_weight(QuantWeight.from_array(dense, module), dtype, module)

@@ -15,12 +15,12 @@ from quantlab.calibration import ADDED_TO_RESIDUAL, STAGES, Activations, Inputs,
 from quantlab.config import GPTQConfig, QuantizationConfig
 from quantlab.cuda import device_number
 from quantlab.device_calibration import DeviceActivations
-from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, cast_weight, layer_modules
+from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, layer_modules
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
 from quantlab.token_rows import Texts, are_ids, listed, to_sequences
-from quantlab.weight import FLOAT_BITS, QuantWeight
+from quantlab.weight import FLOAT_BITS, QuantWeight, cast_weight
 
 if TYPE_CHECKING:
     from quantlab.io import Checkpoint
@@ -72,8 +72,8 @@ def quantize(
     a layer are bfloat16 there, the rest is as exact as on the CPU. The result is where the model is, of a source on
     the CPU: `.to("cuda")` moves it.
 
-    Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite or
-    too large for the scales of the format.
+    Raises ValueError for what is not accepted, quantlab.NumericError, naming the matrix, where numbers are not finite,
+    or too large for the scales of the format.
     """
     if not isinstance(config, QuantizationConfig):
         raise TypeError(
@@ -122,7 +122,7 @@ def _build(source: Any, llama: LlamaConfig, weights: Mapping[str, QuantWeight]) 
     if hasattr(source, "replace"):
         return source.replace(weights)
     outer = [module for module in ("model.embed_tokens", "lm_head") if source.has(module)]
-    rest = {module: cast_weight(source.weight(module), source.kept_dtype) for module in outer}
+    rest = {module: cast_weight(source.weight(module), source.kept_dtype, module) for module in outer}
     norms = [f"model.layers.{i}.{name}" for i in range(llama.num_hidden_layers) for name in _NORMS]
     vectors = {module: source.vector(module) for module in (*norms, "model.norm")}
     return LlamaForCausalLM(llama, {**rest, **weights}, vectors, source.tokenizer, source)

@@ -15,6 +15,7 @@ from quantlab import _core
 from quantlab.arrays import as_array, as_float32
 from quantlab.config import GPTQConfig, Int8Config, NF4Config, QuantizationConfig, RTNConfig
 
+DTYPE_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 FLOAT_BITS = {"f32": 32, "f16": 16, "bf16": 16}
 FORMATS = (*FLOAT_BITS, "int8", "affine", "nf4", "fp4")
 SCALE_BLOCK = 256  # block scales that share one nested scale in double quantization
@@ -216,6 +217,27 @@ def linear(x: Any, w: QuantWeight) -> np.ndarray:
     if array.ndim < 1 or array.shape[-1] != k:
         raise ValueError(f"x: got shape {array.shape}, expected (..., {k}) for a weight of shape {w.shape}")
     return _core.linear(array.reshape(-1, k), w.handle).reshape(*array.shape[:-1], n)
+
+
+def cast_weight(weight: QuantWeight, dtype: str, name: str = "weight") -> QuantWeight:
+    """A float matrix in `dtype`; a quantized one, or any with dtype "auto", as it is."""
+    if dtype == "auto" or DTYPE_NAMES.get(weight.format, dtype) == dtype:
+        return weight
+    return QuantWeight.from_array(cast(weight.dequantize(), dtype, name))
+
+
+def cast(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """float32 values in float32, bfloat16 or float16, rounded to nearest even; NumericError where a finite one would
+    become infinite in float16."""
+    import ml_dtypes
+
+    try:
+        with np.errstate(over="raise"):
+            return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    except FloatingPointError:
+        most = np.abs(values[np.isfinite(values)]).max()
+        wanted = "expected 65504 at most; hold the model in bfloat16 or float32"
+        raise _core.NumericError(f"{name}: got {most:g}, which float16 does not hold: {wanted}") from None
 
 
 def _shape(array: np.ndarray) -> tuple[int, int]:

@@ -128,6 +128,19 @@ def test_nan_weights_are_named(broken):
             ql.quantize(model, config, calibration=calibration, progress=False)
 
 
+def test_what_float16_cannot_hold_is_named(broken, tmp_path):
+    from hostile import tensor_edit
+
+    tensor_edit(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), -1e5))(broken)
+    fails(lambda: ql.LlamaForCausalLM.from_pretrained(broken, dtype="float16"), "layers.1.mlp.up_proj: got 100000,")
+    tensor_edit(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 5), np.inf))(broken)
+    model = ql.LlamaForCausalLM.from_pretrained(broken, dtype="float16")  # as it came
+    model.vectors["model.norm"][2] = 1e6
+    fails(lambda: model.save_pretrained(tmp_path / "out"), "model.norm: got 1e+06, which float16 does not hold")
+    assert not (tmp_path / "out").exists()
+    assert ql.LlamaForCausalLM.from_pretrained(broken, dtype="bfloat16").save_pretrained(tmp_path / "out")
+
+
 # ---- wrong arguments, in Python ----
 
 SMALL = np.zeros((4, 8), np.float32)

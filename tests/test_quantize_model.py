@@ -21,7 +21,8 @@ import quantlab as ql
 from quantlab import _core, gptq
 from quantlab.calibration import STAGES, Activations, chunks_of
 from quantlab.config import GPTQConfig
-from quantlab.llama import LlamaForCausalLM, cast_weight, layer_modules
+from quantlab.llama import LlamaForCausalLM, layer_modules
+from quantlab.weight import cast_weight
 
 CONFIGS = [
     ql.NF4Config(),

@@ -33,7 +33,7 @@ class ModelStages:
     def quantize(self, cell: Cell, variant: Variant, model: Any) -> Any:
         """The quantized model; its float matrices other than the head in `Checkpoint.kept_dtype`."""
         import quantlab
-        from quantlab.llama import cast_weight
+        from quantlab.weight import cast_weight
 
         calibration = self.calibrate(cell, model) if variant.method == "gptq" else None
         work = self.work_path(cell)
@@ -48,7 +48,7 @@ class ModelStages:
         cell.metric("quantization_time", reading.duration_s, "s", 1, higher_is_better=False)
         cell.record["quantization_report"] = model.quantization_report
         dtype = model.checkpoint.kept_dtype
-        rest = {name: cast_weight(weight, dtype) for name, weight in model.weights.items() if name != "score"}
+        rest = {name: cast_weight(weight, dtype, name) for name, weight in model.weights.items() if name != "score"}
         return model.replace({name: weight for name, weight in rest.items() if weight is not model.weights[name]})
 
     def calibrate(self, cell: Cell, model: Any) -> np.ndarray:

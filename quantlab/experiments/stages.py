@@ -221,12 +221,12 @@ def causal(model: Any) -> Any:
     """The language model on a classifier's backbone. Its output matrix is the embedding, or the checkpoint's own in
     `kept_dtype`."""
     from quantlab import LlamaForCausalLM
-    from quantlab.llama import cast_weight
+    from quantlab.weight import cast_weight
 
     weights = {name: weight for name, weight in model.weights.items() if name != "score"}
     checkpoint = model.checkpoint
     if not model.config.tie_word_embeddings and checkpoint is not None and checkpoint.has("lm_head"):
-        weights["lm_head"] = cast_weight(checkpoint.weight("lm_head"), checkpoint.kept_dtype)
+        weights["lm_head"] = cast_weight(checkpoint.weight("lm_head"), checkpoint.kept_dtype, "lm_head")
     return LlamaForCausalLM(model.config, weights, model.vectors, model.tokenizer, checkpoint, model.device)
 
 
