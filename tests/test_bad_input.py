@@ -357,8 +357,23 @@ SHELL: dict[str, tuple[int, list[str], str]] = {
     "a model for an adapter": (2, ["generate", "{good}", "hi", "--adapter", "{good}"], "adapter_config.json"),
     "no text": (2, ["perplexity", "{good}", "--text", "{tmp}/none.txt"], "none.txt"),
     "a text that is a directory": (2, ["perplexity", "{good}", "--text", "{tmp}/empty"], "is a directory"),
-    "text that is not UTF-8": (1, ["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
-    "an empty text": (1, ["perplexity", "{good}", "--text", "{tmp}/empty.txt"], "0 bytes"),
+    "text that is not UTF-8": (2, ["perplexity", "{good}", "--text", "{tmp}/latin.txt"], "UTF-8"),
+    "an empty text": (
+        2,
+        ["perplexity", "{good}", "--text", "{tmp}/empty.txt"],
+        "--text: {tmp}/empty.txt: holds 0 bytes",
+    ),
+    "a study's text that is none": (
+        2,
+        ["lima", "--out", "{tmp}/out", "--perplexity-text", "{tmp}/latin.txt"],
+        "--perplexity-text: {tmp}/latin.txt: not UTF-8",
+    ),
+    "a text of one token": (2, ["perplexity", "{good}", "--text", "{tmp}/letter.txt"], "--text: 1 tokens"),
+    "calibration that is not UTF-8": (
+        2,
+        ["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/latin.txt"],
+        "--calibration: {tmp}/latin.txt: not UTF-8 (byte 1)",
+    ),
     "no calibration": (2, ["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/none.txt"], "none.txt"),
     "too little calibration": (2, ["quantize", "{good}", "{tmp}/out", "--calibration", "{tmp}/text.txt"], "tokens"),
     "a resume_dir that is a file": (
@@ -397,6 +412,7 @@ def test_shell(capfd, good, tmp_path, name):
     (tmp_path / "text.txt").write_text("a few words")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "letter.txt").write_text("a")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     before = snapshot(tmp_path)

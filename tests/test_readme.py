@@ -48,7 +48,7 @@ def test_shell_line_parses(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in {word for word in words if not word.startswith("-")}:  # what a call names must be there
         if "." in name:
-            (tmp_path / name).touch()
+            (tmp_path / name).write_text("words")
             continue
         (tmp_path / name).mkdir()  # a model, an adapter and a run
         for file in ("model.safetensors", "adapter_config.json", "adapter_model.safetensors"):

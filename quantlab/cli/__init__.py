@@ -1,8 +1,9 @@
 """The shell: `quantlab <command>`. Each command turns words into one call of the library and shows its result.
 
 Exit status: 0 done, 1 the job failed, 2 the call was wrong (an option's value, two that do not go together, a file or
-directory that is not there or is of another kind), 130 interrupted; what is damaged has failed. An error is one line;
-`--debug` adds the traceback. Heavy modules are imported inside the commands, so that `quantlab --help` is quick.
+directory that is not there or is of another kind, a text file without text), 130 interrupted; what is damaged has
+failed. An error is one line; `--debug` adds the traceback. Heavy modules are imported inside the commands, so that
+`quantlab --help` is quick.
 """
 
 from __future__ import annotations

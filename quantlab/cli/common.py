@@ -90,12 +90,22 @@ def known_device(name: str | None) -> str | None:
     return name
 
 
-def file_or(word: str) -> Callable[[str | None], str | None]:
-    """The check of an option that is `word` or names a file."""
+def known_text(file: Path | None) -> Path | None:
+    """A text file that holds text: told before the model is read, or hours of a study."""
+    from quantlab.io.datasets import load_text
+
+    if file is not None:
+        with wrong_call("text"):
+            load_text(file)
+    return file
+
+
+def text_or(word: str) -> Callable[[str | None], str | None]:
+    """The check of an option that is `word` or names a text file."""
 
     def check(name: str | None) -> str | None:
-        if name is not None and name != word and not Path(name).is_file():
-            raise typer.BadParameter(f"file {name!r} does not exist")  # as the parser says of options that are paths
+        if name is not None and name != word:
+            known_text(Path(name))
         return name
 
     return check

@@ -14,13 +14,14 @@ from quantlab.cli.common import (
     Json,
     Local,
     Source,
-    file_or,
     gigabytes,
     known_adapter,
     known_source,
+    known_text,
     print_json,
     print_table,
     require_new,
+    text_or,
     told_warnings,
     told_what_is_kept,
     wrong_call,
@@ -207,7 +208,7 @@ def quantize(
     damp_percent: Annotated[float | None, typer.Option(help="gptq: damping (0.01).")] = None,
     recommended: Annotated[bool | None, typer.Option("--recommended", help="gptq: the best settings known.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help='gptq: a text file, or "demo" for the tweets.', callback=file_or("demo"))
+        str | None, typer.Option(help='gptq: a text file, or "demo" for the tweets.', callback=text_or("demo"))
     ] = None,
     samples: Annotated[int, typer.Option(help="gptq: rows of calibration text.")] = 32,
     context: Annotated[int, typer.Option(help="gptq: tokens a row.")] = 512,
@@ -261,7 +262,7 @@ def kept_layers(method: str, resume_dir: Path | None) -> str:
 
 def perplexity(
     source: Source,
-    text: Annotated[Path, typer.Option(help="A text file.", exists=True, dir_okay=False)],
+    text: Annotated[Path, typer.Option(help="A text file.", exists=True, dir_okay=False, callback=known_text)],
     context: Annotated[int, typer.Option(help="Tokens a chunk.", min=2)] = 2048,
     max_tokens: Annotated[int | None, typer.Option(help="Read no more than this.", min=2)] = None,
     dtype: Dtype = "float32",
@@ -275,7 +276,7 @@ def perplexity(
 
     content = load_text(text)
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
-    with told_warnings():
+    with wrong_call("text_or_ids", "--text: "), told_warnings():
         result = model.perplexity(content, context=context, max_tokens=max_tokens)
     if as_json:
         print_json(result)

@@ -13,13 +13,14 @@ from quantlab.cli.common import (
     Device,
     Json,
     Local,
-    file_or,
     gigabytes,
     known_device,
     known_source,
+    known_text,
     print_json,
     print_table,
     require_source,
+    text_or,
     told_what_is_kept,
     wrong_call,
 )
@@ -96,7 +97,7 @@ def tweeteval(
     perplexity_text: Annotated[
         str | None,
         typer.Option(
-            help='A text file, or "task": the test tweets.', callback=file_or("task"), show_default="task; seed: none"
+            help='A text file, or "task": the test tweets.', callback=text_or("task"), show_default="task; seed: none"
         ),
     ] = None,
     country: Country = None,
@@ -150,7 +151,13 @@ def lima(
     ] = None,
     perplexity_text: Annotated[
         Path | None,
-        typer.Option(help="A text file: its perplexity too.", exists=True, dir_okay=False, show_default="none"),
+        typer.Option(
+            help="A text file: its perplexity too.",
+            exists=True,
+            dir_okay=False,
+            callback=known_text,
+            show_default="none",
+        ),
     ] = None,
     country: Country = None,
     device: StudyDevice = None,
