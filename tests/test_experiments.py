@@ -341,8 +341,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_log_goes_on_after_a_line_that_was_cut(tmp_path):
     with Run(tmp_path, "test", {}) as run:
         run.log(event="one")
-        with open(tmp_path / "logs" / "metrics.jsonl", "a") as file:
-            file.write('{"event": "cu')
+        with open(tmp_path / "logs" / "metrics.jsonl", "ab") as file:
+            file.write(b'{"event": "cu\xe2\x82')
         run.log(event="two")
     assert [event["event"] for event in read_log(tmp_path)] == ["one", "two"]
 

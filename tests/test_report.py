@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from synthetic_run import INVENTED, make_run
 
+from quantlab import cli
 from quantlab.experiments.record import RecordError, Run
 from quantlab.report import build_report, figure, numbers, plots, published, tables
 from quantlab.report.records import COLOURS, title
@@ -185,6 +187,26 @@ def test_what_cannot_be_reported_is_refused(tmp_path, content, message):
     with pytest.raises(RecordError, match=message):
         build_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cells/nf4-*.json", lambda raw: raw[: len(raw) // 2], r"line 11 column \d+"),
+        ("cells/nf4-*.json", lambda raw: b"", "line 1 column 1"),
+        ("cells/nf4-*.json", lambda raw: b"\xff" + raw, "can't decode byte 0xff"),
+        ("cells/nf4-*.json", lambda raw: b"[]", "got list"),
+        ("cells/nf4-*.json", lambda raw: raw.replace(b'"metrics"', b'"m"'), "its field metrics is nothing"),
+        ("config.json", lambda raw: raw[:-9], r"line \d+ column"),
+        ("config.json", lambda raw: raw.replace(b'"config"', b'"c"'), "its field config is NoneType"),
+    ],
+)
+def test_a_damaged_record_is_named_with_what_to_do(capsys, run, tmp_path, name, change, message):
+    path = next(Path(shutil.copytree(run, tmp_path / "run")).glob(name))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(RecordError, match=rf"^{re.escape(str(path))}: .*{message}.*; delete it and run the"):
+        build_report(tmp_path / "run")
+    assert cli.main(["report", str(tmp_path / "run")]) == 1 and str(path) in capsys.readouterr().err
 
 
 def test_what_is_said_of_a_run_that_was_interrupted_at_once(tmp_path):

@@ -230,11 +230,11 @@ def run_study(study: ModuleType, config: StudyConfig, out: Path, as_json: bool) 
 
 def known_run(folder: Path) -> Path:
     """A run directory; one that is damaged is no wrong call."""
-    from quantlab.report.records import RecordError, experiment_of
+    from quantlab.report.records import NoRun, experiment_of
 
     try:
         experiment_of(folder)
-    except RecordError as error:
+    except NoRun as error:
         raise typer.BadParameter(str(error)) from error
     return folder
 

@@ -31,6 +31,10 @@ from .environment import environment, peak_host_bytes, reset_peak_host_bytes
 RUN_SCHEMA = "quantlab.run/1"
 CELL_SCHEMA = "quantlab.cell/1"
 KEY_DIGITS = 12  # of the SHA-256 of a cell's configuration: 48 bits
+CELL_FIELDS = {"name": str, "status": str, "metrics": dict, "timings": dict, "memory": dict, "energy": dict,
+               "env": dict, "notes": list}  # fmt: skip
+# what to do about a file of a run that cannot be read
+MEND = "delete it and run the study again: it makes what is missing, and keeps the rest"
 
 
 class RecordError(ValueError):
@@ -63,10 +67,29 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path}: not a readable JSON record ({error})") from error
+        raise RecordError(f"{path}: not a readable JSON record ({error}); {MEND}") from error
     if not isinstance(record, dict):
-        raise RecordError(f"{path}: expected a JSON object, got {type(record).__name__}")
+        raise RecordError(f"{path}: expected a JSON object, got {type(record).__name__}; {MEND}")
     return record
+
+
+def read_cell(path: Path) -> dict[str, Any]:
+    """The record of a cell. Raises RecordError when the file cannot be read as one."""
+    record = read_json(path)
+    for field, kind in CELL_FIELDS.items():
+        if not isinstance(record.get(field), kind):
+            found = type(record[field]).__name__ if field in record else "nothing"
+            raise RecordError(f"{path}: not the record of a cell, its field {field} is {found}; {MEND}")
+    return record
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration that a run directory holds. Raises RecordError when it holds none."""
+    path = Path(directory) / "config.json"
+    config = read_json(path).get("config")
+    if not isinstance(config, dict):
+        raise RecordError(f"{path}: not a run's configuration, its field config is {type(config).__name__}; {MEND}")
+    return config
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +150,7 @@ def timing(values: Sequence[float], unit: str = "s", **extra: Any) -> dict[str, 
 
 def read_cells(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of all cells of a run directory, in the order in which they were started."""
-    cells = [read_json(path) for path in sorted((Path(directory) / "cells").glob("*.json"))]
+    cells = [read_cell(path) for path in sorted((Path(directory) / "cells").glob("*.json"))]
     return sorted(cells, key=lambda cell: str(cell.get("started")))
 
 
@@ -135,7 +158,7 @@ def read_log(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The events of logs/metrics.jsonl. A line that a killed process left unfinished is passed over."""
     path = Path(directory) / "logs" / "metrics.jsonl"
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             events.append(json.loads(line))
         except json.JSONDecodeError:
@@ -279,7 +302,7 @@ class Run:
     def read(self, cell_id: str) -> dict[str, Any] | None:
         """The record of a cell, or None where there is none yet."""
         path = self.path / "cells" / f"{cell_id}.json"
-        return read_json(path) if path.exists() else None
+        return read_cell(path) if path.exists() else None
 
     def finished(self, name: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of this cell if it is finished."""

@@ -17,7 +17,7 @@ from quantlab.cuda import device_number
 from quantlab.tracking import event_sink
 
 from .energy import require_country
-from .record import Cell, RecordError, Run, cell_id, read_json
+from .record import Cell, Run, cell_id, read_cell, read_config
 from .variants import Variant, parse_variant
 
 C = TypeVar("C", bound="StudyConfig")
@@ -225,7 +225,7 @@ def foresee(
     for name, settings in cells.items():
         identity = cell_id(experiment, name, settings)
         path = out / "cells" / f"{identity}.json"
-        status, size = read_json(path)["status"] if path.exists() else "to do", None
+        status, size = read_cell(path)["status"] if path.exists() else "to do", None
         if architecture is not None and "variant" in settings:
             size = expected_bytes(config.variant(settings["variant"]["name"]), architecture, head)
         rows.append({"cell": name, "cell_id": identity, "status": status, "weights": size})
@@ -279,13 +279,9 @@ class Outcome:
 
 def extended(config: C, out: Path) -> C:
     """The configuration with the cells that the directory already holds put first: a run may be extended."""
-    path = out / "config.json"
-    if not path.exists():
+    if not (out / "config.json").exists():
         return config
-    stored = read_json(path).get("config")
-    if not isinstance(stored, dict):
-        raise RecordError(f"{path}: not a run's configuration, its field config is {type(stored).__name__}")
-    held = stored.get(config.CELLS, ())  # another experiment has none: `Run` refuses it
+    held = read_config(out).get(config.CELLS, ())  # another experiment has none: `Run` refuses it
     changes: dict[str, Any] = {config.CELLS: (*held, *getattr(config, config.CELLS))}
     return replace(config, **changes)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantlab.experiments.record import RecordError, read_cells, read_json
+from quantlab.experiments.record import RecordError, read_cells, read_config, read_json
 
 NOTHING: dict[str, Any] = {"metrics": {}, "energy": {}, "memory": {}}
 ALONE = 0.7  # share of the processors' time below which a phase was not alone on the machine
@@ -133,12 +133,16 @@ class Records:
         return list(dict.fromkeys(note for cell in self.cells.values() for note in cell["notes"]))
 
 
+class NoRun(RecordError):
+    """A directory that is not one of a run."""
+
+
 def experiment_of(run: str | os.PathLike[str]) -> str:
-    """The experiment that a run directory holds; RecordError where it is none."""
+    """The experiment that a run directory holds; NoRun where it is none, RecordError where it is damaged."""
     path = Path(run) / "config.json"
     experiment = read_json(path).get("experiment") if path.exists() else None
     if experiment is None:
-        raise RecordError(
+        raise NoRun(
             f"{run}: not a run directory (it has no config.json of one); `quantlab demo`, `quantlab tweeteval` or "
             "`quantlab lima` makes one"
         )
@@ -153,7 +157,7 @@ def read_run(run: str | os.PathLike[str], experiment: str) -> dict[str, Any]:
     newest = {cell["name"]: cell for cell in read_cells(path)}  # a later cell of the same name replaces an earlier one
     done = {name: cell for name, cell in newest.items() if cell["status"] == "done"}
     unfinished = [cell for cell in newest.values() if cell["status"] != "done"]
-    return {"path": path, "config": read_json(path / "config.json")["config"], "cells": done, "unfinished": unfinished}
+    return {"path": path, "config": read_config(path), "cells": done, "unfinished": unfinished}
 
 
 def error_of(cell: Mapping[str, Any]) -> str:
