@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from quantlab.io import peft
-from quantlab.io.files import read_json, write_bytes
+from quantlab.io.files import output_directory, read_json, write_bytes
 from quantlab.io.safetensors import LazyTensor, SafetensorsFile, write_safetensors
 from quantlab.lora import Adapter, read_adapter
 
@@ -54,9 +54,8 @@ class RunFolder:
     """An output_dir. settings: what a run that goes on must share with the one before, in JSON's types."""
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
-        self.path, self.settings = Path(path), json.loads(json.dumps(dict(settings)))
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"output_dir: {self.path} is a file, expected a directory")
+        self.path = output_directory(path, "output_dir", "the run")
+        self.settings = json.loads(json.dumps(dict(settings)))
         self.path.mkdir(parents=True, exist_ok=True)
 
     def begin(self, state: TrainingState) -> None:

@@ -190,8 +190,14 @@ def token_ids(model: Llama, field: str) -> list[int]:
 
 def chat_ids(model: Llama, messages: Sequence[Message], add_generation_prompt: bool = True) -> np.ndarray:
     """Token ids of a conversation in the model's template, int32 (t,)."""
-    if isinstance(messages, str):
-        raise ValueError('messages: got text, expected a list of {"role": "user", "content": text}')
+    wanted = 'expected a list of {"role": "user", "content": text}'
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or len(messages) == 0:
+        got = "text" if isinstance(messages, str) else f"{messages!r:.60}"
+        raise ValueError(f"messages: got {got}, {wanted}")
+    for number, message in enumerate(messages, 1):
+        fields = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
+            raise ValueError(f"messages: number {number} is {message!r:.60}, {wanted}")
     text = chat_template(model).render(messages, add_generation_prompt)
     return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
 

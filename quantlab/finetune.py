@@ -25,7 +25,7 @@ from quantlab.cuda import device_number
 from quantlab.examples import Data, Examples, prepare_examples
 from quantlab.llama import BATCH_TOKENS, Llama, Packed
 from quantlab.llama_config import layer_modules
-from quantlab.lora import Adapter, base_format
+from quantlab.lora import Adapter, base_format, require_model
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import fingerprint, hash_rows
 from quantlab.token_rows import Texts
@@ -73,6 +73,7 @@ def finetune(
         raise TypeError(f"lora: got {type(lora).__name__}, expected a LoraConfig or an Adapter")
     if not isinstance(config, TrainingConfig):
         raise TypeError(f"training: got {type(config).__name__}, expected a TrainingConfig")
+    require_model(model)
     if model.adapter is not None:
         raise ValueError("model: it has an adapter; train on it as finetune(model.without_adapter(), model.adapter, …)")
     is_classifier = isinstance(model, LlamaForSequenceClassification)

@@ -166,6 +166,12 @@ class Llama:
         unknown = set(weights) - set(self.weights)
         if unknown:
             raise ValueError(f"weights: no module named {sorted(unknown)[0]!r} in this model")
+        for module, weight in weights.items():
+            wanted = f"expected a QuantWeight of shape {self.weights[module].shape}"
+            if not isinstance(weight, QuantWeight):
+                raise TypeError(f"weights: got {type(weight).__name__} for {module}, {wanted}")
+            if weight.shape != self.weights[module].shape:
+                raise ValueError(f"weights: got shape {weight.shape} for {module}, {wanted}")
         return self._with({**self.weights, **weights}, self.device, self.adapter)
 
     def _with(self: Self, weights: Mapping[str, QuantWeight], device: str, adapter: Adapter | None) -> Self:
@@ -186,6 +192,10 @@ class Llama:
 
     def with_adapter(self: Self, adapter: Adapter) -> Self:
         """The same model, its weights shared, with a LoRA adapter at work beside them; on a GPU, a copy of it."""
+        from quantlab.lora import Adapter
+
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter: got {type(adapter).__name__}, expected an Adapter; load_adapter reads one")
         adapter.check(self)
         return self._with({**self.weights, **adapter.trained_weights()}, self.device, adapter)
 

@@ -166,6 +166,13 @@ class Adapter:
         return f"Adapter(r={self.config.r}, {len(self)} modules, {self.parameters.size:,} parameters)"
 
 
+def require_model(model: object) -> None:
+    """TypeError for what is no loaded model."""
+    if not isinstance(model, Llama):
+        wanted = "expected a loaded model, as LlamaForCausalLM.from_pretrained gives one"
+        raise TypeError(f"model: got {type(model).__name__}, {wanted}")
+
+
 def task_type(model: Llama) -> TaskType:
     """peft's name of what a model is for."""
     return "SEQ_CLS" if "score" in model.weights else "CAUSAL_LM"
@@ -192,6 +199,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
     FileNotFoundError, or ValueError where the adapter is damaged, not supported or of another model's shape. A warning
     where it was trained beside weights of another format: it made up for their rounding, not for this model's.
     """
+    require_model(model)
     adapter = read_adapter(path)
     beside, here = adapter.base_format, base_format(model)
     tuned = model.with_adapter(adapter)

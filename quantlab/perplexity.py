@@ -42,7 +42,10 @@ def perplexity(
         raise ValueError(f"context: got {context!r}, expected an integer of at least 2 tokens")
     if max_tokens is not None and (not is_integer(max_tokens) or max_tokens < 2):
         raise ValueError(f"max_tokens: got {max_tokens!r}, expected an integer of at least 2, or None for all")
-    ids = model.encode(text_or_ids) if isinstance(text_or_ids, str) else np.concatenate(to_sequences(text_or_ids))
+    if isinstance(text_or_ids, str):
+        ids = model.encode(text_or_ids)
+    else:
+        ids = np.concatenate(to_sequences(text_or_ids, name="text_or_ids"))
     ids = ids[:max_tokens] if max_tokens is not None else ids
     if len(ids) < 2:
         raise ValueError(f"text_or_ids: {len(ids)} tokens, perplexity needs at least 2")

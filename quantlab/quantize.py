@@ -165,10 +165,7 @@ def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None)
         if not rows:
             raise ValueError("calibration: the texts have no tokens")
     else:
-        try:
-            rows = to_sequences(calibration)
-        except ValueError as error:
-            raise ValueError(f"calibration: {error}") from None
+        rows = to_sequences(calibration, name="calibration")
     for row in rows:
         if row.max() >= llama.vocab_size:
             raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.config import QuantizationConfig
-from quantlab.io.files import read_json, write_bytes
+from quantlab.io.files import output_directory, read_json, write_bytes
 from quantlab.weight import QuantWeight
 
 MANIFEST = "manifest.json"
@@ -50,7 +50,7 @@ class LayerStore:
     """A `resume_dir`. Files appear whole or not at all, so that a run may be killed at any moment."""
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]):
-        self.folder = Path(folder)
+        self.folder = output_directory(folder, "resume_dir", "finished layers")
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".layer-*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)

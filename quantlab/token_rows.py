@@ -58,8 +58,10 @@ def one_row(ids: Sequence[int] | np.ndarray) -> list[int]:
     return array.tolist()
 
 
-def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None) -> list[np.ndarray]:
-    """The rows of `input_ids` as int32 arrays without padding.
+def to_sequences(
+    input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = None, name: str = "input_ids"
+) -> list[np.ndarray]:
+    """The rows of `input_ids`, which errors call `name`, as int32 arrays without padding.
 
     `input_ids`: one row, a (B, T) array (of any library that has DLPack) or a list of rows of any length; `lengths`
     (B,): how much of each row counts.
@@ -68,9 +70,9 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
     first = input_ids[0] if isinstance(input_ids, (list, tuple)) and input_ids else input_ids
     if isinstance(first, str) or not (isinstance(input_ids, Sequence) or hasattr(input_ids, "__dlpack__")):
         got = "text" if isinstance(first, str) else type(input_ids).__name__
-        raise ValueError(f"input_ids: got {got}, expected token ids, as encode gives them for a text")
+        raise ValueError(f"{name}: got {got}, expected token ids, as encode gives them for a text")
     if hasattr(input_ids, "__dlpack__"):
-        input_ids = as_array(input_ids, "input_ids")
+        input_ids = as_array(input_ids, name)
     if isinstance(input_ids, np.ndarray) and input_ids.ndim < 3:
         rows = list(np.atleast_2d(input_ids)) if input_ids.ndim else [input_ids]
     elif len(input_ids) and not hasattr(input_ids[0], "__len__"):
@@ -80,10 +82,10 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
     for row in rows:
         if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
             raise ValueError(
-                f"input_ids: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows"
+                f"{name}: got an array of {row.dtype} with shape {row.shape}, expected integers, (B, T) or rows"
             )
         if row.size and (row.min() < 0 or row.max() > np.iinfo(np.int32).max):
-            raise ValueError(f"input_ids: got {row.min()} to {row.max()}, expected token ids from 0")
+            raise ValueError(f"{name}: got {row.min()} to {row.max()}, expected token ids from 0")
     if lengths is not None:
         lengths = np.asarray(lengths)
         if lengths.shape != (len(rows),) or lengths.dtype.kind not in "iu":
@@ -94,7 +96,7 @@ def to_sequences(input_ids: Ids, lengths: Sequence[int] | np.ndarray | None = No
                 raise ValueError(f"lengths: got {length} for a row of {row.size} tokens")
         rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     if not rows:
-        raise ValueError("input_ids: no rows, expected at least one")
+        raise ValueError(f"{name}: no rows, expected at least one")
     if any(row.size == 0 for row in rows):
-        raise ValueError("input_ids: an empty row; every row needs at least one token")
+        raise ValueError(f"{name}: an empty row; every row needs at least one token")
     return [np.ascontiguousarray(row, dtype=np.int32) for row in rows]

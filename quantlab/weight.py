@@ -120,15 +120,12 @@ class QuantWeight:
 
     def dequantize(self, rows: slice | None = None) -> np.ndarray:
         """W, or a slice of its rows with step 1, as float32 (rows, k), columns in the order of W."""
-        first, last, step = (rows or slice(None)).indices(self.shape[0])
-        if step != 1:
-            raise ValueError(f"rows: got step {step}, expected 1")
-        return _core.decode(self.handle, first, max(first, last))
+        return _core.decode(self.handle, *self._row_range(rows))
 
     def stored_codes(self, rows: slice | None = None) -> np.ndarray:
         """The integer codes of a slice of rows, (rows, k) in stored order: int8 for int8, else uint8."""
         n, k = self.shape
-        first, last, _ = (rows or slice(None)).indices(n)
+        first, last = self._row_range(rows)
         if self.format in FLOAT_BITS:
             raise ValueError(f"format: {self.format} has no integer codes")
         if self.format == "int8":
@@ -140,6 +137,19 @@ class QuantWeight:
         pairs = self.codes.reshape(-1)[first * k // 2 : (last * k + 1) // 2]
         flat = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1)[first * k % 2 :]
         return flat[: (last - first) * k].reshape(-1, k)
+
+    def _row_range(self, rows: slice | None) -> tuple[int, int]:
+        """The first of `rows` (None: all) and where they end."""
+        wanted = "expected a slice of rows with step 1, such as slice(0, 4)"
+        if rows is not None and not isinstance(rows, slice):
+            raise TypeError(f"rows: got {type(rows).__name__}, {wanted}")
+        try:
+            first, last, step = (rows or slice(None)).indices(self.shape[0])
+        except (TypeError, ValueError):  # bounds that are no integers, a step of 0
+            raise ValueError(f"rows: got {rows}, {wanted}") from None
+        if step != 1:
+            raise ValueError(f"rows: got step {step}, {wanted}")
+        return first, max(first, last)
 
     def equals(self, other: QuantWeight) -> bool:
         """Whether all of both but `meta` is the same to the last bit."""

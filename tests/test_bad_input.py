@@ -146,6 +146,8 @@ def test_what_float16_cannot_hold_is_named(broken, tmp_path):
 SMALL = np.zeros((4, 8), np.float32)
 IDS = [[1, 2, 3]]
 
+SMALL_NF4 = ql.QuantWeight.from_float(SMALL, ql.NF4Config())
+
 WEIGHTS: dict[str, tuple[Callable[[], object], str]] = {
     "a weight of one dimension": (lambda: ql.QuantWeight.from_float(SMALL[0], ql.NF4Config()), "shape"),
     "a weight of no elements": (lambda: ql.QuantWeight.from_float(SMALL[:0], ql.NF4Config()), "shape"),
@@ -154,6 +156,9 @@ WEIGHTS: dict[str, tuple[Callable[[], object], str]] = {
     "a weight with a NaN": (lambda: ql.QuantWeight.from_float(SMALL + np.nan, ql.RTNConfig()), "nan"),
     "a weight with an infinity": (lambda: ql.QuantWeight.from_float(SMALL + np.inf, ql.Int8Config()), "inf"),
     "x of another width": (lambda: ql.linear(SMALL[:, :7], ql.QuantWeight.from_array(SMALL)), "8"),
+    "a row for rows": (lambda: SMALL_NF4.dequantize(1), "rows: got int, expected a slice of rows"),
+    "rows up to a half": (lambda: SMALL_NF4.dequantize(slice(0.5)), "rows: got slice(None, 0.5, None), expected"),
+    "every other row": (lambda: SMALL_NF4.stored_codes(slice(0, 4, 2)), "rows: got step 2, expected"),
     "5 bits": (lambda: ql.GPTQConfig(bits=5), "bits"),
     "bits as text": (lambda: ql.RTNConfig(bits="4"), "bits"),
     "a group of 0": (lambda: ql.GPTQConfig(group_size=0), "group_size"),
@@ -178,6 +183,10 @@ def test_wrong_argument(name):
 
 def load(model: ql.LlamaForCausalLM, **options: object) -> ql.LlamaForCausalLM:
     return ql.LlamaForCausalLM.from_pretrained(model.checkpoint.path, **options)
+
+
+def adapted(model: ql.LlamaForCausalLM) -> ql.LlamaForCausalLM:
+    return model.with_adapter(ql.Adapter.fresh(ql.LoraConfig(), model))
 
 
 MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
@@ -210,7 +219,7 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "a context of 1": (lambda m: m.perplexity("some text", context=1), "context"),
     "a text for tokens": (lambda m: m.generate("hello"), "input_ids: got text"),
     "texts for tokens": (lambda m: m(["hello"]), "input_ids: got text"),
-    "nothing for tokens": (lambda m: m.perplexity(None), "input_ids: got NoneType"),
+    "nothing for tokens": (lambda m: m.perplexity(None), "text_or_ids: got NoneType"),
     "half a new token": (lambda m: m.generate(IDS, max_new_tokens=0.5), "max_new_tokens: got 0.5"),
     "decoding rows": (lambda m: m.decode(IDS), "ids: got rows"),
     "decoding text": (lambda m: m.decode("hello"), "ids: got text"),
@@ -229,6 +238,30 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "no such argument": (lambda m: load(m, revision="main"), "accepted are dtype, device, local_files_only, lm_head"),
     "a device by its number": (lambda m: m.to(0), "device: got 0"),
     "calibration of a path": (lambda m: ql.quantize(m, ql.GPTQConfig(), Path("t.txt")), "calibration: got PosixPath"),
+    "an adapter of no path": (
+        lambda m: ql.load_adapter(m, None),
+        "path: got NoneType, expected an adapter's directory",
+    ),
+    "an adapter of an empty path": (lambda m: ql.load_adapter(m, ""), "path: got '', expected an adapter's directory"),
+    "an adapter of no model": (lambda m: ql.load_adapter(None, "x"), "model: got NoneType, expected a loaded model"),
+    "no adapter": (lambda m: m.with_adapter(None), "adapter: got NoneType, expected an Adapter"),
+    "no place to save": (lambda m: m.save_pretrained(None), "path: got NoneType, expected a directory to write"),
+    "a place in bytes": (lambda m: m.save_pretrained(b"out"), "path: got bytes, expected a directory to write"),
+    "no place for an adapter": (lambda m: adapted(m).save_adapter(""), "path: got '', expected a directory to write"),
+    "a place for layers that is none": (
+        lambda m: ql.quantize(m, ql.GPTQConfig(group_size=32), IDS, resume_dir=3),
+        "resume_dir: got int, expected a directory to write finished layers to",
+    ),
+    "training no model": (lambda m: ql.finetune(None, ql.LoraConfig(), TEXTS), "model: got NoneType"),
+    "a weight that is none": (lambda m: m.replace({"lm_head": 3}), "weights: got int for lm_head, expected a Quant"),
+    "a weight of another shape": (lambda m: m.replace({"lm_head": SMALL_NF4}), "got shape (4, 8) for lm_head, expect"),
+    "perplexity of a number": (lambda m: m.perplexity(3), "text_or_ids: got int"),
+    "a chat of nothing": (lambda m: m.apply_chat_template([]), "messages: got [], expected a list"),
+    "a chat of a message": (lambda m: m.apply_chat_template({"role": "user", "content": "x"}), "messages: got {'role'"),
+    "a chat without content": (
+        lambda m: m.apply_chat_template([{"role": "user"}]),
+        "messages: number 1 is {'role': 'u",
+    ),
     "no calibration": (lambda m: ql.quantize(m, ql.GPTQConfig()), "calibration"),
     "an id for a row of ids": (lambda m: m.decode(5), "ids: got array(5), expected the token ids of one text"),
     "an id below zero": (lambda m: m.decode([1, -1]), "ids: got array([ 1, -1]), expected"),

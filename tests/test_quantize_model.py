@@ -156,9 +156,9 @@ def test_calibration_that_is_refused() -> None:
         ([], "calibration: it is empty"),
         ("one text", "calibration: got one text"),
         (["a text"], "has no tokenizer"),
-        ([[1, 2], []], "calibration: input_ids: an empty row"),
+        ([[1, 2], []], "calibration: an empty row"),
         ([[1, 128]], "token id 128, expected less than the vocabulary of 128"),
-        ([[1, -1]], "calibration: input_ids: got -1"),
+        ([[1, -1]], "calibration: got -1"),
         (np.ones((2, 3)), "expected integers"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,24 @@ MAX_JSON = 64 << 20  # bytes; a tokenizer.json of 256,000 tokens has about 35 MB
 MAX_TEXT = 1 << 30  # bytes of a text file
 
 
+def path_of(value: object, name: str, wanted: str) -> Path:
+    """The path that an argument gives: TypeError for what is none, ValueError for an empty one (Path("") is ".")."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {wanted}")
+    if os.fspath(value) == "":
+        raise ValueError(f"{name}: got '', expected {wanted}")
+    return Path(value)
+
+
+def output_directory(value: object, name: str, what: str) -> Path:
+    """The same of a directory that `what` is written to, there or not; NotADirectoryError for a file."""
+    wanted = f"a directory to write {what} to"
+    path = path_of(value, name, wanted)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{name}: {path} is a file, expected {wanted}")
+    return path
+
+
 @contextmanager
 def atomic_writer(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """`with atomic_writer(path) as file: file.write(…)`: the file at `path` is replaced only if the block succeeds."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from quantlab.config import LoraConfig
-from quantlab.io.files import read_json, write_bytes
+from quantlab.io.files import output_directory, path_of, read_json, write_bytes
 from quantlab.io.safetensors import LazyTensor, SafetensorsFile, write_safetensors
 from quantlab.io.tokenizer import dump_config
 
@@ -59,9 +59,7 @@ def write_adapter(
     of the model it belongs to. base_format: that of the weights it was trained beside. Both files are written beside
     `path` first, so what was there stays if that fails.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"path: {target} is a file, expected a directory to write the adapter to")
+    target = output_directory(path, "path", "the adapter")
     tensors = {
         f"{PREFIX}{module}.lora_{part}.weight": LazyTensor.of(np.ascontiguousarray(array))
         for module, pair in matrices.items()
@@ -122,7 +120,7 @@ def read_adapter(
 
     FileNotFoundError where a file is missing, ValueError naming what is not supported or does not fit together.
     """
-    folder = Path(path)
+    folder = path_of(path, "path", "an adapter's directory")
     require_adapter(folder)
     fields = read_json(folder / CONFIG)
     file = SafetensorsFile(folder / TENSORS)

@@ -14,7 +14,7 @@ import numpy as np
 
 from quantlab.io import bitsandbytes, gptq
 from quantlab.io.directory import INDEX
-from quantlab.io.files import write_bytes
+from quantlab.io.files import output_directory, write_bytes
 from quantlab.io.safetensors import LazyTensor, shard, write_safetensors
 from quantlab.io.tokenizer import dump_config
 
@@ -40,11 +40,7 @@ def save_checkpoint(
     beside `path` first and moved there at the end, config.json last: a failure (ValueError, OSError on a full disk)
     leaves what was there before.
     """
-    target = Path(path)
-    if os.fspath(path) == "":
-        raise ValueError("path: got '', expected a directory to write the checkpoint to")
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"path: {target} is a file, expected a directory to write the checkpoint to")
+    target = output_directory(path, "path", "the checkpoint")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: got {max_shard_bytes}, expected at least 1")
     config = dict(config)
