@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -15,6 +16,7 @@ MAX_RANK = 4096  # of a LoRA adapter
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
+_Number = TypeVar("_Number", int, float)
 _Config = TypeVar("_Config", bound="QuantizationConfig")
 
 
@@ -28,12 +30,17 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def plain_number(value: Any) -> Any:
+    """An integer or float of NumPy as Python's, which JSON knows; all else as it is."""
+    if not is_number(value) or type(value) in (int, float):
+        return value
+    return int(value) if is_integer(value) else float(value)
+
+
 def plain_numbers(config: Any) -> None:
-    """NumPy's integers and floats among the fields of a frozen configuration become Python's, which JSON knows."""
+    """The same for the fields of a frozen configuration."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if is_number(value) and type(value) not in (int, float):
-            object.__setattr__(config, field.name, int(value) if is_integer(value) else float(value))
+        object.__setattr__(config, field.name, plain_number(getattr(config, field.name)))
 
 
 def check_flag(name: str, value: object) -> None:
@@ -59,6 +66,29 @@ def check_group_size(value: object) -> None:
     """ValueError unless it is -1 or a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
         raise ValueError(f"group_size: got {value!r}, expected -1 (the whole row) or a positive integer")
+
+
+def check_rank(name: str, value: object) -> None:
+    """ValueError unless it is the rank of a LoRA adapter."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of 1 to {MAX_RANK}")
+
+
+def checked_patterns(name: str, patterns: object) -> dict[str, Any]:
+    """A dictionary of regular expressions and ranks (name: rank_pattern) or alphas; ValueError for what is none."""
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"{name}: got {patterns!r}, expected a dictionary of module names and numbers")
+    plain = {key: plain_number(value) for key, value in patterns.items()}
+    for key, value in plain.items():
+        if name == "rank_pattern":
+            check_rank(f"{name}, {key!r}", value)
+        else:
+            check_number(f"{name}, {key!r}", value, 0.0)
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{name}: {key!r} is no regular expression: {error}") from None
+    return plain
 
 
 @dataclass(frozen=True)
@@ -199,7 +229,8 @@ class LoraConfig:
     r: rank; A is (r, k), B (n, r). lora_dropout: share of the inputs of A that training zeroes. target_modules: names
     of linear modules ("q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj"), or "all-linear": all seven of
     every layer. use_rslora: the factor is lora_alpha / sqrt(r) (arXiv:2312.03732). task_type: CAUSAL_LM or SEQ_CLS;
-    None: the model's.
+    None: the model's. rank_pattern, alpha_pattern: another r, another lora_alpha of modules, by regular expressions of
+    which the first counts that is a module's name or its end after a dot: {"layers.0.mlp.up_proj": 32, "o_proj": 4}.
     """
 
     r: int = 8
@@ -209,11 +240,14 @@ class LoraConfig:
     use_rslora: bool = False
     bias: Literal["none"] = "none"
     task_type: TaskType | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or not 1 <= self.r <= MAX_RANK:
-            raise ValueError(f"r: got {self.r!r}, expected an integer of 1 to {MAX_RANK}")
+        check_rank("r", self.r)
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, checked_patterns(name, getattr(self, name)))
         check_number("lora_alpha", self.lora_alpha, 0.0)
         check_number("lora_dropout", self.lora_dropout, 0.0, 1.0)
         check_flag("use_rslora", self.use_rslora)
@@ -227,10 +261,19 @@ class LoraConfig:
             raise ValueError(f"target_modules: got {targets!r}, expected a list of module names or 'all-linear'")
         object.__setattr__(self, "target_modules", tuple(dict.fromkeys(targets)))
 
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def rank(self, module: str) -> int:
+        """The r of a module."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """What B A of a module is multiplied by."""
+        alpha, r = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _by_pattern(patterns: Mapping[str, _Number], module: str, otherwise: _Number) -> _Number:
+    """The value of the first pattern that fits a module, as peft's get_pattern_key finds it."""
+    return next((patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", module)), otherwise)
 
 
 CONFIGS: dict[str, type[QuantizationConfig]] = {

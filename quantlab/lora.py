@@ -73,8 +73,9 @@ class Adapter:
         for module in target_modules(config, model.config):
             n, k = model.weight(module).shape
             bound = 1 / math.sqrt(k)
-            a = rng.uniform(-bound, bound, (config.r, k)).astype(np.float32)
-            matrices[module] = (a, np.zeros((n, config.r), np.float32))
+            r = config.rank(module)
+            a = rng.uniform(-bound, bound, (r, k)).astype(np.float32)
+            matrices[module] = (a, np.zeros((n, r), np.float32))
         score = model.weight("score").dequantize() if train_score else None
         return cls(dataclasses.replace(config, task_type=task_type(model)), matrices, score)
 
@@ -130,14 +131,14 @@ class Adapter:
         rows = []
         for module, start, middle, _ in self._offsets():
             _, _, layer, linear = module.split(".", 3)
-            rows.append((int(layer), LINEARS.index(linear), self.config.r, start, middle))
-        layout = np.array(rows, np.int64)
-        return _core.Adapter(self.parameters, layout, np.full(len(layout), self.config.scale, np.float32))
+            rows.append((int(layer), LINEARS.index(linear), self.config.rank(module), start, middle))
+        scales = np.array([self.config.scale(module) for module in self], np.float32)
+        return _core.Adapter(self.parameters, np.array(rows, np.int64), scales)
 
     def delta(self, module: str) -> np.ndarray:
         """What is added to W, float32 (n, k)."""
         a, b = self[module]
-        return np.float32(self.config.scale) * (b @ a)
+        return np.float32(self.config.scale(module)) * (b @ a)
 
     def check(self, model: Llama) -> None:
         """ValueError where this adapter does not fit the model, naming the module."""
@@ -150,6 +151,9 @@ class Adapter:
             n, k = model.weight(module).shape
             if a[1] != k or b[0] != n:
                 raise ValueError(f"adapter: {module} is ({b[0]}, {a[1]}) in it and ({n}, {k}) in this model")
+            if not a[0] == b[1] == self.config.rank(module):
+                got = f"ranks {a[0]} and {b[1]}"
+                raise ValueError(f"adapter: A and B of {module} have {got}, expected {self.config.rank(module)}")
         head = model.weights.get("score")
         if self.score_shape is not None and (head is None or head.shape != self.score_shape):
             found = "none" if head is None else head.shape
@@ -163,7 +167,8 @@ class Adapter:
         return {} if self.score is None else {"score": QuantWeight.from_array(self.score, "score")}
 
     def __repr__(self) -> str:
-        return f"Adapter(r={self.config.r}, {len(self)} modules, {self.parameters.size:,} parameters)"
+        ranks = sorted({a[0] for a, _ in self.shapes.values()})
+        return f"Adapter(r={' '.join(map(str, ranks))}, {len(self)} modules, {self.parameters.size:,} parameters)"
 
 
 def require_model(model: object) -> None:

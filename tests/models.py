@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,14 +73,19 @@ def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def tiny_adapter(
-    config: LlamaConfig, slots: Sequence[int] = range(7), r: int = 2, seed: int = 0, layers: Sequence[int] | None = None
+    config: LlamaConfig,
+    slots: Sequence[int] = range(7),
+    r: int | Sequence[int] = 2,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
 ) -> AdapterParts:
-    """A random adapter of these slots of these layers (None: all), B not zero, each part with a scale of its own."""
+    """A random adapter of these slots of these layers (None: all), B not zero, each part with a scale of its own; of
+    several ranks each in turn."""
     rng = np.random.default_rng(seed)
-    rows, at = [], 0
+    rows, at, ranks = [], 0, itertools.cycle([r] if isinstance(r, int) else r)
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         for slot in slots:
-            n, k = linear_shape(config, LINEARS[slot])
+            r, (n, k) = next(ranks), linear_shape(config, LINEARS[slot])
             rows.append((layer, slot, r, at, at + r * k))
             at += r * (n + k)
     parameters = (0.2 * rng.standard_normal(at)).astype(np.float32)

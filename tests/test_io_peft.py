@@ -67,6 +67,19 @@ def test_targets_that_another_field_narrows_are_the_modules_of_the_tensors(folde
     assert config.target_modules == (MODULE,)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_scales_by_pattern(folder, use_rslora):
+    fields = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r".*\.0\..*": 12}, "use_rslora": use_rslora}
+    edit(folder, r=8, lora_alpha=16, **fields)
+    config, read, _ = read_adapter(folder)
+    assert read[MODULE][0].shape == (3, 16)
+    assert (config.rank(MODULE), config.scale(MODULE)) == (3, 12 / (3**0.5 if use_rslora else 3))
+    write_adapter(folder, config, read)
+    assert read_adapter(folder)[0] == config
+    edit(folder, rank_pattern=None, alpha_pattern=None, r=3)  # as older files have it
+    assert read_adapter(folder)[0].scale(MODULE) == 16 / (3**0.5 if use_rslora else 3)
+
+
 def edit(folder: Path, **fields: Any) -> None:
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -78,8 +91,9 @@ def edit(folder: Path, **fields: Any) -> None:
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias: got 'all'"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is"),
+        ({"rank_pattern": {"q_proj": 4}}, "expected rank 4"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern, 'q_proj': got '4'"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern: got ['q_proj']"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is"),

@@ -71,6 +71,45 @@ def test_a_fresh_adapter_changes_nothing():
     np.testing.assert_array_equal(adapter.parameters, again.parameters)
 
 
+RANKS = {"layers.1.self_attn.q_proj": 7, "q_proj": 5, "up_proj": 1}
+ALPHAS = {"o_proj": 12, r"model\.layers\.0\..*gate_proj": 1.5, "up_proj": 2}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_scales_by_pattern(tmp_path, use_rslora):
+    """Against W + alpha / r B A in float64, with r and alpha by hand; in files; and after training."""
+    model, settings = tiny_model(), {"lora_alpha": 6, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}
+    adapter = trained(model, use_rslora=use_rslora, **settings)
+    sums = {}
+    for module, (a, b) in adapter.items():
+        layer, name = module.split(".")[2], module.rsplit(".", 1)[1]
+        r = {"q_proj": 7 if layer == "1" else 5, "up_proj": 1}.get(name, 3)
+        alpha = {"o_proj": 12, "gate_proj": 1.5 if layer == "0" else 6, "up_proj": 2}.get(name, 6)
+        assert a.shape[0] == b.shape[1] == r
+        delta = alpha / (r**0.5 if use_rslora else r) * (b.astype(np.float64) @ a.astype(np.float64))
+        np.testing.assert_allclose(adapter.delta(module), delta, rtol=0, atol=1e-6 * np.abs(delta).max())
+        sums[module] = ql.QuantWeight.from_array((model.weight(module).dequantize() + delta).astype(np.float32))
+    tuned, wanted = model.with_adapter(adapter), model.replace(sums)(IDS)
+    np.testing.assert_allclose(tuned(IDS), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    assert repr(adapter).startswith("Adapter(r=1 3 5 7, 14 modules")
+    tuned.save_adapter(tmp_path / "a")
+    again = ql.load_adapter(model, tmp_path / "a")
+    np.testing.assert_array_equal(again(IDS), tuned(IDS))
+    assert again.adapter.config == adapter.config
+    training = ql.TrainingConfig(learning_rate=1e-2, max_steps=3)
+    further = ql.finetune(model, again.adapter, [IDS.tolist()] * 4, training, progress=False)
+    assert further.adapter.shapes == adapter.shapes
+    assert all((further.adapter[module][i] != adapter[module][i]).any() for module in adapter for i in (0, 1))
+
+
+def test_matrices_of_another_rank_are_refused():
+    model = tiny_model()
+    adapter = trained(model)
+    other = Adapter(LoraConfig(r=3, target_modules="all-linear", rank_pattern={"o_proj": 4}), dict(adapter.items()))
+    with pytest.raises(ValueError, match=r"A and B of .*0\.self_attn\.o_proj have ranks 3 and 3, expected 4"):
+        model.with_adapter(other)
+
+
 def test_matrices_are_views_of_the_parameters():
     adapter = trained(tiny_model())
     adapter.parameters[...] = 2.0

@@ -27,6 +27,7 @@ PLACES = 8  # parameters of each matrix whose derivative is compared
 CASES = {
     "all matrices": ({}, {}, 0.0),
     "dropout": ({}, {}, 0.3),
+    "a rank each": ({}, {"r": (1, 5, 2, 9, 3)}, 0.1),
     "q and v": ({}, {"slots": (0, 2), "r": 3}, 0.0),
     "the upper layer alone": ({"num_hidden_layers": 3}, {"layers": (1, 2), "slots": (3, 4)}, 0.0),
     "no shared heads": ({"num_key_value_heads": 4}, {"slots": (1, 5, 6), "r": 1}, 0.1),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +37,8 @@ def test_unknown_settings_are_named():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("r", 0), ("r", 2.0), ("lora_alpha", -1), ("lora_dropout", 1.0), ("target_modules", "q_proj"),
-     ("target_modules", []), ("bias", "all"), ("use_rslora", "yes"), ("task_type", "SEQ_2_SEQ_LM")],
+     ("target_modules", []), ("bias", "all"), ("use_rslora", "yes"), ("task_type", "SEQ_2_SEQ_LM"),
+     ("rank_pattern", 3)],
     ids=lambda value: str(value),
 )  # fmt: skip
 def test_what_an_adapter_does_not_accept_is_named(name, value):
@@ -42,9 +46,34 @@ def test_what_an_adapter_does_not_accept_is_named(name, value):
         LoraConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern, 'q_proj': got 0, expected an integer of 1 to 4096"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern, 'q_proj': got 2.5"),
+        ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern, 'q_proj': got -1, expected a number of 0 or more"),
+        ({"alpha_pattern": {"q_(proj": 1}}, "alpha_pattern: 'q_(proj' is no regular expression"),
+        ({"rank_pattern": {3: 1}}, "rank_pattern: 3 is no regular expression"),
+    ],
+)
+def test_patterns_that_are_none_are_named(fields, says):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
+        LoraConfig(**fields)
+
+
+def test_the_first_pattern_counts_that_is_a_name_or_its_end():
+    """As in peft's get_pattern_key."""
+    patterns = {"1.mlp.up_proj": 2, "up_proj": np.int64(3), "^model": 4, "^k_proj": 5, r"model\..*q_proj": 6, "v": 7}
+    config = LoraConfig(r=8, lora_alpha=1, rank_pattern=patterns, alpha_pattern={"up_proj": 10.0})
+    names = ("1.mlp.up_proj", "11.mlp.up_proj", "0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj")
+    assert [config.rank(f"model.layers.{name}") for name in names] == [2, 3, 6, 8, 8] and config.rank("k_proj") == 5
+    assert [config.scale(f"model.layers.{name}") for name in names] == [10 / 2, 10 / 3, 1 / 6, 1 / 8, 1 / 8]
+    assert type(config.rank_pattern["up_proj"]) is int and hash(config) == hash(dataclasses.replace(config))
+
+
 def test_scale_of_an_adapter():
-    assert LoraConfig(r=8, lora_alpha=32).scale == 4.0
-    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale == 8.0
+    assert LoraConfig(r=8, lora_alpha=32).scale("q_proj") == 4.0
+    assert LoraConfig(r=16, lora_alpha=32, use_rslora=True).scale("q_proj") == 8.0
 
 
 def test_linear_schedule_with_warm_up():

@@ -3,7 +3,7 @@
 Keys: base_model.model.<module>.lora_A.weight (r, k) and .lora_B.weight (n, r); a trained classification head is
 base_model.model.score.weight. The format of the weights that it was trained beside is a string in the metadata of the
 tensors' file, which peft leaves alone (it would complain of a strange key in adapter_config.json). What adapters may
-hold beyond that (DoRA, biases, ranks by pattern, other trained modules) is refused with the field's name. Source:
+hold beyond that (DoRA, biases, other trained modules) is refused with the field's name. Source:
 peft, docs/source/developer_guides/checkpoint.md.
 """
 
@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 SCORE = f"{PREFIX}score.weight"
 MODULE_KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 USED = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias", "task_type",
-        "modules_to_save", "init_lora_weights")  # fmt: skip
+        "modules_to_save", "init_lora_weights", "rank_pattern", "alpha_pattern")  # fmt: skip
 # fields that change nothing about an adapter that is there, whatever they hold
 WITHOUT_EFFECT = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
@@ -98,8 +98,8 @@ def _fields(config: LoraConfig, has_score: bool, base: str | None) -> dict[str, 
         "inference_mode": True,
         "init_lora_weights": True,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
         "layers_to_transform": None,
         "revision": None,
     }
@@ -140,7 +140,8 @@ def read_adapter(
     if not pairs:
         raise ValueError(f"{file.path}: holds no lora_A and lora_B")
     config = _config(fields, list(pairs), str(folder / CONFIG))
-    return config, {module: _pair(module, pair, config.r, file.path) for module, pair in pairs.items()}, score
+    matrices = {module: _pair(module, pair, config.rank(module), file.path) for module, pair in pairs.items()}
+    return config, matrices, score
 
 
 def read_base_format(path: str | os.PathLike[str]) -> str | None:
@@ -178,6 +179,7 @@ def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraCo
         targets = modules
     defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "bias": "none", "task_type": None}
     given = {name: fields.get(name, default) for name, default in defaults.items()}
+    given |= {name: fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     try:
         return LoraConfig(**given, target_modules=sorted(targets) if isinstance(targets, list) else targets)
     except (ValueError, TypeError) as error:

@@ -263,6 +263,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "up alone": {"slots": (5,), "r": 17},
     "one layer": {"slots": (1, 3, 4, 6), "layers": (1,), "r": 1},
     "wide": {"r": 64},
+    "a rank each": {"r": (3, 17, 1, 8, 64)},
 }
 BASES = {
     "f32": None,
@@ -281,7 +282,7 @@ def adapted(config: ql.QuantizationConfig | None, adapter: dict[str, Any], **cha
         calibration = rows_of(model, (64,) * 8, seed=9) if isinstance(config, ql.GPTQConfig) else None
         model = ql.quantize(model, config, calibration, progress=False)
     parts = tiny_adapter(model.config, **adapter)
-    parts.parameters *= np.float32(adapter["r"] ** -0.25)
+    parts.parameters *= np.float32(np.mean(adapter["r"]) ** -0.25)
     model.adapter = SimpleNamespace(handle=_core.Adapter(parts.parameters, parts.layout, parts.scales))
     model._core = model._build_core()
     return model, model.to("cuda"), parts

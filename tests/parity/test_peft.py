@@ -21,6 +21,8 @@ pytestmark = pytest.mark.parity
 
 STUDY = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 ALL = {"r": 5, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True}
+RANKS = {"layers.1.self_attn.q_proj": 7, "q_proj": 5, r"model\..*\.up_proj": 1}
+PATTERNS = {**ALL, "rank_pattern": RANKS, "alpha_pattern": {r"layers\.0\..*gate_proj": 2, "up_proj": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def their_logits(model: Any, ids: np.ndarray) -> np.ndarray:
         return model.eval()(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
 
 
-@pytest.mark.parametrize("settings", [STUDY, ALL], ids=["study", "all"])
+@pytest.mark.parametrize("settings", [STUDY, ALL, PATTERNS], ids=["study", "all", "patterns"])
 def test_theirs_is_read_here(tiny, tmp_path, rows, settings):
     model = with_adapter(theirs(tiny), **settings)
     for name, parameter in model.named_parameters():
@@ -64,7 +66,7 @@ def test_theirs_is_read_here(tiny, tmp_path, rows, settings):
     assert np.abs(base(rows[0])[0] - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [STUDY, ALL], ids=["study", "all"])
+@pytest.mark.parametrize("settings", [STUDY, ALL, PATTERNS], ids=["study", "all", "patterns"])
 def test_ours_is_read_there(tiny, tmp_path, rows, settings):
     base = ql.LlamaForCausalLM.from_pretrained(tiny)
     training = ql.TrainingConfig(learning_rate=1e-2, max_steps=5)
