@@ -11,7 +11,7 @@ from quantlab import _core
 from quantlab.config import is_integer, is_number
 from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig, linear_of_any_rows
 from quantlab.progress import progress
-from quantlab.token_rows import Ids, Texts, are_ids, listed, to_sequences
+from quantlab.token_rows import Ids, Texts, are_ids, listed, rows_of, to_sequences
 from quantlab.weight import QuantWeight
 
 if TYPE_CHECKING:
@@ -104,18 +104,10 @@ class LlamaForSequenceClassification(Llama):
         """Token ids up to the pooled position: causal attention makes what follows irrelevant."""
         if isinstance(texts, str):
             raise ValueError("texts: got one string, expected a list of them")
-        texts = listed(texts)
-        if are_ids(texts):
-            rows = to_sequences(texts)
-        else:
-            encodings = self.require_tokenizer().encode_batch(list(texts))
-            encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
-            start = self.config.bos_token_id if isinstance(self.config.bos_token_id, int) else 0
-            rows = [
-                ids if ids.size else np.array([start], np.int32) for ids in encoded
-            ]  # an empty text is one start token
+        start = self.config.bos_token_id if isinstance(self.config.bos_token_id, int) else 0
+        empty = np.array([start], np.int32)  # an empty text is one start token
         limit = self.config.max_position_embeddings
-        rows = [row[:limit] for row in rows]
+        rows = [row[:limit] if row.size else empty for row in rows_of(texts, self.tokenizer)]
         return [row[: pooled_position(row, self.config.pad_token_id) + 1] for row in rows]
 
     def features(self, texts: Texts, batch_tokens: int = BATCH_TOKENS, show: bool = True) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantlab.io.datasets import read_lines
+from quantlab.token_rows import text_ids
 
 if TYPE_CHECKING:
     from quantlab.llama import Llama
@@ -199,7 +200,7 @@ def chat_ids(model: Llama, messages: Sequence[Message], add_generation_prompt: b
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
             raise ValueError(f"messages: number {number} is {message!r:.60}, {wanted}")
     text = chat_template(model).render(messages, add_generation_prompt)
-    return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
+    return text_ids(model.require_tokenizer(), text, add_special_tokens=False, name="messages")
 
 
 def stop_ids(model: Llama, template: ChatTemplate) -> list[int]:

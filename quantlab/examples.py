@@ -21,7 +21,7 @@ from quantlab.conversations import (
     token_of,
 )
 from quantlab.llama import Llama
-from quantlab.token_rows import listed, to_sequences
+from quantlab.token_rows import encoded, listed, to_sequences
 from quantlab.training import IGNORED, TrainingConfig
 
 Data = Any  # texts, rows of ids, conversations, or the path of a JSON-lines file of objects that hold one of these
@@ -109,11 +109,7 @@ def is_ids(items: Any) -> bool:
 def _add_ids(examples: Examples, items: Any, limit: int, model: Llama, config: TrainingConfig, name: str) -> None:
     if config.assistant_only_loss:
         raise ValueError("assistant_only_loss: got True for rows of ids, which do not tell who says what")
-    try:
-        rows = to_sequences(items)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    for row in rows:
+    for row in to_sequences(items, name=name):
         if row.max() >= model.config.vocab_size:
             raise ValueError(f"{name}: token id {row.max()}, expected less than {model.config.vocab_size}")
         examples.add(row, None, limit)
@@ -136,7 +132,7 @@ def _add_texts(
             continue
         if config.assistant_only_loss:
             raise ValueError(f"{place}: a text does not tell what the assistant says, as assistant_only_loss needs it")
-        ids = tokenizer.encode(text).ids
+        ids = encoded(tokenizer, text, name=place).ids
         if not text.strip():
             raise ValueError(f"{place}: the text is empty")
         examples.add(np.array(ids if ids[-1:] == eos else ids + eos, np.int32), None, limit)
@@ -149,7 +145,7 @@ def _conversation(
     messages, tokenizer = conversation_of(item, place), model.require_tokenizer()
     if template is None:
         text, spans = joined(messages)
-        encoding = tokenizer.encode(text)
+        encoding = encoded(tokenizer, text, name=place)
     else:
         text, spans = template.render_spans(messages) if config.assistant_only_loss else (template.render(messages), [])
         eos = token_of(model, "eos_token_id")
@@ -157,6 +153,6 @@ def _conversation(
             text += eos
             if messages[-1]["role"] == "assistant":
                 spans = [*spans[:-1], (spans[-1][0], len(text))] if spans else []
-        encoding = tokenizer.encode(text, add_special_tokens=False)
+        encoding = encoded(tokenizer, text, add_special_tokens=False, name=place)
     ids = np.array(encoding.ids, np.int32)
     return ids, learned_tokens(encoding.offsets, spans) if config.assistant_only_loss else None

@@ -96,7 +96,8 @@ class Stop:
         if self.strings and model.tokenizer is None:
             raise ValueError("stop_strings: this checkpoint has no tokenizer to find them with")
         self._tokenizer = model.tokenizer if self.strings else None
-        self._tail = max((len(string.encode()) for string in self.strings), default=0) + 1  # a token is a byte or more
+        # a token is a byte or more; half of a surrogate pair, which is never found, counts as the three it would have
+        self._tail = max((len(string.encode("utf-8", "surrogatepass")) for string in self.strings), default=0) + 1
 
     def __call__(self, new: Sequence[int]) -> bool:
         if new[-1] in self.tokens:

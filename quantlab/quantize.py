@@ -19,7 +19,7 @@ from quantlab.llama import Llama, LlamaConfig, LlamaForCausalLM, layer_modules
 from quantlab.progress import Progress
 from quantlab.progress import progress as progress_bar
 from quantlab.resume import LayerStore, fingerprint, settings_of
-from quantlab.token_rows import Texts, are_ids, listed, to_sequences
+from quantlab.token_rows import Texts, rows_of
 from quantlab.weight import FLOAT_BITS, QuantWeight, cast_weight
 
 if TYPE_CHECKING:
@@ -150,22 +150,15 @@ def _matrix_by_matrix(
 
 def calibration_rows(source: Any, llama: LlamaConfig, calibration: Texts | None) -> list[np.ndarray]:
     """Rows of int32 token ids, checked against the vocabulary and cut to the model's context."""
-    wanted, calibration = "expected a list of texts, or rows of token ids", listed(calibration)
+    wanted = "expected a list of texts, or rows of token ids"
     if calibration is None or isinstance(calibration, (str, bytes)) or not hasattr(calibration, "__len__"):
         got = {"NoneType": "nothing", "str": "one text"}.get(type(calibration).__name__, type(calibration).__name__)
         raise ValueError(f"calibration: got {got}, {wanted}")
     if len(calibration) == 0:
         raise ValueError(f"calibration: it is empty, {wanted}")
-    if not are_ids(calibration, "calibration"):
-        encoder = getattr(source, "tokenizer", None)
-        if encoder is None:
-            raise ValueError("calibration: this checkpoint has no tokenizer; pass rows of token ids instead of texts")
-        rows = [np.array(encoding.ids, np.int32) for encoding in encoder.encode_batch(list(calibration))]
-        rows = [row for row in rows if len(row)]
-        if not rows:
-            raise ValueError("calibration: the texts have no tokens")
-    else:
-        rows = to_sequences(calibration, name="calibration")
+    rows = [row for row in rows_of(calibration, getattr(source, "tokenizer", None), "calibration") if len(row)]
+    if not rows:
+        raise ValueError("calibration: the texts have no tokens")
     for row in rows:
         if row.max() >= llama.vocab_size:
             raise ValueError(

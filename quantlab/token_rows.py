@@ -10,7 +10,7 @@ import numpy as np
 from quantlab.arrays import DLPackArray, as_array
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 Ids = Sequence[int] | Sequence[Sequence[int]] | Sequence[DLPackArray] | DLPackArray
 Texts = Sequence[str] | Ids
@@ -37,14 +37,34 @@ def are_ids(texts: Texts, name: str = "texts") -> TypeGuard[Ids]:
     return False
 
 
-def text_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Token ids of one text, with special tokens, int32 (t,)."""
-    if not isinstance(text, str):
-        raise ValueError(f"text: got {type(text).__name__}, expected one text")
+def encoded(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True, name: str = "text") -> Encoding:
+    """One text in tokens, with their places. ValueError, with the argument's name, for half of a surrogate pair: what
+    the shell makes of bytes that are no text, and JSON of half an emoji."""
     try:
-        return np.array(tokenizer.encode(text).ids, np.int32)
-    except TypeError:  # the tokenizer's, for half of a surrogate pair: the shell's for bytes that are no text
-        raise ValueError("text: it is not valid Unicode and has no UTF-8") from None
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except TypeError:  # the tokenizer's, without a word about the text
+        raise ValueError(f"{name}: it is not valid Unicode and has no UTF-8") from None
+
+
+def text_ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True, name: str = "text") -> np.ndarray:
+    """Token ids of one text, int32 (t,)."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: got {type(text).__name__}, expected one text")
+    return np.array(encoded(tokenizer, text, add_special_tokens, name).ids, np.int32)
+
+
+def rows_of(texts: Texts, tokenizer: Tokenizer | None, name: str = "texts") -> list[np.ndarray]:
+    """Token ids of each text, with special tokens, or the rows of ids that these are; int32 (t,) each. ValueError, with
+    the argument's name, for what is neither."""
+    texts = listed(texts)
+    if are_ids(texts, name):
+        return to_sequences(texts, name=name)
+    if tokenizer is None:
+        raise ValueError(f"{name}: this checkpoint has no tokenizer; pass rows of token ids instead of texts")
+    try:
+        return [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(list(texts))]
+    except TypeError:  # one of them: which, `encoded` says
+        return [text_ids(tokenizer, text, name=f"{name}, number {i}") for i, text in enumerate(texts, 1)]
 
 
 def one_row(ids: Sequence[int] | np.ndarray) -> list[int]:

@@ -146,6 +146,7 @@ def test_what_float16_cannot_hold_is_named(broken, tmp_path):
 SMALL = np.zeros((4, 8), np.float32)
 IDS = [[1, 2, 3]]
 
+HALF = "a \udcff"  # of a surrogate pair
 SMALL_NF4 = ql.QuantWeight.from_float(SMALL, ql.NF4Config())
 
 WEIGHTS: dict[str, tuple[Callable[[], object], str]] = {
@@ -267,7 +268,23 @@ MODELS: dict[str, tuple[Callable[[ql.LlamaForCausalLM], object], str]] = {
     "an id below zero": (lambda m: m.decode([1, -1]), "ids: got array([ 1, -1]), expected"),
     "ids that are fractions": (lambda m: m.decode([0.5]), "ids: got array([0.5]), expected"),
     "rows for a row of ids": (lambda m: m.decode([[1], [2]]), "ids: got rows, expected"),
-    "half of a surrogate pair": (lambda m: m.encode("a \udcff"), "text: it is not valid Unicode"),
+    "half of a surrogate pair": (lambda m: m.encode(HALF), "text: it is not valid Unicode"),
+    "half of a pair in calibration": (
+        lambda m: ql.quantize(m, ql.GPTQConfig(), ["a", HALF]),
+        "calibration, number 2: it is not valid Unicode",
+    ),
+    "half of a pair in a chat": (
+        lambda m: m.apply_chat_template([{"role": "user", "content": HALF}]),
+        "messages: it is not valid Unicode",
+    ),
+    "half of a pair in training": (
+        lambda m: ql.finetune(m, ql.LoraConfig(), ["a b", HALF], progress=False),
+        "data, row 2: it is not valid Unicode",
+    ),
+    "half of a pair in a conversation": (
+        lambda m: ql.finetune(m, ql.LoraConfig(), [["a b", HALF]], progress=False),
+        "data, row 1: it is not valid Unicode",
+    ),
     "settings of training as a dictionary": (
         lambda m: ql.finetune(m, ql.LoraConfig(), ["a b"], {"max_steps": 1}, progress=False),
         "training: got dict",
@@ -287,6 +304,7 @@ def test_wrong_call_of_a_model(model, name):
 
 TEXTS = ["one", "two"]
 CLASSIFIERS: dict[str, tuple[Callable[[ql.LlamaForSequenceClassification], object], str]] = {
+    "half of a surrogate pair": (lambda c: c.predict(["one", HALF]), "texts, number 2: it is not valid Unicode"),
     "a label beyond the classes": (lambda c: c.fit_head(TEXTS, [0, 3], TEXTS, [0, 1]), "3"),
     "a label below zero": (lambda c: c.fit_head(TEXTS, [0, 1], TEXTS, [0, -1]), "-1"),
     "labels that are fractions": (lambda c: c.fit_head(TEXTS, [0.0, 0.5], TEXTS, [0, 1]), "labels"),

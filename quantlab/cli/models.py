@@ -173,10 +173,10 @@ def quantization_config(
 def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: int) -> np.ndarray:
     """Token ids (samples, context), int32: rows spread evenly over a text file, or over the demo's tweets one after the
     other."""
-    import numpy as np
 
     from quantlab.calibration import spread_rows
     from quantlab.io.datasets import load_demo_tweets, load_text
+    from quantlab.token_rows import text_ids
 
     if source is None:
         raise typer.BadParameter('--calibration: gptq needs a text file, or "demo" for the demo\'s tweets')
@@ -185,7 +185,7 @@ def calibration_rows(source: str | None, tokenizer: Any, samples: int, context: 
     if tokenizer is None:
         raise ValueError("the model has no tokenizer; calibrate it from Python with token ids")
     text = "\n".join(load_demo_tweets()[0]) if source == "demo" else load_text(source)
-    ids = np.array(tokenizer.encode(text).ids, np.int32)
+    ids = text_ids(tokenizer, text)
     if len(ids) < context:
         raise typer.BadParameter(
             f"--calibration: {source} has {len(ids)} tokens, fewer than one row of --context {context}"

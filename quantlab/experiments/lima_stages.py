@@ -17,6 +17,7 @@ from quantlab.conversations import ChatTemplate, chat_template, stop_ids
 from quantlab.examples import Examples, prepare_examples
 from quantlab.lora import read_adapter
 from quantlab.progress import progress
+from quantlab.token_rows import text_ids
 from quantlab.training import IGNORED
 
 from . import statistics
@@ -250,7 +251,7 @@ class LimaStages(ModelStages):
         if template is None:
             return model.encode(text)
         text = template.render([{"role": "user", "content": text}], add_generation_prompt=True)
-        return np.array(model.require_tokenizer().encode(text, add_special_tokens=False).ids, np.int32)
+        return text_ids(model.require_tokenizer(), text, add_special_tokens=False)
 
     def time_generation(self, cell: Cell, model: LlamaForCausalLM) -> None:
         """Times `generate` at every batch size, round by round, so that what else the machine does hits all sizes."""
