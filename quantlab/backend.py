@@ -31,7 +31,6 @@ def use(
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.
     """
-    _check(threads, precise)
     before = _core.isa_selected(), _core.threads(), _core.precise(), _core.device_selected()
     number = before[3] if device is None else cuda.device_number(device)
     try:
@@ -48,15 +47,6 @@ def use(
         _core.set_threads(before[1])
         _core.set_precise(before[2])
         _core.device_select(before[3])
-
-
-def _check(threads: int | None, precise: bool | None) -> None:
-    if precise is not None and not isinstance(precise, bool):
-        raise TypeError(f"precise: got {type(precise).__name__}, expected a bool")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise TypeError(f"threads: got {type(threads).__name__}, expected an int")
-    if threads is not None and not 1 <= threads <= 4096:
-        raise ValueError(f"threads: got {threads}, expected 1 to 4096")
 
 
 def table() -> dict[str, dict[str, str]]:

@@ -194,9 +194,8 @@ def test_same_codes_on_any_number_of_threads() -> None:
     w, hessian = layer(5, n=300, k=200)
     config, codes = GPTQConfig.recommended(4), []
     for threads in (1, 2, 5):
-        _core.set_threads(threads)
-        codes.append(quantize(w, hessian, config)[0].codes)
-    _core.set_threads(0)
+        with ql.backend.use(threads=threads):
+            codes.append(quantize(w, hessian, config)[0].codes)
     assert all(np.array_equal(codes[0], other) for other in codes[1:])
 
 

@@ -39,10 +39,8 @@ CONFIGS = [
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """The models are tiny: threads would only wait for each other."""
-    _core.set_threads(1)
-    with threadpool_limits(1):
+    with ql.backend.use(threads=1), threadpool_limits(1):
         yield
-    _core.set_threads(0)
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -135,9 +133,8 @@ def test_one_pass_and_threads_do_not_change_the_codes() -> None:
     model = tiny_model()
     results = []
     for threads in (1, 3):
-        _core.set_threads(threads)
-        results.append(ql.quantize(model, GPTQConfig.recommended(3, group_size=32), rows(), progress=False))
-    _core.set_threads(1)
+        with ql.backend.use(threads=threads):
+            results.append(ql.quantize(model, GPTQConfig.recommended(3, group_size=32), rows(), progress=False))
     assert_same(*results)
 
 

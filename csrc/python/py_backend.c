@@ -20,6 +20,9 @@ static PyObject *isa_selected(PyObject *self, PyObject *unused) {
 
 static PyObject *isa_select(PyObject *self, PyObject *argument) {
     (void)self;
+    if (!PyUnicode_Check(argument)) {
+        return PyErr_Format(PyExc_TypeError, "isa: got %s, expected scalar, avx2, avx512 or amx", Py_TYPE(argument)->tp_name);
+    }
     const char *name = PyUnicode_AsUTF8(argument);
     if (name == NULL) { return NULL; }
     for (int isa = 0; isa < QL_ISA_COUNT; isa++) {
@@ -38,10 +41,13 @@ static PyObject *threads_get(PyObject *self, PyObject *unused) {
 
 static PyObject *threads_set(PyObject *self, PyObject *argument) {
     (void)self;
-    long threads = PyLong_AsLong(argument);
-    if (threads == -1 && PyErr_Occurred()) { return NULL; }
-    if (threads < 0 || threads > QL_MAX_THREADS) {
-        return PyErr_Format(PyExc_ValueError, "threads: got %ld, expected 1 to %d", threads, QL_MAX_THREADS);
+    if (!PyLong_Check(argument) || PyBool_Check(argument)) {
+        return PyErr_Format(PyExc_TypeError, "threads: got %s, expected an int", Py_TYPE(argument)->tp_name);
+    }
+    int overflow;
+    long threads = PyLong_AsLongAndOverflow(argument, &overflow);
+    if (overflow != 0 || threads < 1 || threads > QL_MAX_THREADS) {
+        return PyErr_Format(PyExc_ValueError, "threads: got %S, expected 1 to %d", argument, QL_MAX_THREADS);
     }
     ql_set_threads((int)threads);
     Py_RETURN_NONE;
@@ -54,9 +60,10 @@ static PyObject *precise_get(PyObject *self, PyObject *unused) {
 
 static PyObject *precise_set(PyObject *self, PyObject *argument) {
     (void)self;
-    int on = PyObject_IsTrue(argument);
-    if (on < 0) { return NULL; }
-    ql_set_precise(on);
+    if (!PyBool_Check(argument)) {
+        return PyErr_Format(PyExc_TypeError, "precise: got %s, expected a bool", Py_TYPE(argument)->tp_name);
+    }
+    ql_set_precise(argument == Py_True);
     Py_RETURN_NONE;
 }
 
@@ -88,7 +95,7 @@ static PyMethodDef methods[] = {
     {"isa_selected", isa_selected, METH_NOARGS, "isa_selected() -> str"},
     {"isa_select", isa_select, METH_O, "isa_select(name): use the kernels of this ISA"},
     {"threads", threads_get, METH_NOARGS, "threads() -> int"},
-    {"set_threads", threads_set, METH_O, "set_threads(n); 0: the default"},
+    {"set_threads", threads_set, METH_O, "set_threads(n)"},
     {"precise", precise_get, METH_NOARGS, "precise() -> bool"},
     {"set_precise", precise_set, METH_O, "set_precise(on): products of 24-bit integers for bfloat16's, float32 for theirs"},
     {"gemv_rows", gemv_rows, METH_NOARGS, "gemv_rows() -> int: products with so few rows may add in another order"},
