@@ -355,6 +355,12 @@ def test_an_interrupt_tells_what_is_kept(capsys, tmp_path, tiny, text_file, stud
     assert status == 0 and "head: skipped" in out
 
 
+def test_an_interrupt_is_told_on_a_line_of_its_own(capsys, tiny, monkeypatch):
+    letters = interrupting(lambda model, tokens: "x" * len(tokens), 3)
+    monkeypatch.setattr(quantlab.LlamaForCausalLM, "decode", letters)
+    assert call(capsys, "generate", tiny, "abc", "--max-new-tokens", 9) == (130, "xxx\n", "quantlab: interrupted\n")
+
+
 def test_a_reader_that_leaves_is_no_error(tiny):
     read, write = os.pipe()
     os.close(read)

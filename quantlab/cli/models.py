@@ -335,8 +335,13 @@ def generate(
             shown = text
 
     options |= {"do_sample": do_sample, "on_token": show, "stop_strings": stop, "eos_token_id": stops}
-    with wrong_call(), told_warnings():
-        model.generate(ids, max_new_tokens=max_new_tokens, **options)
+    try:
+        with wrong_call(), told_warnings():
+            model.generate(ids, max_new_tokens=max_new_tokens, **options)
+    except BaseException:  # what is told of it begins a line of its own
+        if shown:
+            print(flush=True)
+        raise
     text = model.decode(tokens)
     if as_json:
         print_json({"prompt": prompt, "text": text, "tokens": tokens})
