@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from quantlab.config import other_parts
 from quantlab.io import peft
 from quantlab.io.files import output_directory, read_json, write_bytes
 from quantlab.io.safetensors import LazyTensor, SafetensorsFile, write_safetensors
@@ -109,12 +110,10 @@ def load_state(path: Path, settings: Mapping[str, Any], state: TrainingState) ->
     if not (path / STATE).is_file():
         raise FileNotFoundError(f"resume_from_checkpoint: {path} holds no {STATE}")
     content = read_json(path / STATE)
-    wanted, found = json.loads(json.dumps(dict(settings))), content.get("settings")
-    differing = sorted(name for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name])
-    if differing:
+    other = other_parts(content.get("settings"), json.loads(json.dumps(dict(settings))))
+    if other:
         raise ValueError(
-            f"resume_from_checkpoint: {path} is of a run with another {' and '.join(differing)}: "
-            "use the same to go on with it"
+            f"resume_from_checkpoint: {path} is of a run with another {other}: use the same to go on with it"
         )
     try:
         adapter, moments = read_adapter(path), SafetensorsFile(path / OPTIMIZER)

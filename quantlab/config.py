@@ -287,3 +287,28 @@ def config_from_dict(fields: Mapping[str, Any]) -> QuantizationConfig:
     if method not in CONFIGS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(CONFIGS)}")
     return CONFIGS[method].from_dict(fields)
+
+
+def difference(stored: Mapping[str, Any], asked: Mapping[str, Any], ignored: frozenset[str] = frozenset()) -> str:
+    """The fields in which two configurations differ, in words; empty when they agree."""
+    names = [name for name in {**stored, **asked} if name not in ignored and stored.get(name) != asked.get(name)]
+    return ", ".join(f"{name}: {_short(stored.get(name))} there, {_short(asked.get(name))} asked" for name in names)
+
+
+def other_parts(stored: Any, asked: Mapping[str, Any]) -> str:
+    """The parts of a run's settings, objects and digests, that are not those of another: "training (max_steps: 9 there,
+    3 asked) and data"; empty when they agree."""
+    stored = stored if isinstance(stored, Mapping) else {}
+    told = []
+    for name in sorted({*stored, *asked}):
+        there, here = stored.get(name), asked.get(name)
+        if there != here:
+            if isinstance(there, Mapping) and isinstance(here, Mapping):
+                name = f"{name} ({difference(there, here)})"
+            told.append(name)
+    return " and ".join(told)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -324,6 +324,7 @@ class TrainingRun:
         training = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in WITHOUT_EFFECT}
         model = fingerprint(self.model, self.model.config, ["model.embed_tokens", *layer_modules(self.model.config)])
         lora = dataclasses.asdict(self.state.adapter.config)
+        lora = {name: value for name, value in lora.items() if value != {}}  # as before there were patterns
         return {"training": training, "lora": lora, "data": self.task.digest(), "model": model}
 
     def _choose_policy(self) -> Policy:

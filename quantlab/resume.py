@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from quantlab.config import QuantizationConfig
+from quantlab.config import QuantizationConfig, other_parts
 from quantlab.io.files import output_directory, read_json, write_bytes
 from quantlab.weight import QuantWeight
 
@@ -59,11 +59,10 @@ class LayerStore:
         if not path.exists():
             write_bytes(path, json.dumps(wanted, indent=1).encode())
             return
-        found = read_json(path)
-        differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-        if differing:
+        other = other_parts(read_json(path), wanted)
+        if other:
             raise ValueError(
-                f"resume_dir: {self.folder} holds a run with another {' and '.join(differing)}: "
+                f"resume_dir: {self.folder} holds a run with another {other}: "
                 "use the same settings to go on with it, or another folder"
             )
 

@@ -230,9 +230,9 @@ def test_resuming_another_run_is_refused(tmp_path):
         return lambda: ql.finetune(model or tiny_model(), lora, rows or made_up(), settings(**values))
 
     cases = {
-        "another training": again(learning_rate=1e-3),
-        "another data": again(rows=made_up(seed=9)),
-        "another lora": again(lora=ql.LoraConfig()),
+        r"another training \(learning_rate: .* there, 0\.001 asked\)": again(learning_rate=1e-3),
+        "another data: use": again(rows=made_up(seed=9)),
+        r"another lora \(r: 4 there, 8 asked, .*": again(lora=ql.LoraConfig()),
         "another model": again(model=tiny_model(3)),
         "holds checkpoints of another run": again(resume_from_checkpoint=None),
     }

@@ -213,7 +213,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     model, config = tiny_model(), GPTQConfig(group_size=32)
     ql.quantize(model, config, rows(), progress=False, resume_dir=tmp_path)
     for other_model, other_config, other_rows, what in [
-        (model, GPTQConfig(group_size=16), rows(), "config"),
+        (model, GPTQConfig(group_size=16), rows(), r"config \(group_size: 32 there, 16 asked\): use"),
         (model, config, rows(9), "calibration"),
         (tiny_model(seed=8), config, rows(), "model"),
     ]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlab import cuda
+from quantlab.config import difference
 from quantlab.io import files
 
 from . import energy
@@ -356,9 +357,3 @@ class Run:
             file.write((b"" if whole else b"\n") + json.dumps(event).encode() + b"\n")
         if self._on_event is not None:
             self._on_event(event)
-
-
-def difference(stored: Mapping[str, Any], asked: Mapping[str, Any], ignored: frozenset[str]) -> str:
-    """The fields in which two configurations differ, in words; empty when they agree."""
-    names = [name for name in {**stored, **asked} if name not in ignored and stored.get(name) != asked.get(name)]
-    return ", ".join(f"{name}: {stored.get(name)!r} there, {asked.get(name)!r} asked" for name in names)
