@@ -50,8 +50,8 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[Any, ...]) -> None:
-    """ValueError unless it is one of `choices`."""
-    if isinstance(value, bool) or value not in choices:
+    """ValueError unless it is one of `choices`, of the same type: 4.0 and True are no integers."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
