@@ -417,6 +417,11 @@ class LlamaForCausalLM(Llama):
     def _options(self) -> dict[str, Any]:
         return {**super()._options(), "lm_head": self._lm_head}
 
+    @classmethod
+    def from_checkpoint(cls: type[Self], checkpoint: Checkpoint, dtype: str = "float32", **extra: Any) -> Self:
+        checkpoint.require_language_model()
+        return super().from_checkpoint(checkpoint, dtype, **extra)
+
     @property
     def _head_name(self) -> str:
         return "lm_head" if "lm_head" in self.weights else "model.embed_tokens"

@@ -110,7 +110,15 @@ def _open(model: Any) -> Any:
 
 
 def require_float(source: Any) -> None:
-    """ValueError unless a model or Checkpoint has float weights and no adapter: what `quantize` takes."""
+    """ValueError for what `quantize` does not take: weights that are no floats, an adapter, a Checkpoint that is no
+    language model."""
+    from quantlab.io import Checkpoint
+
+    if isinstance(source, Checkpoint):
+        if source.has("score"):
+            wanted = "load it with LlamaForSequenceClassification.from_pretrained, and quantize that"
+            raise ValueError(f"model: {source.path} holds a classifier: {wanted}")
+        source.require_language_model()
     if getattr(source, "adapter", None) is not None:
         raise ValueError("model: it has an adapter; quantize model.merge(), or model.without_adapter()")
     weight = source.weight(FIRST_MATRIX)

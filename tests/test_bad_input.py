@@ -333,6 +333,20 @@ def test_wrong_call_of_a_classifier(classifier, name):
     fails(lambda: job(classifier), says)
 
 
+def test_what_is_no_language_model_is_not_taken_for_one(capfd, classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "classifier")
+    folder = tmp_path / "classifier"
+    fails(lambda: ql.LlamaForCausalLM.from_pretrained(folder), "it is a classifier: use LlamaForSequenceClassification")
+    fails(
+        lambda: ql.quantize(folder, ql.NF4Config()), "holds a classifier: load it with LlamaForSequenceClassification"
+    )
+    shell_fails(capfd, "holds a classifier", "quantize", folder, tmp_path / "out", "--method", "nf4", status=2)
+    shell_fails(capfd, "holds no lm_head", "generate", folder, "hi")
+    again = ql.LlamaForSequenceClassification.from_pretrained(folder)
+    ql.quantize(again, ql.NF4Config(), progress=False).save_pretrained(tmp_path / "small")
+    assert ql.LlamaForSequenceClassification.from_pretrained(tmp_path / "small").num_labels == 3
+
+
 # ---- the machine refuses ----
 
 

@@ -51,6 +51,14 @@ class Checkpoint(ABC):
     def has(self, module: str) -> bool:
         return module in self.modules
 
+    def require_language_model(self) -> None:
+        """ValueError where it has no output matrix: a classifier, or a bare backbone."""
+        if not self.has("lm_head") and not self.config.get("tie_word_embeddings"):
+            what = "a classifier: use LlamaForSequenceClassification" if self.has("score") else "a backbone alone"
+            raise ValueError(
+                f"source: {self.path} holds no lm_head, and its config does not tie one to the embedding; it is {what}"
+            )
+
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer | None:
