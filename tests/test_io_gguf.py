@@ -39,7 +39,7 @@ def parts() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def test_reads_every_matrix(kind: str, tmp_path: Path, parts: Any) -> None:
     """What comes out is the library's own rounding of what went in, rows in Hugging Face's order."""
     config, arrays = parts
-    checkpoint = open_checkpoint(save_gguf(tmp_path / "m.gguf", config, arrays, TYPES[kind]))
+    checkpoint = open_checkpoint(save_gguf(tmp_path / "M.GGUF", config, arrays, TYPES[kind]))
     assert checkpoint.modules == list(arrays)
     for module, array in arrays.items():
         if array.ndim == 1:

@@ -106,10 +106,10 @@ def source_kind(source: str | os.PathLike[str]) -> Literal["demo", "directory", 
     if path.is_dir():
         return "directory"
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return "gguf"
         raise ValueError(f"source: got the file {path}; {accepted}")
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if path.suffix.lower() == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"source: {source}: no such file or directory, and not a hub id (owner/name) or 'demo'")
     return "hub"
 
