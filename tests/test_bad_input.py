@@ -415,6 +415,7 @@ SHELL: dict[str, tuple[int, list[str], str]] = {
     "a file that is no model": (2, ["generate", "{tmp}/text.txt", "hi"], "text.txt"),
     "an empty directory": (2, ["generate", "{tmp}/empty", "hi"], "source: {tmp}/empty: holds no config.json"),
     "an empty prompt": (2, ["generate", "{good}", ""], "prompt: got ''"),
+    "a prompt that is no text": (2, ["generate", "{good}", HALF], "prompt: it is not valid Unicode"),
     "no adapter": (2, ["generate", "{good}", "hi", "--adapter", "{tmp}/none"], "--adapter: "),
     "an adapter that is a file": (2, ["merge", "{good}", "{tmp}/text.txt", "{tmp}/out"], "text.txt"),
     "an empty adapter": (2, ["merge", "{good}", "{tmp}/empty", "{tmp}/out"], "adapter_config.json"),

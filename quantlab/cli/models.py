@@ -318,11 +318,7 @@ def generate(
     model = ql.LlamaForCausalLM.from_pretrained(source, dtype, device, local_files_only)
     with told_warnings():
         model = model if adapter is None else ql.load_adapter(model, adapter)
-    ids, stops = model.encode(prompt), None
-    if chat:
-        ids, stops = chat_prompt(model, prompt, system)
-    if len(ids) == 0:
-        raise typer.BadParameter(f"prompt: got {prompt!r}, which holds no token to continue")
+    ids, stops = prompt_ids(model, prompt, chat, system)
     tokens: list[int] = []
     shown = ""
 
@@ -349,10 +345,18 @@ def generate(
         print(text[len(shown) :])
 
 
-def chat_prompt(model: Any, prompt: str, system: str | None) -> tuple[np.ndarray, list[int]]:
-    """The ids of a user's message up to where the assistant speaks, and the tokens that end what it says."""
+def prompt_ids(model: Any, prompt: str, chat: bool, system: str | None) -> tuple[np.ndarray, list[int] | None]:
+    """The ids of a text, or of a user's message up to where the assistant speaks; and the tokens that end what follows
+    (None: the model's)."""
     from quantlab.conversations import chat_template, stop_ids
 
-    messages = [{"role": "system", "content": system}] if system else []
-    ids = model.apply_chat_template([*messages, {"role": "user", "content": prompt}])
-    return ids, stop_ids(model, chat_template(model))
+    model.require_tokenizer()  # without one, the call is not wrong
+    with wrong_call("text", "prompt: "):
+        ids = model.encode(prompt)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        with wrong_call():
+            ids = model.apply_chat_template([*messages, {"role": "user", "content": prompt}])
+    if len(ids) == 0:
+        raise typer.BadParameter(f"prompt: got {prompt!r}, which holds no token to continue")
+    return ids, stop_ids(model, chat_template(model)) if chat else None
