@@ -37,7 +37,7 @@ GROUPS = {
         ["csrc/x86/*_avx512_bf16.c"],
         AVX512_BF16,
         INTRINSICS + "__m512i f(__m512 a) { return (__m512i)_mm512_cvtne2ps_pbh(a, a); }\n",
-    ),  # fmt: skip
+    ),
     "amx": (["csrc/x86/*_amx.c"], AMX, INTRINSICS + "void f(void) { _tile_dpbf16ps(0, 1, 2); _tile_dpbssd(3, 4, 5); }"),
 }
 
