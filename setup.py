@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.resolve()
 # not in an ISA group stays at the x86-64 baseline. A group without sources is reported and left out.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
-AMX = [*AVX512_BF16, "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+AVX512_VNNI = [*AVX512, "-mavx512vnni"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 BASELINE = ["csrc/*.c", "csrc/core/*.c", "csrc/ops/*.c", "csrc/quant/*.c", "csrc/model/*.c", "csrc/python/*.c"]
 BASELINE_PROBE = "#include <Python.h>\n#include <pthread.h>\nint f(void) { return (int)pthread_self(); }\n"
 INTRINSICS = "#include <immintrin.h>\n"
@@ -33,6 +34,11 @@ GROUPS = {
     "baseline": (BASELINE, [], BASELINE_PROBE),
     "avx2": (["csrc/x86/*_avx2.c"], AVX2, INTRINSICS + "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n"),
     "avx512": (["csrc/x86/*_avx512.c"], AVX512, INTRINSICS + "__m512 f(__m512 a) { return _mm512_add_ps(a, a); }\n"),
+    "avx512_vnni": (
+        ["csrc/x86/*_avx512_vnni.c"],
+        AVX512_VNNI,
+        INTRINSICS + "__m512i f(__m512i a) { return _mm512_dpbusd_epi32(a, a, a); }\n",
+    ),
     "avx512_bf16": (
         ["csrc/x86/*_avx512_bf16.c"],
         AVX512_BF16,

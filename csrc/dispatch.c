@@ -11,12 +11,12 @@
 
 static ql_backend tables[QL_ISA_COUNT];
 static int usable[QL_ISA_COUNT];
-static const char *why_not[QL_ISA_COUNT] = {"", "", "", "", ""};
+static const char *why_not[QL_ISA_COUNT] = {"", "", "", "", "", ""};
 static atomic_int selected, precise;
 static _Atomic(const ql_backend *) selected_device; /* NULL: the CPU */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-static const char *const isa_names[QL_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+static const char *const isa_names[QL_ISA_COUNT] = {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 static const int built[QL_ISA_COUNT] = {
     1,
 #ifdef QL_BUILT_AVX2
@@ -25,6 +25,11 @@ static const int built[QL_ISA_COUNT] = {
     0,
 #endif
 #ifdef QL_BUILT_AVX512
+    1,
+#else
+    0,
+#endif
+#ifdef QL_BUILT_AVX512_VNNI
     1,
 #else
     0,
@@ -58,7 +63,8 @@ static void fill_scalar(ql_backend *table) {
 }
 
 static void initialize(void) {
-    int (*const has[QL_ISA_COUNT])(const char **) = {NULL, ql_cpu_has_avx2, ql_cpu_has_avx512, ql_cpu_has_avx512_bf16, ql_cpu_has_amx};
+    int (*const has[QL_ISA_COUNT])(const char **) = {NULL, ql_cpu_has_avx2, ql_cpu_has_avx512,
+                                                       ql_cpu_has_avx512_vnni, ql_cpu_has_avx512_bf16, ql_cpu_has_amx};
     usable[QL_ISA_SCALAR] = 1;
     for (int isa = QL_ISA_AVX2; isa < QL_ISA_COUNT; isa++) {
         if (!built[isa]) {
@@ -74,6 +80,9 @@ static void initialize(void) {
 #endif
 #ifdef QL_BUILT_AVX512
         if (isa >= QL_ISA_AVX512) { ql_overlay_avx512(&tables[isa]); }
+#endif
+#ifdef QL_BUILT_AVX512_VNNI
+        if (isa >= QL_ISA_AVX512_VNNI) { ql_overlay_avx512_vnni(&tables[isa]); }
 #endif
 #ifdef QL_BUILT_AVX512_BF16
         if (isa >= QL_ISA_AVX512_BF16) { ql_overlay_avx512_bf16(&tables[isa]); }

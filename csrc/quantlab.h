@@ -361,7 +361,7 @@ void ql_decode_rows(float *out, const ql_weight *w, int64_t i0, int64_t i1);
 
 /* ---- dispatch ---------------------------------------------------------------------------------------------- */
 
-typedef enum { QL_ISA_SCALAR, QL_ISA_AVX2, QL_ISA_AVX512, QL_ISA_AVX512_BF16, QL_ISA_AMX, QL_ISA_COUNT } ql_isa;
+typedef enum { QL_ISA_SCALAR, QL_ISA_AVX2, QL_ISA_AVX512, QL_ISA_AVX512_VNNI, QL_ISA_AVX512_BF16, QL_ISA_AMX, QL_ISA_COUNT } ql_isa;
 
 const char *ql_isa_name(ql_isa isa);
 int ql_isa_built(ql_isa isa);

@@ -1,7 +1,8 @@
 """Which kernels run: the instruction set, the threads, the device, the precision.
 
-Environment, read once when quantlab is imported: QL_ISA (scalar, avx2, avx512, amx) and QL_THREADS. Without them: the
-best instruction set that this machine has, and one thread for each core that this process may use.
+Environment, read once when quantlab is imported: QL_ISA (scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx) and
+QL_THREADS. Without them: the best instruction set that this machine has, and one thread for each core that this process
+may use.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ def use(
 ) -> Iterator[None]:
     """`with use(isa="avx2", threads=1): …` changes what is named for the block, and puts it back after it; blocks nest.
 
-    isa: "scalar", "avx2", "avx512", "avx512_bf16" or "amx". threads: at least 1. device: "cpu", "cuda" or "cuda:N":
-    where single ops (`linear`, `dequantize`, …) run; a model has a device of its own. precise: on avx512_bf16 and amx
-    products of many rows with weights that are not float32 take bfloat16, which leaves an error of about 2^-8 of a
-    result. Where it is set, those on avx512_bf16 take float32 in twice the time (2^-21), those on amx integers of 24
-    bits (a scale for some hundred values of a row) in up to four times the time (2^-20, more where a few values of a
-    row are a thousand times the rest; an infinity makes its row NaN); and on amx those with float32 weights take
-    float32, not such integers. Not set: False. The choice holds for the whole process, so two Python threads
-    should not make different ones at the same time.
+    isa: "scalar", "avx2", "avx512", "avx512_vnni" (and byte products), "avx512_bf16" (and bfloat16 products) or "amx".
+    threads: at least 1. device: "cpu", "cuda" or "cuda:N": where single ops (`linear`, `dequantize`, …) run; a model
+    has a device of its own. precise: on avx512_bf16 and amx products of many rows with weights that are not float32
+    take bfloat16, which leaves an error of about 2^-8 of a result. Where it is set, those on avx512_bf16 take float32
+    in twice the time (2^-21), those on amx integers of 24 bits (a scale for some hundred values of a row) in up to four
+    times the time (2^-20, more where a few values of a row are a thousand times the rest; an infinity makes its row
+    NaN); and on amx those with float32 weights take float32, not such integers. Not set: False. The choice holds for
+    the whole process, so two Python threads should not make different ones at the same time.
 
     ValueError: a name that is not known, an ISA that this machine cannot use, or a count of threads below 1.
     CudaError: device="cuda" where CUDA cannot be used, with the reason.

@@ -36,7 +36,7 @@ def test_use_restores_and_nests() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"isa": "sse"}, ValueError, "isa: got 'sse', expected scalar, avx2, avx512, avx512_bf16 or amx"),
+        ({"isa": "sse"}, ValueError, "isa: got 'sse', expected scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx"),
         ({"threads": 0}, ValueError, "threads: got 0, expected 1 to 4096"),
         ({"threads": 10**30}, ValueError, f"threads: got {10**30}, expected 1 to 4096"),
         ({"threads": 2.0}, TypeError, "threads: got float, expected an int"),
@@ -94,7 +94,10 @@ def test_environment() -> None:
     assert run_python(code, QL_ISA="scalar", QL_THREADS="3").stdout == "scalar 3\n"
     wrong = run_python(code, QL_ISA="mmx")
     assert wrong.returncode == 0
-    assert "QL_ISA: 'mmx' is not used: expected scalar, avx2, avx512, avx512_bf16 or amx; using " in wrong.stderr
+    assert (
+        "QL_ISA: 'mmx' is not used: expected scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx; using "
+        in wrong.stderr
+    )
     cores = run_python(code, QL_ISA="scalar", QL_THREADS="").stdout
     for threads in ("four", "0", "4097", "2 "):
         wrong = run_python(code, QL_ISA="scalar", QL_THREADS=threads)

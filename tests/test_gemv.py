@@ -84,11 +84,11 @@ def magnitude(w: ref.StoredWeight) -> np.ndarray:
 
 def bound(w: ref.StoredWeight, x: np.ndarray, rows: int = 4) -> np.ndarray:
     """A priori, of a product with `rows` rows: half an EPS of the parts' sum for each addition on the longest path, and
-    up to 8 roundings beside; with AMX an element of x may be rounded as the largest of its group is, and more than four
-    rows meet nf4 and fp4 as integers of 16 bits."""
+    up to 8 roundings beside; with VNNI an element of x may be rounded as the largest of its group is, and on tiles more
+    than four rows meet nf4 and fp4 as integers of 16 bits."""
     size, parts = np.abs(x).astype(np.float64), magnitude(w)
     limit = (w.k + 8) * ref.EPS / 2 * (size @ parts.T)
-    if _core.isa_selected() == "amx":
+    if _core.isa_selected() in ("avx512_vnni", "avx512_bf16", "amx"):
         limit += ref.EPS * size.max(1, keepdims=True) * parts.sum(1)
         if looked_up(w) and rows > 4:
             absmax = np.repeat(np.abs(ref.block_scales(w)), w.group)[: w.n * w.k].reshape(w.n, w.k)

@@ -116,7 +116,7 @@ def test_kernels_allocate_and_print_nothing(path):
 
 @pytest.mark.parametrize("path", [path for path in C_FILES if "model" in path.parts], ids=relative)
 def test_model_names_no_backend(path):
-    found = re.search(r"\w*_(scalar|avx2|avx512|amx)\b|\bcuda\w*", code_only(path.read_text()))
+    found = re.search(r"\w*_(scalar|avx2|avx512|avx512_vnni|avx512_bf16|amx)\b|\bcuda\w*", code_only(path.read_text()))
     assert found is None, f"{relative(path)}: the model names a backend: {found and found[0]}"
 
 

@@ -25,9 +25,16 @@ int ql_cpu_has_avx512(const char **why_not) {
     return has;
 }
 
+int ql_cpu_has_avx512_vnni(const char **why_not) {
+    if (!ql_cpu_has_avx512(why_not)) { return 0; }
+    int has = __builtin_cpu_supports("avx512vnni");
+    *why_not = has ? "" : "this processor has no AVX-512 VNNI";
+    return has;
+}
+
 int ql_cpu_has_avx512_bf16(const char **why_not) {
     unsigned a, b, c, d;
-    if (!ql_cpu_has_avx512(why_not)) { return 0; }
+    if (!ql_cpu_has_avx512_vnni(why_not)) { return 0; }
     int has = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     *why_not = has ? "" : "this processor has no AVX-512 BF16";
     return has;
@@ -36,9 +43,8 @@ int ql_cpu_has_avx512_bf16(const char **why_not) {
 int ql_cpu_has_amx(const char **why_not) {
     unsigned a, b, c, d = 0;
     if (!ql_cpu_has_avx512_bf16(why_not)) { return 0; }
-    int has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3 && /* AMX bf16, tiles and int8 */
-              (c >> 11 & 1);                                                                /* AVX-512 VNNI */
-    *why_not = has ? "" : "this processor has no AMX tiles for bf16 and int8 beside AVX-512's VNNI";
+    int has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 3) == 3;
+    *why_not = has ? "" : "this processor has no AMX tiles for bf16 and int8";
     if (has && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) {
         *why_not = "the system refuses the AMX tile state (arch_prctl)";
         return 0;
@@ -50,6 +56,7 @@ int ql_cpu_has_amx(const char **why_not) {
 
 int ql_cpu_has_avx2(const char **why_not) { *why_not = "this is not an x86-64 processor"; return 0; }
 int ql_cpu_has_avx512(const char **why_not) { *why_not = "this is not an x86-64 processor"; return 0; }
+int ql_cpu_has_avx512_vnni(const char **why_not) { *why_not = "this is not an x86-64 processor"; return 0; }
 int ql_cpu_has_avx512_bf16(const char **why_not) { *why_not = "this is not an x86-64 processor"; return 0; }
 int ql_cpu_has_amx(const char **why_not) { *why_not = "this is not an x86-64 processor"; return 0; }
 

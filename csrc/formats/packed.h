@@ -1,5 +1,5 @@
 /* packed.h: the layout of ql_weight.packed on a CPU, the order in which a product with few rows of activations (decode) streams a
- * weight of 2 to 7 bits once from front to back. quant/pack.c writes it, x86/gemv_body.h, gemv_amx.c and few_amx.c read it.
+ * weight of 2 to 7 bits once from front to back. quant/pack.c writes it, x86/gemv_body.h, bytes_body.h and few_amx.c read it.
  *
  * A panel is `rows` consecutive rows of W, the last one padded with zero codes. A panel holds its groups one after another; a
  * group holds

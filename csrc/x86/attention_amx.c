@@ -1,7 +1,7 @@
 /* attention_amx.c: causal attention on tiles. Lanes are rows, a query and one of the heads that share a key head, as in
  * attention_body.h, and what is said there of a token's result holds here: it depends neither on its batch nor on its chunk.
  *
- * k, v, the scaled queries and the weights become integers of three limbs (limbs_amx.h), so that products are about as exact as
+ * k, v, the scaled queries and the weights become integers of three limbs (limbs.h), so that products are about as exact as
  * float32's. For 16 rows and a block of KEYS keys, d in units of 64:
  *   st (keys, rows) = k q^T     scores, float32, then weights
  *   ot (d, rows) += v^T p^T     p: the weights times the scale of v's row, split with one scale a row. So a key that a row does
@@ -12,7 +12,7 @@
  * are left to AVX-512; so are heads of other sizes than multiples of 64. */
 #include "../core/sizes.h"
 #include "bf16_amx.h"
-#include "limbs_amx.h"
+#include "limbs.h"
 #include "overlay.h"
 
 #include <math.h>     /* logf, INFINITY */

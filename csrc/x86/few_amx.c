@@ -1,6 +1,6 @@
 /* few_amx.c: y (m, n) = x (m, k) W^T for a few rows of x on tiles: a line of a tile is what four columns of 16 rows of W have for
  * codes, a byte each, and its left operand are the limbs of all rows of x. So W is read and unpacked once for all of them, where byte
- * products in vectors (gemv_amx.c) take as much time again for each. Codes that are looked up (nf4, fp4) become integers of 16 bits,
+ * products in vectors (bytes_body.h) take as much time again for each. Codes that are looked up (nf4, fp4) become integers of 16 bits,
  * the high and the low bytes of which are a tile each, and x has two limbs then: finer than bfloat16, which more rows have.
  *
  * A tile product takes CHUNK columns of one group. Their codes are unpacked one chunk ahead, since a tile is not loaded before
@@ -10,7 +10,7 @@
  */
 #include "bf16_amx.h" /* transpose_tile */
 #include "config_amx.h"
-#include "gemv_amx.h"
+#include "bytes.h"
 
 #include <math.h> /* lrintf */
 #include <stdalign.h>

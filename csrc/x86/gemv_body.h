@@ -32,7 +32,7 @@ enum {
     FLOAT_ROWS = V_AVX512 ? 8 : QL_GEMV_ROWS, /* rows of x at a time where W is float32, */
     FLOAT_BYTES = 128 << 10, /* of W meanwhile where there are more */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
-    AHEAD = V_AVX512 ? 2048 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
+    AHEAD = V_AVX512 ? 4096 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
 };
 

@@ -247,7 +247,7 @@ static int tile_forward(const ql_linear_product *products, int64_t count, const 
 /* rows of x, at most, that AVX-512 takes where no kernel here does: float32 as limbs is for more rows */
 static int64_t vector_rows(const ql_weight *w) { return w->format == QL_F32 ? QL_GEMV_TILE_ROWS : QL_GEMV_ROWS; }
 
-/* whether few rows of x become integers for it (gemv_amx.c), where it is packed or needs not be */
+/* whether few rows of x become integers for it (bytes_body.h), where it is packed or needs not be */
 static int takes_integers(const ql_weight *w) { return w->format == QL_INT8 || w->format == QL_AFFINE; }
 
 void ql_linear_forward_amx(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {

@@ -1,5 +1,5 @@
 /* linear_avx512_bf16.c: y = x W^T and dx = dy W for processors with bf16 products and no tiles: as linear_avx512.c, with x and W rounded to bf16, twice
- * as many products an instruction. Float32 weights, ql_precise() and what takes few rows are left to AVX-512. */
+ * as many products an instruction. Float32 weights, ql_precise() and products of few rows are left to AVX-512 and its VNNI. */
 #include "pairs_avx512_bf16.h"
 
 #include "../formats/packed.h" /* QL_GEMV_ROWS */
@@ -15,11 +15,11 @@ static int takes_pairs(const ql_weight *w) { return w->format != QL_F32 && !ql_p
 void ql_linear_forward_avx512_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w, .pack_panel = pack_transposed_panel,
               .m = m, .n = w->n, .k = pieces(w->k, 2), .values = w->k};
-    if (m <= QL_GEMV_ROWS || !takes_pairs(w) || !gemm_run(&g)) { ql_linear_forward_avx512(y, x, w, m, accumulate); }
+    if (m <= QL_GEMV_ROWS || !takes_pairs(w) || !gemm_run(&g)) { ql_linear_forward_avx512_vnni(y, x, w, m, accumulate); }
 }
 
 void ql_linear_many_forward_avx512_bf16(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
-    if (m <= QL_GEMV_ROWS) { ql_linear_many_forward_avx512(products, count, x, m); return; }
+    if (m <= QL_GEMV_ROWS) { ql_linear_many_forward_avx512_vnni(products, count, x, m); return; }
     for (int64_t i = 0; i < count; i++) { ql_linear_forward_avx512_bf16(products[i].y, x, products[i].w, m, 0); }
 }
 

@@ -9,6 +9,7 @@
 
 void ql_overlay_avx2(ql_backend *table);
 void ql_overlay_avx512(ql_backend *table);
+void ql_overlay_avx512_vnni(ql_backend *table);
 void ql_overlay_avx512_bf16(ql_backend *table);
 void ql_overlay_amx(ql_backend *table);
 
@@ -40,7 +41,7 @@ void ql_overlay_amx(ql_backend *table);
     X(linear_forward)        \
     X(linear_backward_input)
 
-/* y = x W^T for a few rows (gemv_body.h, gemv_amx.c), of `count` products that are alike; 0: nothing done, these weights or this m
+/* y = x W^T for a few rows (gemv_body.h, bytes_body.h), of `count` products that are alike; 0: nothing done, these weights or this m
  * have no such kernel */
 int ql_gemv_forward_avx2(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
 int ql_gemv_forward_avx512(const ql_linear_product *products, int64_t count, const float *x, int64_t m, int accumulate);
@@ -80,7 +81,9 @@ void ql_attention_first_avx512(attention_call *call);
  * for others pack the other operand, which costs more than such a product */
 enum { QL_FEW = 16 };
 
-#define X(op, params) void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_avx512_bf16 params; void ql_##op##_amx params;
+#define X(op, params)                                                                                 \
+    void ql_##op##_avx2 params; void ql_##op##_avx512 params; void ql_##op##_avx512_vnni params; \
+    void ql_##op##_avx512_bf16 params; void ql_##op##_amx params;
 QL_OPS(X)
 QL_FORMAT_OPS(X)
 #undef X

@@ -4,7 +4,7 @@
 
 #include "../core/sizes.h"
 #include "bf16_amx.h"
-#include "limbs_amx.h"
+#include "limbs.h"
 
 #include <stdalign.h> /* alignas */
 

@@ -3,7 +3,7 @@
  *
  * Operands are cut into tiles of 1 KiB. A tile of a: 16 rows, 32 steps of k. A tile of b: 16 pairs of steps, 16 columns, the
  * two steps of a pair side by side. Both operands are one plane, their values as bf16, or two, high and low, with high + low the
- * value to 2^-16: low low, another 2^-16 of a product at most, is left out. Or both are three planes of limbs (limbs_amx.h), and a
+ * value to 2^-16: low low, another 2^-16 of a product at most, is left out. Or both are three planes of limbs (limbs.h), and a
  * step is two values of k, a byte each: a row of a, a column of b has one scale for each block of k, in which sums are int32. All
  * tiles beyond an edge are filled with zeros.
  *

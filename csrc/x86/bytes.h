@@ -1,9 +1,9 @@
-/* gemv_amx.h: what products with few rows share, those of bytes in vectors (gemv_amx.c) and those on tiles (few_amx.c). In panels of
+/* bytes.h: what products with few rows share, those of bytes in vectors (bytes_body.h) and those on tiles (few_amx.c). In panels of
  * integers (formats/packed.h) both add up the same numbers in the same order, so results have the same bits. */
-#ifndef QL_GEMV_AMX_H
-#define QL_GEMV_AMX_H
+#ifndef QL_BYTES_H
+#define QL_BYTES_H
 
-#include "limbs_amx.h"
+#include "limbs.h"
 #include "panels.h"
 
 enum {
@@ -65,7 +65,7 @@ ALWAYS_INLINE vi codes_of(const uint32_t *p, const int bits, const int h) {
     if (bits == 2) { return low; }
     vi high = vi_load(p + 2 * 64); /* bit 2 of a code at bit h of its byte */
     high = h < 2 ? vi_shl(high, (unsigned)(2 - h)) : vi_shr(high, (unsigned)(h - 2));
-    return vi_or(vi_and(high, vi_set1(0x04040404)), low);
+    return select_bits(vi_set1(0x04040404), high, low);
 }
 
 /* panels [first, end), or BYTE_ROWS rows of bytes each, for all rows of x */

@@ -1,8 +1,8 @@
-/* limbs_amx.h: floats as integers of 24 bits that have one scale, max|x| / MOST: about the rounding of float32 at the largest of them. An
+/* limbs.h: floats as integers of 24 bits that have one scale, max|x| / MOST: about the rounding of float32 at the largest of them. An
  * integer is three signed bytes, its limbs, the highest first; sums of their products are exact in int32. What holds an infinity or a NaN
  * has that for its largest, and its integers are 0: products with it are NaN. */
-#ifndef QL_LIMBS_AMX_H
-#define QL_LIMBS_AMX_H
+#ifndef QL_LIMBS_H
+#define QL_LIMBS_H
 
 #include "vec_avx512.h"
 
