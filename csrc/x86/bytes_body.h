@@ -16,7 +16,7 @@
 
 enum {
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    PANELS_AHEAD = 4096,     /* bytes of a stream, as AHEAD: vectors are as fast as memory, where tiles are not */
+    PANELS_AHEAD = GEMV_TILES ? AHEAD : 4096, /* bytes of a stream, as measured on processors with tiles and without */
     SCALES_AHEAD = 64        /* floats from the scale of a row to the one that is fetched meanwhile */
 };
 
@@ -333,7 +333,7 @@ static int prepare(gemv_product *of, const ql_linear_product *product, int64_t m
 static int64_t part_of_product(const gemv_product *g, int64_t all) {
     int panels = g->l.rows > 0;
     int64_t at_once = g->tiles > 0 ? (g->tiles == 1 && g->l.rows == 32 && g->halves == 1 ? 2 : 1) : panels ? streams_of(g->l.rows) : 4;
-    return part_of(all, panels ? 4 * g->l.panel : (g->tiles > 0 ? BYTE_ROWS : 1) * g->stride, at_once);
+    return part_of(all, panels ? 4 * g->l.panel : (g->tiles > 0 ? BYTE_ROWS : 1) * g->stride, at_once, g->m);
 }
 
 /* x as integers, for all of `count` products; 0: no memory for them */

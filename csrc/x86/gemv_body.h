@@ -533,7 +533,7 @@ static void run_rows(gemv *g, int64_t count) {
     ql_loop loops[QL_PRODUCTS];
     for (int64_t i = 0; i < count; i++) { rows += g[i].w->n; }
     for (int64_t i = 0; i < count; i++) {
-        g[i].part = round_up(part_of(rows, bytes, 1), VL); /* whichever rows are left over are the last of W */
+        g[i].part = round_up(part_of(rows, bytes, 1, g->m), VL); /* whichever rows are left over are the last of W */
         loops[i] = (ql_loop){pieces(g[i].w->n, g[i].part), tasks[w->format], &g[i]};
     }
     ql_parallel_loops(loops, count);
@@ -544,7 +544,7 @@ static void run_panels(gemv *g, int64_t count, int64_t at_once, void (*task)(voi
     ql_loop loops[QL_PRODUCTS];
     for (int64_t i = 0; i < count; i++) { panels += g[i].l.panels; }
     for (int64_t i = 0; i < count; i++) {
-        g[i].part = part_of(panels, 4 * g->l.panel, at_once);
+        g[i].part = part_of(panels, 4 * g->l.panel, at_once, g->m);
         loops[i] = (ql_loop){pieces(g[i].l.panels, g[i].part), task, &g[i]};
     }
     ql_parallel_loops(loops, count);

@@ -10,7 +10,10 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline)) /* m, bits and the like are constants after inlining */
 
-enum { TASK_BYTES = 256 << 10 }; /* of W: large against the cost of a task, small against a thread's share */
+enum {
+    TASK_BYTES = 256 << 10, /* of W: large against the cost of a task, small against a thread's share */
+    SMALL_BYTES = 128 << 10 /* of W, read for each row of x: a thread alone has done before another has begun */
+};
 
 /* vector v, VL lanes each, of `rows` rows in each of consecutive panels, those of the first one from p on */
 static inline const uint32_t *lanes_of(const uint32_t *p, const ql_packed_layout *l, int v, int rows) {
@@ -39,9 +42,10 @@ static inline void store_lanes(float *y, int64_t n, int64_t r, int64_t i, vf val
     v_store_tail(y, accumulate ? v_add(v_load_tail(y, count), value) : value, count);
 }
 
-/* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`: as many tasks for each thread, four at
- * least if that leaves `at_once` to each. */
-static inline int64_t part_of(int64_t count, int64_t bytes, int64_t at_once) {
+/* Panels or rows of a task, where one has `bytes` bytes of W and a kernel likes `at_once`, for m rows of x: as many tasks for each
+ * thread, four at least if that leaves `at_once` to each. */
+static inline int64_t part_of(int64_t count, int64_t bytes, int64_t at_once, int64_t m) {
+    if (count * bytes * m <= SMALL_BYTES) { return count; }
     int64_t large = TASK_BYTES / bytes > at_once ? TASK_BYTES / bytes : at_once;
     int64_t rounds = pieces(count, ql_threads() * large), part = pieces(count, ql_threads() * (rounds > 4 ? rounds : 4));
     if (part < at_once) { return count < 2 * ql_threads() * at_once ? 1 : at_once; }

@@ -415,7 +415,7 @@ static int few_rows_run(tile_gemm *g, int64_t count) {
     for (int64_t p = 0; p < count; p++) {
         g[p].i0 = 0, g[p].i1 = g->m, g[p].block_k = round_up(g->k, SIDE), g[p].workers = all;
         g[p].packed_a = memory, g[p].blocks = memory + a_size;
-        g[p].width = SIDE * part_of(strips, SIDE * g->k * (int64_t)sizeof *memory, 1);
+        g[p].width = SIDE * part_of(strips, SIDE * g->k * (int64_t)sizeof *memory, 1, g->m);
         loops[p] = (ql_loop){pieces(g[p].n, g[p].width), few_task, &g[p]};
     }
     ql_parallel_for(pieces(g->m, SIDE), pack_a_task, g);
