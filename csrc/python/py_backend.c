@@ -1,6 +1,8 @@
 /* py_backend.c: what is built, what is usable, which variant runs. */
 #include "python.h"
 
+#define ISA_NAMES "scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx"
+
 static PyObject *isa_info(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     PyObject *all = PyDict_New();
@@ -21,7 +23,7 @@ static PyObject *isa_selected(PyObject *self, PyObject *unused) {
 static PyObject *isa_select(PyObject *self, PyObject *argument) {
     (void)self;
     if (!PyUnicode_Check(argument)) {
-        return PyErr_Format(PyExc_TypeError, "isa: got %s, expected scalar, avx2, avx512 or amx", Py_TYPE(argument)->tp_name);
+        return PyErr_Format(PyExc_TypeError, "isa: got %s, expected " ISA_NAMES, Py_TYPE(argument)->tp_name);
     }
     const char *name = PyUnicode_AsUTF8(argument);
     if (name == NULL) { return NULL; }
@@ -31,7 +33,7 @@ static PyObject *isa_select(PyObject *self, PyObject *argument) {
         if (status != QL_OK) { return ql_raise(status); }
         Py_RETURN_NONE;
     }
-    return PyErr_Format(PyExc_ValueError, "isa: got '%s', expected scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx", name);
+    return PyErr_Format(PyExc_ValueError, "isa: got '%s', expected " ISA_NAMES, name);
 }
 
 static PyObject *threads_get(PyObject *self, PyObject *unused) {
@@ -112,7 +114,7 @@ static int warn_about_environment(void) {
     }
     const char *wanted = getenv("QL_ISA"), *selected = ql_isa_name(ql_isa_selected());
     if (wanted == NULL || *wanted == '\0' || strcmp(wanted, selected) == 0) { return 0; }
-    const char *why_not = "expected scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx";
+    const char *why_not = "expected " ISA_NAMES;
     for (int isa = 0; isa < QL_ISA_COUNT; isa++) {
         if (strcmp(wanted, ql_isa_name(isa)) == 0) { why_not = ql_isa_why_not(isa); }
     }

@@ -23,7 +23,7 @@ def info(as_json: Json = False) -> None:
     states = [(name, isa["built"][name], isa["usable"][name], isa["why_not"][name]) for name in isa["built"]]
     for name, built, usable, why_not in [*states, ("cuda", cuda["built"], cuda["usable"], cuda["why_not"])]:
         use = "in use" if name == isa["selected"] else "usable" if usable else "not usable"
-        print(f"{name:8}{'built' if built else 'not built':11}{use:12}{why_not}".rstrip())
+        print(f"{name:13}{'built' if built else 'not built':11}{use:12}{why_not}".rstrip())
     if cuda["device"]:
         libraries = ", ".join(f"{name} {path}" for name, path in cuda["libraries"].items())
         print(f"\n{cuda['device']['name']}, {cuda['device']['memory'] / 2**30:.0f} GiB; {libraries}")
