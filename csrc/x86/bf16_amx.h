@@ -3,16 +3,13 @@
 #define QL_BF16_AMX_H
 
 #include "config_amx.h"
-#include "vec_avx512.h"
+#include "pairs_avx512_bf16.h" /* to_bf16 */
 
 enum {
     SIDE = 32,         /* rows, columns and steps of a 2 x 2 of tiles */
     TILE = 512,        /* bf16 elements of a tile */
     QUAD = SIDE * SIDE /* sums of 2 x 2 tiles */
 };
-
-/* 32 floats as bf16, to nearest even */
-static inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 /* what rounding to bf16 left over */
 static inline __m512 left_over(__m512 x, __m256i rounded) {
@@ -24,9 +21,7 @@ static inline __m512i left_over_bf16(__m512 low, __m512 high, __m512i rounded) {
 
 /* 16 words of each of two steps to one row of a tile of b */
 static inline __m512i interleave(__m256i first, __m256i second) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+    return interleave_halves(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
 }
 
 /* rows of 16 dwords, `ld` bf16 elements apart, to columns: the tile of b whose columns are these rows, and back */

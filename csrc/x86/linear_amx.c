@@ -8,14 +8,7 @@
 #include "decode_amx.h"
 #include <string.h> /* memcpy, memset */
 
-/* elements [s, s + VL) of a row, those from `end` on 0; columns: where each of them is, or NULL */
-static inline vf load_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
-    vm lanes = vm_first(end < s ? 0 : at_most(end - s, VL));
-    if (columns == NULL) { return _mm512_maskz_loadu_ps(lanes, row + s); }
-    return _mm512_mask_i32gather_ps(v_zero(), lanes, _mm512_maskz_loadu_epi32(lanes, columns + s), row, 4);
-}
-
-/* the same, 32 of them as bf16 */
+/* elements [s, s + 32) of a row as bf16, those from `end` on 0; columns: where each of them is, or NULL */
 static inline __m512i round_steps(const float *row, const int32_t *columns, int64_t s, int64_t end) {
     if (columns == NULL && s + SIDE <= end) { return to_bf16(v_load(row + s), v_load(row + s + VL)); }
     return to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end));
