@@ -42,8 +42,9 @@ static inline __attribute__((always_inline)) void group_of_rows(float *scales, i
 static inline __attribute__((always_inline)) void word_values(float *out, vi word, v_table table, vi zero, vf scale, const int format,
                                                               const int bits, const int first) {
     if (format == QL_INT8) { word = vi_xor(word, vi_set1((int32_t)0x80808080u)); } /* unsigned, 128 more */
+    const int count = 32 / bits;
 #pragma GCC unroll 16
-    for (int q = 0; q < 32 / bits; q++) {
+    for (int q = 0; q < count; q++) {
         if (bits >= 16) { /* float32, or bfloat16, which is the high half of one */
             v_store(out + q * NR, vi_as_vf(bits == 32 ? word : q == 0 ? vi_shl(word, 16) : vi_and(word, vi_set1((int32_t)0xffff0000u))));
             continue;
