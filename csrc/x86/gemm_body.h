@@ -40,7 +40,8 @@ enum {
     A_TILES = GEMM_A_TRANSPOSED ? 4 : 1, /* tiles packed at once: a row of a transposed a is far from the next one */
     MAX_CHUNK = 2048, /* rows: a task stays well under a second */
     MOST_FEW = 64,     /* rows of c: with so many, a panel is packed a span at a time, in the first-level cache, */
-    SPAN = 128,        /* steps each, */
+    STEP = GEMM_PAIRS ? 2 : 1, /* values of k in a step */
+    SPAN = 128 / STEP, /* steps each, */
     FEW_TOGETHER = 16, /* and a task has so many panels at most, which share the packed rows of a */
     PACK_A = GEMM_PAIRS ? 40 : 20, /* packing a row of a takes as long as its products with so many columns */
     PACK_B = GEMM_PAIRS ? 100 : 45 /* packing a column of b, as its products with so many rows */
@@ -60,7 +61,8 @@ struct gemm {
     int64_t ldb;
     /* *block_at(block, s - k0, j - j0) = b[s, j] for s in [k0, k1), j in [j0, j1) */
     void (*pack_b)(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1);
-    /* the same for a panel, the NR columns from j on: *(panel + (s - k0) * NR + lane); NULL: pack_b alone */
+    /* the same for a panel, the NR columns from j on, and SPAN steps at most: *(panel + (s - k0) * NR + lane), lanes beyond n are not used;
+     * or NULL, or in its place */
     void (*pack_panel)(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j);
     int64_t m, n, k;
     int64_t values;        /* of a row of a; steps are pairs of them */
@@ -225,32 +227,18 @@ static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t
     }
 }
 
-#if GEMM_PAIRS
-enum { PACK_SPAN = SPAN / 2 }; /* steps */
-
-/* *(panel + (s - k0) * NR + lane), steps [k0, k1), PACK_SPAN at most */
-static void pack_words(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
-    alignas(64) float values[SPAN * NR];
-    int64_t count = at_most(2 * k1, g->values) - 2 * k0;
-    g->pack_panel(values, g, 2 * k0, 2 * k0 + count, j);
-    v_pairs_of_rows(panel, values, NR, count);
-}
-
 static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
+#if !GEMM_PAIRS
+    if (g->pack_panel == NULL) {
+        g->pack_b(block, g, k0, k1, j0, j1);
+        pad_block(block, k1 - k0, j1 - j0);
+        return;
+    }
+#endif
     for (int64_t j = j0; j < j1; j += NR) {
-        for (int64_t k = k0; k < k1; k += PACK_SPAN) { pack_words(block_at(block, k - k0, j - j0), g, k, at_most(k + PACK_SPAN, k1), j); }
+        for (int64_t k = k0; k < k1; k += SPAN) { g->pack_panel(block_at(block, k - k0, j - j0), g, k, at_most(k + SPAN, k1), j); }
     }
 }
-#else
-enum { PACK_SPAN = SPAN };
-
-static inline void pack_words(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) { g->pack_panel(panel, g, k0, k1, j); }
-
-static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
-    g->pack_b(block, g, k0, k1, j0, j1);
-    pad_block(block, k1 - k0, j1 - j0);
-}
-#endif
 
 #if !GEMM_A_TRANSPOSED
 /* All rows of c, MOST_FEW at most, columns [j0, j1): sums of a panel go on from span to span, as those of a tile do in registers. */
@@ -261,9 +249,9 @@ static void few_rows(const gemm *g, float *memory, int64_t j0, int64_t j1) {
         int64_t end = at_most(k + KC, g->k);
         pack_a(a, g, 0, g->m, k, end);
         for (int64_t j = j0; j < j1; j += NR) {
-            for (int64_t s = k; s < end; s += PACK_SPAN) {
-                int64_t steps = at_most(PACK_SPAN, end - s);
-                pack_words(panel, g, s, s + steps, j);
+            for (int64_t s = k; s < end; s += SPAN) {
+                int64_t steps = at_most(SPAN, end - s);
+                g->pack_panel(panel, g, s, s + steps, j);
                 for (int64_t i = 0; i < g->m; i += rows) {
                     tiles[at_most(rows, g->m - i)](sums + i * NR, NR, s > k ? GO_ON : SET, a + i * A_ROW + s - k, panel, steps);
                 }

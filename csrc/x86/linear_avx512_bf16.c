@@ -13,7 +13,7 @@
 static int takes_pairs(const ql_weight *w) { return w->format != QL_F32 && !ql_precise(); }
 
 void ql_linear_forward_avx512_bf16(float *y, const float *x, const ql_weight *w, int64_t m, int accumulate) {
-    gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w, .pack_panel = pack_transposed_panel,
+    gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w, .pack_panel = pack_transposed,
               .m = m, .n = w->n, .k = pieces(w->k, 2), .values = w->k};
     if (m <= QL_GEMV_ROWS || !takes_pairs(w) || !gemm_run(&g)) { ql_linear_forward_avx512_vnni(y, x, w, m, accumulate); }
 }
@@ -23,13 +23,16 @@ void ql_linear_many_forward_avx512_bf16(const ql_linear_product *products, int64
     for (int64_t i = 0; i < count; i++) { ql_linear_forward_avx512_bf16(products[i].y, x, products[i].w, m, 0); }
 }
 
-/* b = W: its rows are the steps */
-static void pack_rows_panel(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
-    ql_decode_forward_avx512(panel, NR, g->b, k0, k1, j, at_most(j + NR, g->n));
+/* b = W: two of its rows are a step */
+static void pack_rows(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
+    alignas(64) float values[STEP * SPAN * NR];
+    int64_t end = at_most(STEP * k1, g->values);
+    ql_decode_forward_avx512(values, NR, g->b, STEP * k0, end, j, at_most(j + NR, g->n));
+    v_pairs_of_rows(panel, values, NR, end - STEP * k0);
 }
 
 void ql_linear_backward_input_avx512_bf16(float *dx, const float *dy, const ql_weight *w, int64_t m, int accumulate) {
-    gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w, .pack_panel = pack_rows_panel,
+    gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w, .pack_panel = pack_rows,
               .m = m, .n = w->k, .k = pieces(w->n, 2), .values = w->n};
     if (!takes_pairs(w) || !gemm_run(&g)) { ql_linear_backward_input_avx512(dx, dy, w, m, accumulate); }
 }

@@ -16,7 +16,7 @@ void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_
         return;
     }
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
-              .pack_b = pack_transposed, .pack_panel = pack_transposed_panel, .m = m, .n = w->n, .k = w->k};
+              .pack_panel = pack_transposed, .m = m, .n = w->n, .k = w->k};
     if (!gemm_run(&g)) { ql_linear_forward_scalar(y, x, w, m, accumulate); }
 }
 

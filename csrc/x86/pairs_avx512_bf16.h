@@ -32,12 +32,15 @@ static inline void v_pairs_of_row(float *out, const float *row, const int32_t *c
     }
 }
 
+/* VL words: a pair of each lane of two vectors */
+static inline void v_store_pairs(float *out, vf first, vf second) { _mm512_storeu_si512(out, interleave_halves(to_bf16(first, second))); }
+
 /* The pairs of rows 2 i and 2 i + 1 of `count` rows of `width` floats, a multiple of VL, a row of words each; zeros stand for a row behind the last. */
 static inline void v_pairs_of_rows(float *out, const float *rows, int64_t width, int64_t count) {
     for (int64_t i = 0; i < count; i += 2, rows += 2 * width, out += width) {
         for (int64_t j = 0; j < width; j += VL) {
             vf second = i + 1 < count ? v_load(rows + width + j) : v_zero();
-            _mm512_storeu_si512(out + j, interleave_halves(to_bf16(v_load(rows + j), second)));
+            v_store_pairs(out + j, v_load(rows + j), second);
         }
     }
 }

@@ -7,7 +7,7 @@
 #include "../formats/packed.h" /* ql_row_group */
 #include "gemm_body.h"
 
-enum { LD_ROWS = SPAN + 16 };
+enum { LD_ROWS = STEP * SPAN + 16 };
 
 /* bits of a code, and bytes of a row of codes; NF4, FP4: where a row is whole bytes */
 static inline int64_t code_bits(const ql_weight *w) {
@@ -37,24 +37,37 @@ static inline __attribute__((always_inline)) void group_of_rows(float *scales, i
     }
 }
 
-/* out[q NR + lane] = code q of the word of that lane, as a float, where code q is at place q ^ first; format, bits and first are
- * constants after inlining */
+/* where column s of a panel begins: two of them share its words in pairs */
+static inline int64_t place_of(int64_t s) { return s / STEP * NR; }
+
+/* code q of the words of VL rows as floats, where code q is at place q ^ first; format, bits and first are constants after inlining */
+static inline __attribute__((always_inline)) vf word_value(vi word, int q, v_table table, vi zero, vf scale, const int format, const int bits,
+                                                           const int first) {
+    if (bits >= 16) { /* float32, or bfloat16, which is the high half of one */
+        return vi_as_vf(bits == 32 ? word : q == 0 ? vi_shl(word, 16) : vi_and(word, vi_set1((int32_t)0xffff0000u)));
+    }
+    vi code = vi_shr(word, (unsigned)(bits * (q ^ first)));
+    vf value = format == QL_NF4 ? v_table_get(table, code) /* its table, or that of FP4 */
+                                : vi_to_vf(vi_sub(vi_and(code, vi_set1((1 << bits % 32) - 1)), zero));
+    if (format == QL_INT8) { value = v_mul(value, v_set1(QL_INT8_STEP)); }
+    return v_mul(value, scale);
+}
+
+/* all of them, column q at place_of(q) */
 static inline __attribute__((always_inline)) void word_values(float *out, vi word, v_table table, vi zero, vf scale, const int format,
                                                               const int bits, const int first) {
-    if (format == QL_INT8) { word = vi_xor(word, vi_set1((int32_t)0x80808080u)); } /* unsigned, 128 more */
     const int count = 32 / bits;
-#pragma GCC unroll 16
-    for (int q = 0; q < count; q++) {
-        if (bits >= 16) { /* float32, or bfloat16, which is the high half of one */
-            v_store(out + q * NR, vi_as_vf(bits == 32 ? word : q == 0 ? vi_shl(word, 16) : vi_and(word, vi_set1((int32_t)0xffff0000u))));
-            continue;
-        }
-        vi code = vi_shr(word, (unsigned)(bits * (q ^ first)));
-        vf value = format == QL_NF4 ? v_table_get(table, code) /* its table, or that of FP4 */
-                                    : vi_to_vf(vi_sub(vi_and(code, vi_set1((1 << bits % 32) - 1)), zero));
-        if (format == QL_INT8) { value = v_mul(value, v_set1(QL_INT8_STEP)); }
-        v_store(out + q * NR, v_mul(value, scale));
+    if (format == QL_INT8) { word = vi_xor(word, vi_set1((int32_t)0x80808080u)); } /* unsigned, 128 more */
+#if GEMM_PAIRS
+#pragma GCC unroll 8
+    for (int q = 0; q < count; q += 2) {
+        v_store_pairs(out + place_of(q), word_value(word, q, table, zero, scale, format, bits, first),
+                      word_value(word, q + 1, table, zero, scale, format, bits, first));
     }
+#else
+#pragma GCC unroll 16
+    for (int q = 0; q < count; q++) { v_store(out + place_of(q), word_value(word, q, table, zero, scale, format, bits, first)); }
+#endif
 }
 
 /* NR rows of W from row j, columns [k, k + steps), `chunk` of them at once */
@@ -77,7 +90,7 @@ static inline __attribute__((always_inline)) void transpose_words(float *out, co
                 for (int r = 0; r < VL / 4 && fetches; r++) { v_prefetch(from + (NR + s / chunk % 4 * (VL / 4) + r) * row); } /* the next panel */
                 v_transpose4(words, (const float *)(const void *)from, row / 4);
                 for (int q = 0; q < 4; q++) {
-                    word_values(out + (s + q * (chunk / 4)) * NR, vf_as_vi(words[q]), table, zero, scale, format, bits,
+                    word_values(out + place_of(s + q * (chunk / 4)), vf_as_vi(words[q]), table, zero, scale, format, bits,
                                 format == QL_NF4); /* the even element of a byte in its high nibble */
                 }
             }
@@ -88,8 +101,10 @@ static inline __attribute__((always_inline)) void transpose_words(float *out, co
 static void transpose_codes(float *out, const ql_weight *w, int64_t j, int64_t k, int64_t steps) {
     if (w->format == QL_NF4 || w->format == QL_FP4) {
         transpose_words(out, w, j, k, steps, QL_NF4, 4);
+#if !GEMM_PAIRS /* they are not rounded */
     } else if (w->format == QL_F32) {
         transpose_words(out, w, j, k, steps, QL_F32, 32);
+#endif
     } else if (w->format == QL_BF16) {
         transpose_words(out, w, j, k, steps, QL_BF16, 16);
     } else if (w->format == QL_INT8) {
@@ -126,7 +141,7 @@ static inline __attribute__((always_inline)) void transpose_panel(float *out, co
             p += l->head + (k + s - at) / step * rows + j % rows;
             for (int64_t end = at_most(steps, at + l->group - k); s < end; s += step, p += rows) {
                 v_prefetch(p + l->panel); /* the next panel */
-                word_values(out + s * NR, vi_load(p), table, zero, scale, format, bits, 0);
+                word_values(out + place_of(s), vi_load(p), table, zero, scale, format, bits, 0);
             }
         }
     }
@@ -145,7 +160,7 @@ static void transpose_floats(float *out, const float *rows, int64_t steps) {
     }
 }
 
-/* Steps [k0, k1), SPAN at most, of the panel of rows [j, j + NR) of W, as many as there are. KC and SPAN are multiples of 4, so the steps
+/* Columns [k0, k1), of SPAN steps at most, of the panel of rows [j, j + NR) of W, as many as there are. KC and SPAN are multiples of 4, so the steps
  * too many stay in the block and are never used; nor is what lies beyond n. */
 static void transpose_span(float *out, const ql_weight *w, int64_t k0, int64_t k1, int64_t j) {
     int64_t count = at_most(NR, w->n - j), steps = k1 - k0, at_once = columns_at_once(w);
@@ -164,20 +179,19 @@ static void transpose_span(float *out, const ql_weight *w, int64_t k0, int64_t k
         alignas(64) float rows[NR * LD_ROWS];
         memset(rows, 0, sizeof rows);
         V_NAME(decode_forward)(rows, LD_ROWS, w, j, j + count, k0, k1);
+#if GEMM_PAIRS
+        alignas(64) float panel[STEP * SPAN * NR];
+        transpose_floats(panel, rows, steps);
+        v_pairs_of_rows(out, panel, NR, steps);
+#else
         transpose_floats(out, rows, steps);
-    }
-}
-
-static void pack_transposed_panel(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
-    transpose_span(panel, g->b, k0, k1, j);
-}
-
-#if !GEMM_PAIRS
-static void pack_transposed(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
-    for (int64_t j = j0; j < j1; j += NR) {
-        for (int64_t k = k0; k < k1; k += SPAN) { transpose_span(block_at(block, k - k0, j - j0), g->b, k, at_most(k + SPAN, k1), j); }
-    }
-}
 #endif
+    }
+}
+
+static void pack_transposed(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j) {
+    const ql_weight *w = g->b;
+    transpose_span(panel, w, STEP * k0, at_most(STEP * k1, w->k), j);
+}
 
 #endif
