@@ -40,7 +40,7 @@ def test_use_restores_and_nests() -> None:
         ({"threads": 0}, ValueError, "threads: got 0, expected 1 to 4096"),
         ({"threads": 10**30}, ValueError, f"threads: got {10**30}, expected 1 to 4096"),
         ({"threads": 2.0}, TypeError, "threads: got float, expected an int"),
-        ({"isa": 3}, TypeError, "isa: got int, expected scalar, avx2, avx512 or amx"),
+        ({"isa": 3}, TypeError, "isa: got int, expected scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx"),
         ({"precise": 1}, TypeError, "precise: got int, expected a bool"),
         ({"device": "tpu"}, ValueError, "device: got 'tpu', accepted are cpu, cuda, cuda:N"),
     ],
