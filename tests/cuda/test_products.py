@@ -89,6 +89,8 @@ def test_many_tiles(rng: np.random.Generator, case: str) -> None:
     check(rng, case, 1064, 4224, (1, 2, 8, 16, 32, 64, 100))
     check(rng, case, 1064, 11008, (1, 8, 16, 32, 64))  # several items a cluster, few steps of K each
     check(rng, case, 272, 11008, (1, 8, 16, 32, 64))
+    for n in (4264, 5816):  # a few items more than an H100 has pairs of blocks, the last one ragged
+        check(rng, case, n, 2048, (16, 32, 48, 64))
 
 
 @pytest.mark.parametrize("case", [*PACKED, "affine4-32", "affine3-128", "affine2-16"])
@@ -116,10 +118,15 @@ def test_error_is_at_most_twice_the_naive_error(rng: np.random.Generator, case: 
 
 @pytest.mark.parametrize("case", ["f32", "f16", "affine4-128", "affine3-ragged", "nf4-crossing"])
 def test_accumulates(rng: np.random.Generator, case: str) -> None:
-    stored = make(rng, case, 67, 513)
+    for n, k, tokens in ((67, 513, (1, 18, 70)), (4264, 2048, (32,))):
+        check_accumulates(rng, case, n, k, tokens)
+
+
+def check_accumulates(rng: np.random.Generator, case: str, n: int, k: int, tokens: tuple[int, ...]) -> None:
+    stored = make(rng, case, n, k)
     weight, values = stored.core(), ref.decode(stored)
     for op, w in ((_core.linear, values.T), (_core.linear_backward_input, values)):
-        for m in (1, 18, 70):
+        for m in tokens:
             a = rng.standard_normal((m, w.shape[0]), dtype=np.float32)
             before = rng.standard_normal((m, w.shape[1]), dtype=np.float32)
             out, buffer = ref.guarded(before)
