@@ -112,9 +112,10 @@ static inline vi four_limbs(const int8_t *x) {
     return vi_set1(four);
 }
 
-/* sum[v] += the block at p, VL rows of W a vector, times its limbs of x, the first of which are at x */
-ALWAYS_INLINE void add_block(vi (*sum)[LIMBS], const gemv_product *g, const uint32_t *p, const int8_t *x, const int bits, const int vectors) {
-    const int step = step_of(bits), rows = rows_of(bits);
+/* sum[v] += the block at p, VL rows of W a vector, times its limbs of x, the first of which are at x. Meanwhile the block `ahead` bytes on is fetched,
+ * a few lines between products: where all are asked for at once, products wait until memory has taken them in. */
+ALWAYS_INLINE void add_block(vi (*sum)[LIMBS], const gemv_product *g, const uint32_t *p, const int8_t *x, int64_t ahead, const int bits, const int vectors) {
+    const int step = step_of(bits), rows = rows_of(bits), words = bits == 3 ? 3 : 1, pause = step / 4 / words;
 #pragma GCC unroll 8
     for (int h = 0; h < step / 4; h++) {
         if (bits == 2) { __asm__("" : "+r"(p)); } /* words are loaded again: gcc would keep them in registers that it lacks */
@@ -123,6 +124,10 @@ ALWAYS_INLINE void add_block(vi (*sum)[LIMBS], const gemv_product *g, const uint
         for (int a = 0; a < LIMBS; a++) { limb[a] = four_limbs(x + a * g->ld + 4 * h); }
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
+            const int turn = h * vectors + v, line = turn / pause;
+            if (turn % pause == 0 && line < words * vectors) {
+                v_prefetch((const char *)(lanes_of(p, &g->l, line % vectors, rows) + line / vectors * rows) + ahead);
+            }
             vi code = codes_of(lanes_of(p, &g->l, v, rows), bits, h);
 #pragma GCC unroll 3
             for (int a = 0; a < LIMBS; a++) { sum[v][a] = _mm512_dpbusd_epi32(sum[v][a], code, limb[a]); }
@@ -151,13 +156,7 @@ ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, int64_t r, c
         }
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
-        for (int64_t b = 0; b < blocks; b++, p += words * rows, x += step) {
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) {
-                for (int word = 0; word < words; word++) { v_prefetch((const char *)(lanes_of(p, l, v, rows) + word * rows) + ahead); }
-            }
-            add_block(sum, g, p, x, bits, vectors);
-        }
+        for (int64_t b = 0; b < blocks; b++, p += words * rows, x += step) { add_block(sum, g, p, x, ahead, bits, vectors); }
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) {
             total[v] = add_group(g, total[v], sum[v], panel_scale(g, head, 0, v, rows), r, group);
