@@ -345,19 +345,28 @@ ALWAYS_INLINE vf row_values(const int format, const char *row, int64_t j, int64_
     }
 }
 
+ALWAYS_INLINE void add_columns(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, const int format, const int rows,
+                               const int m) {
+#pragma GCC unroll 4
+    for (int a = 0; a < rows; a++) {
+        vf value = row_values(format, codes + a * stride, j, VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
+    }
+}
+
 /* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them; stride: bytes from one row to the next */
 ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, int64_t end,
                                 const int format, const int rows, const int m) {
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
-    for (; j + VL <= end; j += VL) {
+    const int vectors = 64 / (int)(VL * size); /* of a cache line */
+    for (; j + vectors * VL <= end; j += vectors * VL) {
 #pragma GCC unroll 4
-        for (int a = 0; a < rows; a++) {
-            vf value = row_values(format, codes + a * stride, j, VL);
-            v_prefetch(codes + a * stride + j * size + ROW_AHEAD);
+        for (int a = 0; a < rows; a++) { v_prefetch(codes + a * stride + j * size + ROW_AHEAD); }
 #pragma GCC unroll 8
-            for (int r = 0; r < m; r++) { sum[r][a] = v_fma(value, v_load(g->x + r * g->ldx + j), sum[r][a]); }
-        }
+        for (int v = 0; v < vectors; v++) { add_columns(sum, g, codes, stride, j + v * VL, format, rows, m); }
     }
+    for (; j + VL <= end; j += VL) { add_columns(sum, g, codes, stride, j, format, rows, m); }
 #pragma GCC unroll 4
     for (int a = 0; j < end && a < rows; a++) {
         vf value = row_values(format, codes + a * stride, j, end - j);
