@@ -270,6 +270,7 @@ def one_line(err: str) -> None:
         (["generate", "demo", "a", "--dtype", "half"], ": --dtype: got 'half', expected"),
         (["generate", "demo", "a", "--device", "tpu"], ": --device: got 'tpu', accepted"),
         (["bench", "add", "--json", "/no/such/folder/x.jsonl"], "/no/such/folder"),
+        (["bench", "add", "--json", f"{__file__}/x.jsonl"], "not a directory that can be written to"),
         (["tweeteval", "--task", "poetry", "--out", "run"], "poetry"),
         (["lima", "--baselines", "bnb-poetry", "--out", "run"], "poetry"),
     ],

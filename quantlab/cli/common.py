@@ -178,11 +178,14 @@ def told_warnings() -> Iterator[None]:
         yield
 
 
+def require_directory(folder: Path, what: str) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"{what}: {folder} is not a directory that can be written to")
+
+
 def require_new(out: Path) -> None:
     """A checkpoint is written where nothing is yet, and where it can be: better said before hours of work."""
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise typer.BadParameter(f"{out}: {parent} is not a directory that can be written to")
+    require_directory(next(folder for folder in out.absolute().parents if folder.exists()), str(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty; name a new directory")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantlab.cli.common import Device, Json, print_json, print_table, wrong_call
+from quantlab.cli.common import Device, Json, print_json, print_table, require_directory, wrong_call
 
 
 def info(as_json: Json = False) -> None:
@@ -43,8 +43,8 @@ def bench(
 
     if rounds < 1:
         raise typer.BadParameter(f"--rounds: got {rounds}, expected at least 1")
-    if as_json is not None and not as_json.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--json: {as_json.absolute().parent}: there is no such directory")
+    if as_json is not None:
+        require_directory(as_json.absolute().parent, "--json")
     with wrong_call():
         records = engine.run(ops or (), rounds=rounds) if device == "cpu" else bench_cuda.run(ops or ())
     if as_json is not None:
