@@ -8,7 +8,8 @@
  *
  * The file that includes this one has included vec_<isa>.h and defines GEMM_A_TRANSPOSED: 0, a is (m, k); 1, a is (k, m). Where it defines
  * GEMM_PAIRS, a step is two values of k, both operands are rounded to bf16, and a word of a tile or a panel is a pair of them: v_multiply_pairs
- * (pairs_avx512_bf16.h) takes the place of fma, and sums stay float32. */
+ * (pairs_avx512_bf16.h) takes the place of fma, and sums stay float32. All of a is packed before the tasks begin (pair_tiles.h): rounding takes
+ * longer than copying, and a task would do it again for each block of b. */
 #ifndef QL_GEMM_BODY_H
 #define QL_GEMM_BODY_H
 
@@ -18,6 +19,10 @@
 
 #ifndef GEMM_PAIRS
 #define GEMM_PAIRS 0
+#endif
+
+#if GEMM_PAIRS
+#include "pair_tiles.h"
 #endif
 
 #include <math.h>     /* INFINITY */
@@ -43,8 +48,8 @@ enum {
     STEP = GEMM_PAIRS ? 2 : 1, /* values of k in a step */
     SPAN = 128 / STEP, /* steps each, */
     FEW_TOGETHER = 16, /* and a task has so many panels at most, which share the packed rows of a */
-    PACK_A = GEMM_PAIRS ? 40 : 20, /* packing a row of a takes as long as its products with so many columns */
-    PACK_B = GEMM_PAIRS ? 100 : 45 /* packing a column of b, as its products with so many rows */
+    PACK_A = GEMM_PAIRS ? 0 : 20,  /* packing a row of a, in a task, takes as long as its products with so many columns */
+    PACK_B = GEMM_PAIRS ? 25 : 45 /* packing a column of b, as its products with so many rows */
 };
 
 typedef struct gemm gemm;
@@ -66,6 +71,9 @@ struct gemm {
     void (*pack_panel)(float *panel, const gemm *g, int64_t k0, int64_t k1, int64_t j);
     int64_t m, n, k;
     int64_t values;        /* of a row of a; steps are pairs of them */
+#if GEMM_PAIRS
+    pair_tiles tiles; /* of a */
+#endif
     int64_t chunk, across; /* rows of a task; tasks side by side, which share the panels evenly */
     float *blocks;         /* (workers, BLOCK) */
     places workers;
@@ -139,6 +147,7 @@ static tile_function *const tiles[MR + 1] = {
 
 /* ---- packing ------------------------------------------------------------------------------------------------- */
 
+#if !GEMM_PAIRS
 /* rows [i, i + rows) of a, at most A_TILES tiles, steps [k0, k1) */
 static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_t k0, int64_t k1) {
 #if GEMM_A_TRANSPOSED
@@ -151,20 +160,15 @@ static void pack_a(float *tile_a, const gemm *g, int64_t i, int64_t rows, int64_
     for (int64_t r = 0; r < rows; r++) {
         const float *row = g->a + (i + r) * g->lda;
         float *out = tile_a + r * A_ROW;
-#if GEMM_PAIRS
-        v_pairs_of_row(out, row, g->a_columns, 2 * k0, at_most(2 * k1, g->values));
-#else
         if (g->a_columns == NULL) {
             memcpy(out, row + k0, (size_t)(k1 - k0) * sizeof *out);
         } else {
             for (int64_t s = k0; s < k1; s++) { out[s - k0] = row[g->a_columns[s]]; }
         }
-#endif
     }
 #endif
 }
 
-#if !GEMM_PAIRS
 /* one row of a block from contiguous columns */
 static inline void pack_row(float *block, int64_t step, const float *row, int64_t columns) {
     for (int64_t j = 0; j < columns; j += NR) {
@@ -216,15 +220,22 @@ static inline int64_t even_rows(int64_t rows) { return pieces(rows, pieces(rows,
 /* rows [i0, i1) of c, columns [j0, j1), with steps [k, k + steps), whose block of b is packed */
 static void multiply_rows(const gemm *g, const float *block, int64_t i0, int64_t i1, int64_t j0, int64_t j1, int64_t k,
                           int64_t steps) {
+    const int add = g->accumulate || k > 0;
+#if GEMM_PAIRS
+    for (int64_t i = i0, rows = g->tiles.rows; i < i1; i += rows) {
+        multiply_tile(g, tile_at(&g->tiles, i, k), block, add, i, at_most(rows, i1 - i), j0, j1, steps);
+    }
+#else
     alignas(64) float tile_a[A_TILES * A_SIZE];
     const int64_t rows = GEMM_A_TRANSPOSED ? MR : even_rows(i1 - i0);
     for (int64_t i = i0; i < i1; i += A_TILES * rows) {
         int64_t end = at_most(i + A_TILES * rows, i1);
         pack_a(tile_a, g, i, end - i, k, k + steps);
         for (int64_t r = i; r < end; r += rows) {
-            multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, block, g->accumulate || k > 0, r, at_most(rows, end - r), j0, j1, steps);
+            multiply_tile(g, tile_a + (r - i) / MR * A_SIZE, block, add, r, at_most(rows, end - r), j0, j1, steps);
         }
     }
+#endif
 }
 
 static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int64_t j0, int64_t j1) {
@@ -243,11 +254,16 @@ static void pack_block(float *block, const gemm *g, int64_t k0, int64_t k1, int6
 #if !GEMM_A_TRANSPOSED
 /* All rows of c, MOST_FEW at most, columns [j0, j1): sums of a panel go on from span to span, as those of a tile do in registers. */
 static void few_rows(const gemm *g, float *memory, int64_t j0, int64_t j1) {
-    float *panel = memory, *sums = panel + SPAN * NR, *a = sums + MOST_FEW * NR;
+    float *panel = memory, *sums = panel + SPAN * NR;
     int64_t rows = even_rows(g->m);
     for (int64_t k = 0; k < g->k; k += KC) {
         int64_t end = at_most(k + KC, g->k);
+#if GEMM_PAIRS
+        const float *a = tile_at(&g->tiles, 0, k);
+#else
+        float *a = sums + MOST_FEW * NR;
         pack_a(a, g, 0, g->m, k, end);
+#endif
         for (int64_t j = j0; j < j1; j += NR) {
             for (int64_t s = k; s < end; s += SPAN) {
                 int64_t steps = at_most(SPAN, end - s);
@@ -297,32 +313,67 @@ static double cost(const gemm *g, int64_t threads) {
 }
 
 /* Tasks as large as the number of threads allows: the cheapest of m, m / 2, … rows and of the numbers of tasks side by side
- * from the smallest on: every `threads` of them one gives all threads as many tasks, and a triangle may want some more.
- * 0: no memory for the blocks of b, nothing is written. */
-static int gemm_run(gemm *g) {
-    if (g->m < 1 || g->n < 1) { return 1; }
-    int64_t threads = ql_threads(), size = threads * BLOCK, panels = pieces(g->n, NR);
-    g->blocks = ql_scratch((size_t)size * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
-    if (g->blocks == NULL) { return 0; }
-    g->workers = make_places((atomic_int *)(void *)(g->blocks + size), threads);
-#if !GEMM_A_TRANSPOSED
-    if (g->m <= MOST_FEW && g->pack_panel != NULL) {
-        g->across = at_most(pieces(panels, threads * FEW_TOGETHER) * threads, panels);
-        ql_parallel_for(g->across, few_task, g);
-        return 1;
-    }
+ * from the smallest on: every `threads` of them one gives all threads as many tasks, and a triangle may want some more. */
+static void choose_tasks(gemm *g, int64_t threads) {
+    const int64_t panels = pieces(g->n, NR), first = pieces(panels, g->m < PACK_B ? FEW_PANELS : PANELS);
+#if GEMM_PAIRS
+    const int64_t unit = g->tiles.rows;
+#else
+    const int64_t unit = MR;
 #endif
     gemm best = *g, trial = *g;
     double least = INFINITY;
-    int64_t first = pieces(panels, g->m < PACK_B ? FEW_PANELS : PANELS), last = at_most(first + 2 * threads, panels);
-    for (trial.chunk = at_most(g->m, MAX_CHUNK);; trial.chunk = pieces(pieces(trial.chunk, 2), MR) * MR) {
-        for (trial.across = first; trial.across <= last; trial.across++) {
+    for (trial.chunk = at_most(g->m, MAX_CHUNK);; trial.chunk = pieces(pieces(trial.chunk, 2), unit) * unit) {
+        for (trial.across = first; trial.across <= at_most(first + 2 * threads, panels); trial.across++) {
             double c = cost(&trial, threads);
             if (c < least) { least = c, best = trial; }
         }
         if (trial.chunk <= PACK_B) { break; }
     }
     *g = best;
+}
+
+#if GEMM_PAIRS
+/* g->tiles but for its words; returns their size */
+static int64_t plan_tiles(gemm *g) {
+    g->tiles = (pair_tiles){.x = g->a, .columns = g->a_columns, .ldx = g->lda, .m = g->m, .values = g->values, .rows = even_rows(g->m)};
+    return words_of_tiles(&g->tiles);
+}
+
+static int gemm_run(gemm *g);
+
+static int run_halves(const gemm *g) {
+    gemm first = *g, second = *g;
+    first.m = pieces(g->m, 2), second.m = g->m - first.m; /* no half of it needs more memory than the first */
+    second.a += first.m * g->lda, second.c += first.m * g->ldc;
+    return gemm_run(&first) && gemm_run(&second);
+}
+#endif
+
+/* 0: no memory for the blocks of b, nothing is written */
+static int gemm_run(gemm *g) {
+    if (g->m < 1 || g->n < 1) { return 1; }
+    int64_t threads = ql_threads(), size = threads * BLOCK, packed = 0;
+#if GEMM_PAIRS
+    if (g->m > MOST_TILED) { return run_halves(g); }
+    packed = plan_tiles(g);
+#endif
+    g->blocks = ql_scratch((size_t)(size + packed) * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
+    if (g->blocks == NULL) { return 0; }
+    g->workers = make_places((atomic_int *)(void *)(g->blocks + size + packed), threads);
+#if GEMM_PAIRS
+    g->tiles.words = g->blocks + size;
+    pack_tiles(&g->tiles);
+#endif
+#if !GEMM_A_TRANSPOSED
+    if (g->m <= MOST_FEW && g->pack_panel != NULL) {
+        int64_t panels = pieces(g->n, NR);
+        g->across = at_most(pieces(panels, threads * FEW_TOGETHER) * threads, panels);
+        ql_parallel_for(g->across, few_task, g);
+        return 1;
+    }
+#endif
+    choose_tasks(g, threads);
     ql_parallel_for(task_count(g), gemm_task, g);
     return 1;
 }

@@ -25,10 +25,18 @@ static inline vf load_steps(const float *row, const int32_t *columns, int64_t s,
     return _mm512_mask_i32gather_ps(v_zero(), lanes, _mm512_maskz_loadu_epi32(lanes, columns + s), row, 4);
 }
 
+/* pairs of neighbours to pairs (0, 4), (1, 5), (2, 6), (3, 7) of each eight values */
+static inline __m512i halves_of_eights(__m512i a) {
+    const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20, 16, 15, 11, 14, 10, 13, 9,
+                                           12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi16(order, a);
+}
+
 /* the pairs of elements [s, end) of a row; up to 15 pairs of zeros too many are written */
-static inline void v_pairs_of_row(float *out, const float *row, const int32_t *columns, int64_t s, int64_t end) {
+static inline void v_pairs_of_row(float *out, const float *row, const int32_t *columns, int64_t s, int64_t end, int in_eights) {
     for (; s < end; s += 2 * VL, out += VL) {
-        _mm512_storeu_si512(out, to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end)));
+        __m512i pairs = to_bf16(load_steps(row, columns, s, end), load_steps(row, columns, s + VL, end));
+        _mm512_storeu_si512(out, in_eights ? halves_of_eights(pairs) : pairs);
     }
 }
 
