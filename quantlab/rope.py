@@ -1,6 +1,7 @@
 """Rotary position embedding tables for the rope types of the LLaMA family.
 
-Source: Su et al. 2021 (RoFormer); the scaled types as Hugging Face transformers defines them (`modeling_rope_utils`).
+Source: Su et al. 2021 (RoFormer); the scaled types as Hugging Face transformers defines them (`modeling_rope_utils`),
+yarn after Peng et al. 2023 (arXiv 2309.00071).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 NEEDED = {
-    "linear": ("factor",), "dynamic": ("factor",),
+    "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
+OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     kind = settings["rope_type"]
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type: got {kind!r}, accepted are {', '.join(ROPE_TYPES)}")
-    for name in ("rope_theta", *NEEDED.get(kind, ())):
+    given = (name for name in OPTIONAL.get(kind, ()) if settings.get(name) is not None)
+    for name in ("rope_theta", *NEEDED.get(kind, ()), *given):
         value = settings.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"{name}: got {value!r}, expected a positive number for the rope type {kind!r}")
@@ -43,8 +46,8 @@ def inverse_frequencies(config: Any, length: int) -> np.ndarray:
     only."""
     settings = rope_parameters(config)
     kind, theta, d = settings["rope_type"], float(settings["rope_theta"]), int(config.head_dim)
+    trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
     if kind == "dynamic":  # NTK-aware: the base grows with the length beyond what the model was trained for
-        trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
         factor = float(settings["factor"])
         theta *= ((factor * max(length, trained) / trained) - (factor - 1)) ** (d / (d - 2))
     frequencies = 1.0 / theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
@@ -52,6 +55,8 @@ def inverse_frequencies(config: Any, length: int) -> np.ndarray:
         frequencies /= float(settings["factor"])
     if kind == "llama3":
         frequencies = _llama3(frequencies, settings)
+    if kind == "yarn":
+        frequencies = _yarn(frequencies, settings, trained)
     return frequencies.astype(np.float32)
 
 
@@ -64,11 +69,40 @@ def _llama3(frequencies: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     return (1 - keep) * frequencies / factor + keep * frequencies
 
 
+def _yarn(frequencies: np.ndarray, settings: Mapping[str, Any], trained: int) -> np.ndarray:
+    """As for llama3, but blended along the elements: from where a wave turns `beta_fast` times within the context that
+    the model was trained for to where it turns `beta_slow` times."""
+    pairs, theta = len(frequencies), float(settings["rope_theta"])
+
+    def pair(turns: float) -> float:
+        return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair(float(settings.get("beta_fast") or 32)), pair(float(settings.get("beta_slow") or 1))
+    if settings.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    slowed = np.clip((np.arange(pairs) - first) / (last - first or 1e-3), 0.0, 1.0)
+    return slowed * frequencies / float(settings["factor"]) + (1 - slowed) * frequencies
+
+
+def amplitude(config: Any) -> float:
+    """What cos and sin are multiplied by: more than 1 for yarn, so that attention gets sharper over long contexts."""
+    settings = rope_parameters(config)
+    if settings["rope_type"] != "yarn":
+        return 1.0
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    grown = 0.1 * math.log(max(float(settings["factor"]), 1.0))
+    over, under = settings.get("mscale"), settings.get("mscale_all_dim")
+    return (grown * over + 1) / (grown * under + 1) if over and under else grown + 1
+
+
 def rope_tables(config: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of every position below `length`, each float32 (length, head_dim / 2).
+    """cos and sin of every position below `length`, each float32 (length, head_dim / 2), times the type's amplitude.
 
     `config` has `head_dim`, `max_position_embeddings` and the rope settings. The angle is a float32 product, as in
     transformers, so that long positions agree with it.
     """
     angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(config, length)[None, :]
-    return np.cos(angles), np.sin(angles)
+    scale = np.float32(amplitude(config))
+    return np.cos(angles) * scale, np.sin(angles) * scale

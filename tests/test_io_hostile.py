@@ -156,7 +156,7 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a biased attention": (change_config(attention_bias=True), "config.json", "attention_bias"),
     "a biased MLP": (change_config(mlp_bias=True), "config.json", "mlp_bias"),
     "another activation": (change_config(hidden_act="gelu"), "config.json", "'gelu'"),
-    "yarn": (change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "config.json", "'yarn'"),
+    "longrope": (change_config(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "config.json", "'longrope'"),
     "longrope, new spelling": (change_config(rope_parameters={"rope_type": "longrope"}), "config.json", "'longrope'"),
     "partial rotation": (
         change_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "config.json", "partial"

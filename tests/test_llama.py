@@ -169,8 +169,34 @@ def test_rope_spellings(settings, factor):
 
 
 def test_rope_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="rope_type: got 'yarn'"):
-        rope_parameters({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    with pytest.raises(ValueError, match="rope_type: got 'longrope'"):
+        rope_parameters({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}})
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LONG = [0.003952847, 0.00125, 0.0003952847, 0.000125, 3.952847e-05]  # slowed 8 times
+
+
+@pytest.mark.parametrize(
+    ("settings", "short", "scale"),
+    [
+        ({}, [1.0, 0.2239947, 0.04166666], 1.2079441541679836),
+        (
+            {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.9, "truncate": False},
+            [1.0, 0.120534, 0.0125], 0.9649674935890178,
+        ),
+        ({"attention_factor": 1.3}, [1.0, 0.2239947, 0.04166666], 1.3),
+    ],
+)  # fmt: skip
+def test_yarn_is_that_of_transformers(settings, short, scale):
+    """Frequencies and attention_scaling of LlamaRotaryEmbedding, transformers 5.23.0."""
+    config = LlamaConfig({**TINY, "head_dim": 16, "rope_parameters": {**YARN, **settings}})
+    frequencies = inverse_frequencies(config, 10)
+    np.testing.assert_allclose(frequencies, short + LONG, rtol=2e-6)
+    cos, sin = rope_tables(config, 10)
+    angles = np.arange(10)[:, None] * frequencies.astype(np.float64)
+    np.testing.assert_allclose(cos, scale * np.cos(angles), atol=2e-6)
+    np.testing.assert_allclose(sin, scale * np.sin(angles), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +206,7 @@ def test_rope_refuses_what_it_does_not_know():
         {"rope_scaling": {"type": "dynamic", "factor": "2"}},
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": -1}},
         {"rope_theta": -5.0},
         {"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}},
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from quantlab.rope import ROPE_TYPES
+
 ARCHITECTURES = ("LlamaForCausalLM", "LlamaForSequenceClassification", "LlamaModel")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 LIMITS = {
     "hidden_size": 1 << 20, "num_hidden_layers": 4096, "num_attention_heads": 1 << 16, "intermediate_size": 1 << 24,
     "vocab_size": 1 << 28,
