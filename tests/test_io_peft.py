@@ -131,6 +131,13 @@ def test_tensors_that_do_not_fit_are_refused(folder, change, says):
         read_adapter(folder)
 
 
+def test_the_setting_is_named_before_the_tensors_that_it_brings(folder):
+    edit(folder, use_dora=True)
+    save_file({**load_file(folder / TENSORS), f"{KEY}.lora_magnitude_vector": np.ones(7, np.float32)}, folder / TENSORS)
+    with pytest.raises(ValueError, match="use_dora is True, which is not supported"):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()

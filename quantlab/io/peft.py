@@ -123,6 +123,7 @@ def read_adapter(
     folder = path_of(path, "path", "an adapter's directory")
     require_adapter(folder)
     fields = read_json(folder / CONFIG)
+    _require_supported(fields, str(folder / CONFIG))
     file = SafetensorsFile(folder / TENSORS)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     score = None
@@ -158,9 +159,8 @@ def _pair(module: str, pair: Mapping[str, np.ndarray], r: int, path: Path) -> tu
     return a, b
 
 
-def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraConfig:
-    """The LoraConfig of an adapter_config.json; ValueError for what would make another model of it. modules: those of
-    the tensors, which stand for targets that are given as a regular expression or narrowed by another field."""
+def _require_supported(fields: Mapping[str, Any], where: str) -> None:
+    """ValueError for what in an adapter_config.json would make another model of it."""
     if fields.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type is {fields.get('peft_type')!r}, supported: 'LORA'")
     if "target_modules" not in fields:
@@ -173,6 +173,11 @@ def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraCo
     saved = fields.get("modules_to_save")
     if saved and set(saved) not in HEADS:
         raise ValueError(f"{where}: modules_to_save is {saved!r}, supported: 'score'")
+
+
+def _config(fields: Mapping[str, Any], modules: list[str], where: str) -> LoraConfig:
+    """The LoraConfig of an adapter_config.json. modules: those of the tensors, which stand for targets that are given
+    as a regular expression or narrowed by another field."""
     targets = fields["target_modules"]
     narrowed = any(fields.get(name) not in (None, []) for name in NARROWING)  # layers_to_transform may be the number 0
     if narrowed or (isinstance(targets, str) and targets != "all-linear"):
