@@ -16,12 +16,12 @@
 
 enum {
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    PANELS_AHEAD = GEMV_TILES ? AHEAD : 8192, /* bytes of a stream, as measured on processors with tiles and without */
+    PANELS_AHEAD = GEMV_TILES ? 4096 : 8192, /* bytes of a stream, as measured on processors with tiles and without */
     SCALES_AHEAD = 64        /* floats from the scale of a row to the one that is fetched meanwhile */
 };
 
 /* Panels at a time, each a stream of memory of its own. As measured, one stream alone reaches three quarters of the speed of some on
- * processors with tiles; on others it is the fastest, where all of its lines are fetched, scales too. */
+ * processors with tiles; on others it is the fastest. */
 static inline int streams_of(int64_t rows) { return !GEMV_TILES ? 1 : rows == 32 ? 3 : 2; }
 
 /* the first n of 64 bytes, n > 0 */
@@ -156,7 +156,7 @@ ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, int64_t r, c
             for (int v = 0; v < vectors; v++) { sum[v][a] = begin; }
         }
 #pragma GCC unroll 8
-        for (int v = 0; !GEMV_TILES && v < vectors; v++) { v_prefetch((const char *)lanes_of(head, l, v, rows) + ahead); }
+        for (int v = 0; v < vectors; v++) { v_prefetch((const char *)lanes_of(head, l, v, rows) + ahead); }
         p += l->head;
         int64_t blocks = group == l->groups - 1 ? l->last : l->blocks;
         for (int64_t b = 0; b < blocks; b++, p += words * rows, x += step) { add_block(sum, g, p, x, ahead, bits, vectors); }
