@@ -33,6 +33,7 @@ enum {
     FLOAT_BYTES = 128 << 10, /* of W meanwhile where there are more */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 4096 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
+    NIBBLES_AHEAD = 8192,    /* the same of 4 bits */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
 };
 
@@ -64,6 +65,12 @@ static inline nibble_values nibble_values_of(const float *table) { return v_tabl
 ALWAYS_INLINE void nibble_group(vf (*sum)[VECTORS], const gemv *g, const uint32_t *p, const float *x, int64_t blocks, int64_t ahead,
                                 nibble_values values, const int looked_up, const int vectors, const int m) {
     (void)looked_up; /* whole numbers, too */
+    vf odd[QL_GEMV_ROWS][VECTORS]; /* of odd columns, apart: one chain of additions a vector would take longer than the look-ups */
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) { odd[r][v] = v_zero(); }
+    }
     for (int64_t b = 0; b < blocks; b++, p += 32, x += 8) {
         vi word[VECTORS];
 #pragma GCC unroll 4
@@ -82,9 +89,17 @@ ALWAYS_INLINE void nibble_group(vf (*sum)[VECTORS], const gemv *g, const uint32_
             for (int v = 0; v < vectors; v++) {
                 vf value = v_table_get(values, q > 0 ? vi_shr(word[v], 4u * (unsigned)q) : word[v]);
 #pragma GCC unroll 4
-                for (int r = 0; r < m; r++) { sum[r][v] = v_fma(value, a[r], sum[r][v]); }
+                for (int r = 0; r < m; r++) {
+                    vf *to = q % 2 == 0 ? &sum[r][v] : &odd[r][v];
+                    *to = v_fma(value, a[r], *to);
+                }
             }
         }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < m; r++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) { sum[r][v] = v_add(sum[r][v], odd[r][v]); }
     }
 }
 #else
@@ -194,7 +209,10 @@ ALWAYS_INLINE void nibble_lanes(const gemv *g, const uint32_t *p, nibble_values 
                 sum[r][v] = l->zeros ? offset_term(g, offsets, r, group) : v_zero();
             }
         }
-        nibble_group(sum, g, p + l->head + lane, x, blocks, ahead_of(l, group, panels, AHEAD), values, looked_up, vectors, m);
+        int64_t ahead = ahead_of(l, group, panels, NIBBLES_AHEAD);
+#pragma GCC unroll 4
+        for (int v = 0; V_AVX512 && v < vectors; v++) { v_prefetch((const char *)lanes_of(p + lane, l, v, 32) + ahead); }
+        nibble_group(sum, g, p + l->head + lane, x, blocks, ahead, values, looked_up, vectors, m);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             vf scale = v_load((const float *)(const void *)lanes_of(p + lane, l, v, 32));
