@@ -16,7 +16,7 @@
 
 enum {
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    PANELS_AHEAD = GEMV_TILES ? 4096 : 8192, /* bytes of a stream, as measured on processors with tiles and without */
+    PANELS_AHEAD = GEMV_TILES ? 4096 : 6144, /* bytes of a stream, as measured on processors with tiles and without */
     SCALES_AHEAD = 64        /* floats from the scale of a row to the one that is fetched meanwhile */
 };
 

@@ -33,7 +33,7 @@ enum {
     FLOAT_BYTES = 128 << 10, /* of W meanwhile where there are more */
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 4096 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
-    NIBBLES_AHEAD = 8192,    /* the same of 4 bits */
+    NIBBLES_AHEAD = 6144,    /* the same of 4 bits */
     ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
 };
 
