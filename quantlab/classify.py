@@ -9,10 +9,10 @@ import numpy as np
 
 from quantlab import _core
 from quantlab.config import is_integer, is_number
-from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig, linear_of_any_rows
+from quantlab.llama import BATCH_TOKENS, Llama, LlamaConfig
 from quantlab.progress import progress
 from quantlab.token_rows import Ids, Texts, are_ids, listed, rows_of, to_sequences
-from quantlab.weight import QuantWeight
+from quantlab.weight import QuantWeight, linear_of_any_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from quantlab.io.datasets import read_lines
+from quantlab.llama_config import token_ids
 from quantlab.token_rows import text_ids
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def chat_template(model: Llama, choice: str = "auto") -> ChatTemplate:
     """The template of a model. choice: "auto" (its own, else ChatML), "chatml", or a Jinja template."""
     tokenizer = model.require_tokenizer()
     own = model.checkpoint.chat_template if model.checkpoint is not None else None
-    tokens = {f"{kind}_token": token_of(model, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    tokens = {f"{kind}_token": special_token(model, kind) for kind in ("bos", "eos", "pad", "unk")}
     if choice not in ("auto", "chatml"):
         if "{" not in choice:
             raise ValueError(f"chat_template: got {choice!r}, expected 'auto', 'chatml', 'joined' or a Jinja template")
@@ -172,18 +173,15 @@ def chat_template(model: Llama, choice: str = "auto") -> ChatTemplate:
     return ChatTemplate(CHATML, "chatml", end_of_turn=end, **tokens)
 
 
-def token_of(model: Llama, field: str) -> str:
-    """The text of a special token that the config names by its id (the first of several); "" where there is none."""
-    ids = token_ids(model, field)
-    return (model.require_tokenizer().id_to_token(ids[0]) or "") if ids else ""
-
-
-def token_ids(model: Llama, field: str) -> list[int]:
-    """The ids under a name in the config: none, one or several."""
-    value = model.config.get(field)
-    if value is None:
-        return []
-    return [int(value)] if isinstance(value, int) else [int(token) for token in value]
+def special_token(model: Llama, kind: Literal["bos", "eos", "pad", "unk"]) -> str:
+    """The text of a special token: as the tokenizer's files name it, else the config by its id (the first of several);
+    "" where there is none."""
+    tokenizer = model.require_tokenizer()
+    named = model.checkpoint.special_tokens.get(f"{kind}_token") if model.checkpoint is not None else None
+    if named is not None and tokenizer.token_to_id(named) is not None:
+        return named
+    ids = token_ids(model.config, f"{kind}_token_id")
+    return (tokenizer.id_to_token(ids[0]) or "") if ids else ""
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -204,9 +202,9 @@ def chat_ids(model: Llama, messages: Sequence[Message], add_generation_prompt: b
 
 
 def stop_ids(model: Llama, template: ChatTemplate) -> list[int]:
-    """Tokens that end an assistant's turn: the config's, and the template's end of turn where it is one token."""
+    """Tokens that end an assistant's turn: those that end a text, and the template's end of turn if it is one token."""
     found = model.require_tokenizer().token_to_id(template.end_of_turn())
-    return sorted({*token_ids(model, "eos_token_id"), *([] if found is None else [found])})
+    return sorted({*model.eos_token_ids, *([] if found is None else [found])})
 
 
 def joined(messages: Sequence[Message]) -> tuple[str, list[Span]]:

@@ -17,8 +17,7 @@ from quantlab.conversations import (
     joined,
     learned_tokens,
     read_json_lines,
-    token_ids,
-    token_of,
+    special_token,
 )
 from quantlab.llama import Llama
 from quantlab.token_rows import encoded, listed, to_sequences
@@ -119,7 +118,8 @@ def _add_texts(
     examples: Examples, items: Iterable[Any], limit: int, model: Llama, config: TrainingConfig, where: str
 ) -> None:
     tokenizer = model.require_tokenizer()
-    eos = token_ids(model, "eos_token_id")[:1]
+    end = tokenizer.token_to_id(special_token(model, "eos"))
+    eos = [] if end is None else [end]
     template: ChatTemplate | None = None
     for number, item in enumerate(items, 1):
         place = f"{where}, row {number}"
@@ -148,7 +148,7 @@ def _conversation(
         encoding = encoded(tokenizer, text, name=place)
     else:
         text, spans = template.render_spans(messages) if config.assistant_only_loss else (template.render(messages), [])
-        eos = token_of(model, "eos_token_id")
+        eos = special_token(model, "eos")
         if not text.rstrip().endswith(eos):
             text += eos
             if messages[-1]["role"] == "assistant":

@@ -56,18 +56,19 @@ def generation_steps(
     top_k keeps the k largest (0: all); top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020).
     """
     lengths = np.array([len(row) for row in sequences], np.int64)
-    tables = model.rope(int(lengths.max()) + max_new_tokens)
+    given = int(lengths.max())
+    tables = model.rope(given + max_new_tokens, given)
     generation = _core.Generation(
         model._core, model.lm_head.handle, lengths, max_new_tokens, *tables, temperature, top_k, top_p, seed
     )
-    held = np.zeros_like(lengths)
+    held, seen = np.zeros_like(lengths), (tables[0][:given], tables[1][:given])
     while (held < lengths).any():
         taken = _shares(lengths - held, BATCH_TOKENS)
         chunks = [row[start : start + count] for row, start, count in zip(sequences, held, taken, strict=True)]
-        batch = model.packed(chunks, held, generation.capacity)
+        batch = model.packed(chunks, held, generation.capacity)[:5]
         held += taken
         last = (held == lengths) & (taken > 0)  # rows whose prompt ends in this chunk
-        generation.prefill(*batch, np.where(last, batch[2][1:] - 1, -1).astype(np.int32))
+        generation.prefill(*batch, *seen, np.where(last, batch[2][1:] - 1, -1).astype(np.int32))
     running = np.arange(len(sequences), dtype=np.int32)  # places among what the generation computes
     for _ in range(max_new_tokens):
         kept = yield generation.next()[running]
@@ -142,18 +143,18 @@ def generate(
 ) -> list[np.ndarray]:
     """Continues each row of `input_ids` (one row, (B, T), or rows of any length) by up to `max_new_tokens` tokens.
 
-    Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the config's; [] :
-    never), or after the token with which its new text holds one of `stop_strings`. Greedy unless `do_sample`. A draw
-    depends on the logits, the seed, the number of the row and the step: not on the rows beside it. `on_token(row,
-    token)` is called as tokens come. Which kernels compute the logits may depend on how many rows run together, and on
-    the device: a choice between two tokens that are as likely but for rounding may then be another. A UserWarning says
-    where a row may grow beyond the positions that the model was trained on.
+    Returns a list of int32 arrays, prompt included; a row ends after an `eos_token_id` (None: the model's
+    `eos_token_ids`; []: never), or after the token with which its new text holds one of `stop_strings`. Greedy unless
+    `do_sample`. A draw depends on the logits, the seed, the number of the row and the step: not on the rows beside it.
+    `on_token(row, token)` is called as tokens come. Which kernels compute the logits may depend on how many rows run
+    together, and on the device: a choice between two tokens that are as likely but for rounding may then be another. A
+    UserWarning says where a row may grow beyond the positions that the model was trained on.
     """
     _check(max_new_tokens, temperature, top_k, top_p, seed)
     sequences = to_sequences(input_ids)
     longest = max(map(len, sequences), default=0) + max_new_tokens
     model.config.warn_beyond_positions(f"max_new_tokens: up to {longest} tokens a row", longest)
-    stop = Stop(model, model.config.eos_token_id if eos_token_id is None else eos_token_id, stop_strings)
+    stop = Stop(model, model.eos_token_ids if eos_token_id is None else eos_token_id, stop_strings)
     sampling = (temperature if do_sample else 0.0, min(int(top_k), model.config.vocab_size), top_p, int(seed))
     steps = generation_steps(model, sequences, max_new_tokens, *sampling)
     new = read_steps(steps, len(sequences), stop, on_token)

@@ -11,11 +11,11 @@ import numpy as np
 from quantlab import _core
 from quantlab.config import Int8Config, is_integer
 from quantlab.cuda import device_number
-from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules
+from quantlab.llama_config import ATTENTION, MLP, LlamaConfig, layer_modules, token_ids
 from quantlab.progress import progress
-from quantlab.rope import rope_parameters, rope_tables
+from quantlab.rope import rope_parameters, rope_tables, stepwise_rope_tables
 from quantlab.token_rows import Ids, one_row, text_ids, to_sequences
-from quantlab.weight import DTYPE_NAMES, QuantWeight, cast, cast_weight
+from quantlab.weight import DTYPE_NAMES, QuantWeight, cast, cast_weight, linear_of_any_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -272,8 +272,10 @@ class Llama:
 
     # ---- forward ---------------------------------------------------------------------------------------------
 
-    def rope(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """cos and sin of `length` positions."""
+    def rope(self, length: int, given: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """cos and sin of `length` positions, of which the first `given` (None: all) are seen at once."""
+        if self._dynamic and given is not None:
+            return stepwise_rope_tables(self.config, given, length)
         if self._dynamic or self._rope is None or len(self._rope[0]) < length:
             self._rope = rope_tables(self.config, length if self._dynamic else max(256, 1 << (length - 1).bit_length()))
         return self._rope[0][:length], self._rope[1][:length]
@@ -349,6 +351,12 @@ class Llama:
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:
         """The text of token ids (t,)."""
         return self.require_tokenizer().decode(one_row(ids), skip_special_tokens)
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a text: generation_config.json's, as in transformers, else the config's."""
+        named = self.checkpoint.eos_token_ids if self.checkpoint is not None else None
+        return token_ids(self.config, "eos_token_id") if named is None else named
 
     def require_tokenizer(self) -> Tokenizer:
         """`tokenizer`; ValueError where there is none."""
@@ -489,12 +497,3 @@ class LlamaForCausalLM(Llama):
         from quantlab.perplexity import perplexity
 
         return perplexity(self, text_or_ids, context, max_tokens)
-
-
-def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
-    """x W^T, float32 (m, n), of which a row has the same bits whatever m is: few rows are filled up with zeros."""
-    if len(x) > _core.gemv_rows():
-        return _core.linear(np.ascontiguousarray(x), weight.handle)
-    filled = np.zeros((_core.gemv_rows() + 1, x.shape[1]), np.float32)
-    filled[: len(x)] = x
-    return _core.linear(filled, weight.handle)[: len(x)]

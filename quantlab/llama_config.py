@@ -79,6 +79,14 @@ class LlamaConfig:
         )
 
 
+def token_ids(config: LlamaConfig, field: str) -> list[int]:
+    """The ids under a name in a config: none, one or several."""
+    value = getattr(config, field, None)
+    if value is None:
+        return []
+    return [int(value)] if isinstance(value, int) else [int(token) for token in value]
+
+
 def layer_modules(config: Any) -> Iterator[str]:
     """Names of every decoder layer's linear modules, in order: `model.layers.0.self_attn.q_proj`, …"""
     for layer in range(config.num_hidden_layers):

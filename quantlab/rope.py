@@ -46,8 +46,8 @@ def inverse_frequencies(config: Any, length: int) -> np.ndarray:
     only."""
     settings = rope_parameters(config)
     kind, theta, d = settings["rope_type"], float(settings["rope_theta"]), int(config.head_dim)
-    trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
     if kind == "dynamic":  # NTK-aware: the base grows with the length beyond what the model was trained for
+        trained = int(config.max_position_embeddings)
         factor = float(settings["factor"])
         theta *= ((factor * max(length, trained) / trained) - (factor - 1)) ** (d / (d - 2))
     frequencies = 1.0 / theta ** (np.arange(0, d, 2, dtype=np.float64) / d)
@@ -56,6 +56,7 @@ def inverse_frequencies(config: Any, length: int) -> np.ndarray:
     if kind == "llama3":
         frequencies = _llama3(frequencies, settings)
     if kind == "yarn":
+        trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
         frequencies = _yarn(frequencies, settings, trained)
     return frequencies.astype(np.float32)
 
@@ -106,3 +107,12 @@ def rope_tables(config: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     angles = np.arange(length, dtype=np.float32)[:, None] * inverse_frequencies(config, length)[None, :]
     scale = np.float32(amplitude(config))
     return np.cos(angles) * scale, np.sin(angles) * scale
+
+
+def stepwise_rope_tables(config: Any, given: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tables of a generation after `given` tokens: a later position has the angles of a sequence that ends there,
+    as transformers computes them token by token. Differs from `rope_tables` for the dynamic type only."""
+    tables = rope_tables(config, given)
+    later = [np.float32(position) * inverse_frequencies(config, position + 1) for position in range(given, length)]
+    angles = np.array(later, np.float32).reshape(-1, config.head_dim // 2)
+    return np.concatenate([tables[0], np.cos(angles)]), np.concatenate([tables[1], np.sin(angles)])

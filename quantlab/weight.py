@@ -303,3 +303,12 @@ def _quantize_rtn(w: np.ndarray, config: RTNConfig, name: str) -> QuantWeight:
     codes, scales, zeros = _core.quantize_rtn(w, config.bits, group, config.sym)
     check_scales(scales, config.bits, name)
     return QuantWeight("affine", config.bits, (n, k), group, codes, scales, zeros, meta=config.to_dict())
+
+
+def linear_of_any_rows(x: np.ndarray, weight: QuantWeight) -> np.ndarray:
+    """x W^T, float32 (m, n), of which a row has the same bits whatever m is: few rows are filled up with zeros."""
+    if len(x) > _core.gemv_rows():
+        return _core.linear(np.ascontiguousarray(x), weight.handle)
+    filled = np.zeros((_core.gemv_rows() + 1, x.shape[1]), np.float32)
+    filled[: len(x)] = x
+    return _core.linear(filled, weight.handle)[: len(x)]

@@ -100,6 +100,22 @@ def test_the_models_own_template_is_used(tmp_path):
     assert ids[0] == 1 and text_of(model, ids) == "<s><|user|>Is it?</s><|assistant|>"
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_special_tokens_are_those_of_the_tokenizers_files(tmp_path, file):
+    """As in transformers: the config's ids, of which the first may not end a turn, count where these name none."""
+    path = save_tiny(tmp_path / "tiny", eos_token_id=[0, 2], bos_token_id=None)
+    (path / file).write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "no such"}))
+    (path / "chat_template.jinja").write_text("{{ [bos_token, eos_token, pad_token, unk_token] }}")
+    model = ql.LlamaForCausalLM.from_pretrained(path)
+    shutil.rmtree(path)
+    model.save_pretrained(tmp_path / "again")
+    for one in (model, ql.LlamaForCausalLM.from_pretrained(tmp_path / "again")):
+        assert chat_template(one).render(MESSAGES) == "['<s>', '</s>', '', '']"
+        assert stop_ids(one, chat_template(one, "chatml")) == [0, 2]
+        examples = prepare_examples(one, ["ab"], TrainingConfig())
+        assert text_of(one, examples.ids[0]) == "ab</s>"
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
 def test_the_template_is_there_though_its_folder_is_gone(tmp_path, file):
     path = save_tiny(tmp_path / "tiny")

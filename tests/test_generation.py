@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from checkpoints import save_tiny
@@ -10,6 +13,7 @@ from models import tiny_model
 import quantlab as ql
 from quantlab import _core
 from quantlab.generate import generation_steps, read_steps
+from quantlab.llama import KVCache
 
 I32 = np.int32
 
@@ -144,6 +148,21 @@ def test_steps_of_long_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_steps(generation_steps(model, prompts, 5), 4, endless, None) == whole
 
 
+def test_dynamic_angles_follow_the_tokens_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that may come: whatever max_new_tokens, each token is that of a cache that grows by one."""
+    model = tiny_model(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=16)
+    for length in (3, 16, 21):  # 16 tokens: the type's angles begin to change
+        prompt = prompts_of(model, (length,))
+        cache = KVCache(model.config, 1, length + 30)
+        tokens = [model.logits(model.packed_hidden(prompt, cache))[-1].argmax()]
+        while len(tokens) < 30:
+            tokens.append(model.logits(model.packed_hidden([np.array(tokens[-1:], I32)], cache))[-1].argmax())
+        for most in (1, 10, 30):
+            assert read_steps(generation_steps(model, prompt, most), 1, endless, None) == [tokens[:most]]
+        monkeypatch.setattr("quantlab.generate.BATCH_TOKENS", 7)  # a prompt in parts is one prompt
+        assert read_steps(generation_steps(model, prompt, 30), 1, endless, None) == [tokens]
+
+
 def test_sampled_rows_do_not_depend_on_their_neighbours() -> None:
     model = tiny_model()
     prompts = prompts_of(model, (5, 4, 17))
@@ -216,6 +235,30 @@ def test_losses() -> None:
     assert model.losses(ids, np.full(300, -100, I32)).tolist() == [0.0] * 300
     with pytest.raises(ValueError, match="targets: got 100000"):
         model.losses(ids, np.full(300, 100_000, I32))
+
+
+@pytest.mark.parametrize("named", [None, 7, [7, 9]])
+def test_generation_config_says_what_ends_a_text(tmp_path, named):
+    """As in transformers: its tokens go before the config's, and stay where its directory is gone."""
+    path = save_tiny(tmp_path / "tiny", eos_token_id=5)
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": named}))
+    model = ql.LlamaForCausalLM.from_pretrained(path)
+    shutil.rmtree(path)
+    ends = [5] if named is None else np.atleast_1d(named).tolist()
+    assert model.eos_token_ids == ends and model.config.eos_token_id == 5
+    rows = prompts_of(model, (4,) * 40)
+    for row, whole in zip(model.generate(rows), model.generate(rows, eos_token_id=[]), strict=True):
+        at = next((i for i, token in enumerate(whole.tolist()) if i >= 4 and token in ends), len(whole) - 1)
+        assert row.tolist() == whole[: at + 1].tolist()
+    model.save_pretrained(tmp_path / "again")
+    assert ql.LlamaForCausalLM.from_pretrained(tmp_path / "again").eos_token_ids == ends
+
+
+def test_a_generation_config_that_names_no_tokens(tmp_path):
+    path = save_tiny(tmp_path / "tiny")
+    (path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is '</s>', expected a token id"):
+        ql.LlamaForCausalLM.from_pretrained(path)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])

@@ -74,6 +74,16 @@ class Checkpoint(ABC):
     def chat_template(self) -> str | None:
         """The Jinja template of a chat, if there is one."""
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """{"eos_token": "</s>", …}: what the tokenizer's files name; it may differ from the config's ids."""
+        return {}
+
+    @property
+    def eos_token_ids(self) -> list[int] | None:
+        """The tokens that end a text where generation_config.json names them, which goes before the config's."""
+        return None
+
     def _require(self, module: str, rank: int) -> None:
         """ValueError unless the module is there and is a matrix (rank 2) or a vector (rank 1)."""
         if module not in self.modules:

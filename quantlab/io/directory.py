@@ -14,7 +14,12 @@ from quantlab.io.architecture import check_config, module_shapes
 from quantlab.io.checkpoint import Checkpoint
 from quantlab.io.files import read_json
 from quantlab.io.safetensors import SafetensorsFile, TensorInfo
-from quantlab.io.tokenizer import directory_chat_template, directory_tokenizer, directory_tokenizer_files
+from quantlab.io.tokenizer import (
+    directory_chat_template,
+    directory_special_tokens,
+    directory_tokenizer,
+    directory_tokenizer_files,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -190,7 +195,7 @@ class DirectoryCheckpoint(Checkpoint):
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        _ = self.chat_template  # read with it: a model outlives its directory
+        _ = self.chat_template, self.special_tokens, self.eos_token_ids  # read with it: a model outlives its directory
         return directory_tokenizer(self.path)
 
     @cached_property
@@ -200,6 +205,21 @@ class DirectoryCheckpoint(Checkpoint):
     @cached_property
     def chat_template(self) -> str | None:
         return directory_chat_template(self.path)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        return directory_special_tokens(self.path)
+
+    @cached_property
+    def eos_token_ids(self) -> list[int] | None:
+        path = self.path / "generation_config.json"
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        if value is None:
+            return None
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
+            raise ValueError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of them")
+        return ids
 
     def _read_quantization(self, where: str) -> dict[str, Any] | None:
         quantization = self.config.get("quantization_config")

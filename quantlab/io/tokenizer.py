@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +59,18 @@ def directory_tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 def files_to_save(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """{name: content} of what is written beside a model for its tokenizer: the files of the checkpoint that it is from,
-    or the tokenizer and the chat template that were read where there are none, or their directory is gone."""
-    files = checkpoint.tokenizer_files if checkpoint is not None else {}
+    or what was read of them where there are none, or their directory is gone."""
+    files = dict(checkpoint.tokenizer_files) if checkpoint is not None else {}
     if files or tokenizer is None:
         return files
-    template = checkpoint.chat_template if checkpoint is not None else None
-    files = {} if template is None else {"chat_template.jinja": template.encode()}
-    return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), **files}
+    files["tokenizer.json"] = tokenizer.to_str(pretty=True).encode()
+    if checkpoint is not None and checkpoint.chat_template is not None:
+        files["chat_template.jinja"] = checkpoint.chat_template.encode()
+    if checkpoint is not None and checkpoint.special_tokens:
+        files["tokenizer_config.json"] = dump_config(checkpoint.special_tokens)
+    if checkpoint is not None and checkpoint.eos_token_ids is not None:
+        files["generation_config.json"] = dump_config({"eos_token_id": checkpoint.eos_token_ids})
+    return files
 
 
 def directory_chat_template(folder: Path) -> str | None:
@@ -79,11 +85,22 @@ def directory_chat_template(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
+def directory_special_tokens(folder: Path) -> dict[str, str]:
+    """{"bos_token": text, …} of a directory (tokenizer_config.json, or the older special_tokens_map.json)."""
+    older = folder / "special_tokens_map.json"
+    tokens = {}
+    for name, token in {**(read_json(older) if older.is_file() else {}), **_config(folder)}.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name in ("bos_token", "eos_token", "pad_token", "unk_token") and isinstance(text, str):
+            tokens[name] = text
+    return tokens
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     return read_json(path) if path.is_file() else {}
 
 
-def dump_config(config: dict[str, Any]) -> bytes:
+def dump_config(config: Mapping[str, Any]) -> bytes:
     """JSON as Hugging Face libraries lay it out."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

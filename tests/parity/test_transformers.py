@@ -112,3 +112,7 @@ def test_rope_types(scaling):
     reference.load_state_dict(state)
     ids = np.random.default_rng(0).integers(0, 128, 100)
     np.testing.assert_allclose(model(ids)[0], their_logits(reference, ids), atol=1e-4)
+    ids = ids[:40]  # and past the trained length, a token at a time
+    reference.load_state_dict(state)
+    expected = reference.generate(torch.tensor(ids[None]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=40, eos_token_id=[])[0], expected[0].numpy())
