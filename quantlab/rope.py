@@ -14,7 +14,7 @@ import numpy as np
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 NEEDED = {
-    "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+    "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip
 OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")}
@@ -23,16 +23,20 @@ OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "ms
 def rope_parameters(config: Any) -> dict[str, Any]:
     """The rope settings of a config in one spelling: `rope_theta`, `rope_type`, and what the type needs.
 
-    Accepts both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`; a mapping or an object.
+    Accepts both the older `rope_theta` + `rope_scaling` and the newer `rope_parameters`: where both are there, the kind
+    of the older, as in transformers, and the theta of the newer. A mapping or an object.
     """
     get = config.get if isinstance(config, Mapping) else lambda name, default=None: getattr(config, name, default)
-    settings = dict(get("rope_scaling") or {})
-    settings.update(get("rope_parameters") or {})
-    settings.setdefault("rope_theta", get("rope_theta") or 10000.0)
+    newer = dict(get("rope_parameters") or {})
+    settings = dict(get("rope_scaling") or newer)
+    settings.setdefault("rope_theta", newer.get("rope_theta", get("rope_theta") or 10000.0))
     settings["rope_type"] = settings.pop("rope_type", None) or settings.pop("type", None) or "default"
     kind = settings["rope_type"]
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type: got {kind!r}, accepted are {', '.join(ROPE_TYPES)}")
+    if kind in ("llama3", "yarn"):
+        original = settings.get("original_max_position_embeddings", get("max_position_embeddings"))
+        settings["original_max_position_embeddings"] = get("original_max_position_embeddings") or original
     given = (name for name in OPTIONAL.get(kind, ()) if settings.get(name) is not None)
     for name in ("rope_theta", *NEEDED.get(kind, ()), *given):
         value = settings.get(name)
@@ -56,8 +60,7 @@ def inverse_frequencies(config: Any, length: int) -> np.ndarray:
     if kind == "llama3":
         frequencies = _llama3(frequencies, settings)
     if kind == "yarn":
-        trained = int(settings.get("original_max_position_embeddings") or config.max_position_embeddings)
-        frequencies = _yarn(frequencies, settings, trained)
+        frequencies = _yarn(frequencies, settings)
     return frequencies.astype(np.float32)
 
 
@@ -70,10 +73,10 @@ def _llama3(frequencies: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     return (1 - keep) * frequencies / factor + keep * frequencies
 
 
-def _yarn(frequencies: np.ndarray, settings: Mapping[str, Any], trained: int) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     """As for llama3, but blended along the elements: from where a wave turns `beta_fast` times within the context that
     the model was trained for to where it turns `beta_slow` times."""
-    pairs, theta = len(frequencies), float(settings["rope_theta"])
+    pairs, theta, trained = len(frequencies), settings["rope_theta"], settings["original_max_position_embeddings"]
 
     def pair(turns: float) -> float:
         return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)

@@ -1,9 +1,13 @@
 """The model against a float64 oracle of the whole forward pass, and what a user does with it."""
 
+import json
+
 import numpy as np
 import pytest
+from checkpoints import save_tiny
 from models import TINY, tiny_model, tiny_parts
 from reference import attention, rmsnorm, rope, swiglu
+from safetensors.numpy import load_file, save_file
 
 import quantlab as ql
 from quantlab import _core
@@ -160,12 +164,43 @@ def test_perplexity_is_the_mean_of_the_oracle():
     [
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 0.25),
         ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}, 0.25),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0},
+                "rope_scaling": {"type": "linear", "factor": 4},
+            },
+            0.25,
+        ),
+        (
+            {
+                "rope_parameters": {"rope_theta": 1e4},
+                "rope_theta": 5.0,
+                "rope_scaling": {"type": "linear", "factor": 4},
+            },
+            0.25,
+        ),
         ({}, 1.0),
     ],
 )
 def test_rope_spellings(settings, factor):
     plain = inverse_frequencies(LlamaConfig(TINY), 10)
     np.testing.assert_allclose(inverse_frequencies(LlamaConfig({**TINY, **settings}), 10), plain * factor, rtol=1e-6)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}, "max_position_embeddings": 512},
+        {"rope_scaling": LLAMA3, "max_position_embeddings": 64},
+        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 9}, "original_max_position_embeddings": 64},
+    ],
+)
+def test_the_context_of_llama3_is_where_transformers_finds_it(settings):
+    assert rope_parameters({**TINY, **settings})["original_max_position_embeddings"] == 64
+    inverse_frequencies(LlamaConfig({**TINY, **settings}), 10)
 
 
 def test_rope_refuses_what_it_does_not_know():
@@ -207,6 +242,7 @@ def test_yarn_is_that_of_transformers(settings, short, scale):
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": -1}},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": "64"}},
         {"rope_theta": -5.0},
         {"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}},
     ],
@@ -358,6 +394,23 @@ def test_texts_and_rows_come_in_columns_too():
     assert [row.tolist() for row in to_sequences(Column(zip((7, 9), [4, 5], strict=True)))] == [[4, 5]]
     with pytest.raises(ValueError, match="texts: got dict, expected a list of texts"):
         are_ids({"text": texts})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_head_that_is_not_the_embedding_is_not_tied(tmp_path, dtype):
+    """As in transformers 5: fine-tuning may leave such files, whose config still ties the two."""
+    path = save_tiny(tmp_path / "tiny")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(path / "model.safetensors")
+    model = LlamaForCausalLM.from_pretrained(path)
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.lm_head.dequantize(), tensors["lm_head.weight"])
+    embedding = tensors["model.embed_tokens.weight"].astype(dtype)
+    tensors |= {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding.astype(np.float32)}
+    save_file(tensors, path / "model.safetensors")
+    model = LlamaForCausalLM.from_pretrained(path)
+    assert model.config.tie_word_embeddings and "lm_head" not in model.weights
 
 
 def test_output_matrix_in_eight_bits():

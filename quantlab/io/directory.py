@@ -175,6 +175,7 @@ class DirectoryCheckpoint(Checkpoint):
         self.quantization = self._read_quantization(where)
         self._tensors = Tensors(self.path)
         self._prefix = "" if "model.embed_tokens.weight" in self._tensors else self._bare_prefix()
+        self.config["tie_word_embeddings"] &= not self._has_own_head()
         self._shapes = self._expected_shapes()
         self._names: dict[str, set[str]] = {}  # of a module's tensors
         self._layouts = self._choose_layouts(layouts_of(self.quantization, where))
@@ -238,6 +239,17 @@ class DirectoryCheckpoint(Checkpoint):
 
     def _stored(self, module: str) -> str:
         return module.removeprefix(self._prefix)
+
+    def _has_own_head(self) -> bool:
+        """Whether there is an output matrix that is not the embedding: then the config is wrong to tie the two, and
+        transformers does not either."""
+        names = ("lm_head.weight", self._stored("model.embed_tokens") + ".weight")
+        if not all(name in self._tensors and self._tensors[name].dtype in FLOATS for name in names):
+            return False
+        head, embedding = (self._tensors.array(name) for name in names)
+        if head.dtype == embedding.dtype:
+            head, embedding = head.reshape(-1).view(np.uint8), embedding.reshape(-1).view(np.uint8)
+        return not np.array_equal(head, embedding)
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = module_shapes(self.config)
