@@ -96,10 +96,9 @@ class ChatTemplate:
         """The text of a conversation; with the beginning of the assistant's next turn."""
         from jinja2 import TemplateError
 
+        given = {"messages": list(messages), "tools": None, "documents": None}  # transformers' names
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._tokens
-            )
+            return self._template.render(**given, add_generation_prompt=add_generation_prompt, **self._tokens)
         except (TemplateError, TypeError, ArithmeticError, LookupError) as error:
             raise ValueError(f"chat_template: it does not take this conversation: {error}") from None
 
@@ -143,8 +142,8 @@ def _compile(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

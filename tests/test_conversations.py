@@ -138,9 +138,11 @@ def test_what_transformers_gives_to_templates():
     source = (
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
         "{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
+        "{% if tools is none and documents is none %}"
+        "{{ {'b': 1, 'a': 'é'} | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}{% endif %}"
     )
     text = ChatTemplate(source, "given").render([{"role": "user", "content": "<é>"}, MESSAGES[1]])
-    assert text == '{"role": "user", "content": "<é>"}4'
+    assert text == '{"role": "user", "content": "<é>"}4{"a":"\\u00e9","b":1}'
 
 
 @pytest.mark.parametrize(
