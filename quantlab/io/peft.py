@@ -171,7 +171,7 @@ def _require_supported(fields: Mapping[str, Any], where: str) -> None:
     if fields.get("init_lora_weights") not in BEGINNINGS:
         raise ValueError(f"{where}: init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model")
     saved = fields.get("modules_to_save")
-    if saved and set(saved) not in HEADS:
+    if saved and (not isinstance(saved, list) or set(map(str, saved)) not in HEADS):
         raise ValueError(f"{where}: modules_to_save is {saved!r}, supported: 'score'")
 
 
