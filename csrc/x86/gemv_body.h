@@ -34,7 +34,8 @@ enum {
     NARROW = 64,             /* columns of a float32 W whose rows are short */
     AHEAD = V_AVX512 ? 4096 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     NIBBLES_AHEAD = 6144,    /* the same of 4 bits */
-    ROW_AHEAD = 2048         /* the same for each of a few rows that are read at a time */
+    ROW_AHEAD = 2048,        /* the same for each of a few rows that are read at a time */
+    SCALES_AHEAD = 32        /* and floats from a scale of theirs */
 };
 
 typedef struct {
@@ -410,6 +411,7 @@ ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g,
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
             int64_t at = (i + a * apart) * groups + group;
+            v_prefetch(w->scales + at + SCALES_AHEAD);
 #pragma GCC unroll 4
             for (int r = 0; r < m; r++) {
                 total[r][a] = v_fma(sum[r][a], v_set1(w->scales[at]), total[r][a]);
