@@ -35,7 +35,8 @@ enum {
     AHEAD = V_AVX512 ? 4096 : 8192, /* bytes, as measured: memory answers late; past the end it is the next weight, as often as not */
     NIBBLES_AHEAD = 6144,    /* the same of 4 bits */
     ROW_AHEAD = 2048,        /* the same for each of a few rows that are read at a time */
-    SCALES_AHEAD = 32        /* and floats from a scale of theirs */
+    SCALES_AHEAD = 32,       /* and floats from a scale of theirs */
+    LINE = 64                /* bytes of a cache line */
 };
 
 typedef struct {
@@ -374,17 +375,19 @@ ALWAYS_INLINE void add_columns(vf (*sum)[4], const gemv *g, const char *codes, i
     }
 }
 
-/* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them; stride: bytes from one row to the next */
+/* sum[r][a] += row a of W . row r of x, over columns [j, end), VL lanes of them; stride: bytes from one row to the next; whole: they are
+ * known to be whole cache lines */
 ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, int64_t stride, int64_t j, int64_t end,
-                                const int format, const int rows, const int m) {
+                                const int format, const int whole, const int rows, const int m) {
     const int64_t size = format == QL_F32 ? 4 : format == QL_F16 || format == QL_BF16 ? 2 : 1;
-    const int vectors = 64 / (int)(VL * size); /* of a cache line */
+    const int vectors = LINE / (int)(VL * size);
     for (; j + vectors * VL <= end; j += vectors * VL) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) { v_prefetch(codes + a * stride + j * size + ROW_AHEAD); }
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; v++) { add_columns(sum, g, codes, stride, j + v * VL, format, rows, m); }
     }
+    if (whole) { return; }
     for (; j + VL <= end; j += VL) { add_columns(sum, g, codes, stride, j, format, rows, m); }
 #pragma GCC unroll 4
     for (int a = 0; j < end && a < rows; a++) {
@@ -394,33 +397,42 @@ ALWAYS_INLINE void row_products(vf (*sum)[4], const gemv *g, const char *codes, 
     }
 }
 
-/* affine codes have a scale, and maybe an offset, a group; the offsets' share is summed apart, in `offset` */
-ALWAYS_INLINE void row_groups(vf (*total)[4], float (*offset)[4], const gemv *g, const char *codes, int64_t stride, int64_t i,
-                              int64_t apart, const int rows, const int m) {
-    const ql_weight *w = g->w;
-    int64_t groups = g->l.groups, middle = ql_affine_symmetric_zero(w->bits);
-    for (int64_t group = 0; group < groups; group++) {
+/* affine codes have a scale a group; whole: groups are cache lines */
+ALWAYS_INLINE void row_groups(vf (*total)[4], const gemv *g, const char *codes, int64_t stride, const float *scales, int64_t apart,
+                              const int whole, const int rows, const int m) {
+    const int64_t groups = g->l.groups, size = g->l.group, k = g->w->k;
+    for (int64_t j = 0; j < k; j += size, scales++) {
         vf sum[QL_GEMV_ROWS][4];
 #pragma GCC unroll 4
         for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
             for (int a = 0; a < rows; a++) { sum[r][a] = v_zero(); }
         }
-        int64_t j = group * g->l.group;
-        row_products(sum, g, codes, stride, j, at_most(j + g->l.group, w->k), QL_AFFINE, rows, m);
+        row_products(sum, g, codes, stride, j, at_most(j + size, k), QL_AFFINE, whole, rows, m);
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) {
-            int64_t at = (i + a * apart) * groups + group;
-            v_prefetch(w->scales + at + SCALES_AHEAD);
+            const float *scale = scales + a * apart * groups;
+            v_prefetch(scale + SCALES_AHEAD);
 #pragma GCC unroll 4
-            for (int r = 0; r < m; r++) {
-                total[r][a] = v_fma(sum[r][a], v_set1(w->scales[at]), total[r][a]);
-                if (w->zeros != NULL) {
-                    offset[r][a] += (float)(w->zeros[at] - middle) * g->sums[r * groups + group] * w->scales[at];
-                }
-            }
+            for (int r = 0; r < m; r++) { total[r][a] = v_fma(sum[r][a], v_set1(*scale), total[r][a]); }
         }
     }
+}
+
+/* what the zeros of row i of W take off its product with row r of x */
+static float row_offset(const gemv *g, int64_t i, int64_t r) {
+    const int64_t groups = g->l.groups, middle = ql_affine_symmetric_zero(g->w->bits);
+    const uint8_t *zeros = g->w->zeros + i * groups;
+    const float *scales = g->w->scales + i * groups, *sums = g->sums + r * groups;
+    vf offsets = v_zero();
+    int64_t group = 0;
+    for (; group + VL <= groups; group += VL) {
+        vf zero = vi_to_vf(vi_sub(vi_load_u8(zeros + group), vi_set1((int32_t)middle)));
+        offsets = v_fma(v_mul(zero, v_load(scales + group)), v_load(sums + group), offsets);
+    }
+    float offset = v_sum(offsets);
+    for (; group < groups; group++) { offset += (float)(zeros[group] - middle) * scales[group] * sums[group]; }
+    return offset;
 }
 
 /* rows i, i + apart, … of W, `rows` of them */
@@ -430,16 +442,17 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int 
     int64_t row = format == QL_AFFINE && w->bits == 8 ? 4 * ql_words_per_row(w->k, 8) : size * w->k, stride = apart * row;
     const char *codes = (const char *)g->codes + i * row;
     vf total[FLOAT_ROWS][4];
-    float offset[FLOAT_ROWS][4] = {{0}};
 #pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
 #pragma GCC unroll 4
         for (int a = 0; a < rows; a++) { total[r][a] = v_zero(); }
     }
-    if (format == QL_AFFINE) {
-        row_groups(total, offset, g, codes, stride, i, apart, rows, m);
+    if (format != QL_AFFINE) {
+        row_products(total, g, codes, stride, 0, w->k, format, 0, rows, m);
+    } else if (g->l.group % LINE == 0 && w->k % LINE == 0) {
+        row_groups(total, g, codes, stride, w->scales + i * g->l.groups, apart, 1, rows, m);
     } else {
-        row_products(total, g, codes, stride, 0, w->k, format, rows, m);
+        row_groups(total, g, codes, stride, w->scales + i * g->l.groups, apart, 0, rows, m);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < m; r++) {
@@ -447,7 +460,7 @@ ALWAYS_INLINE void row_lanes(const gemv *g, int64_t i, int64_t apart, const int 
         for (int a = 0; a < rows; a++) {
             float sum = v_sum(total[r][a]), *y = g->y + r * w->n + i + a * apart;
             if (format == QL_INT8) { sum *= QL_INT8_STEP * w->scales[i + a * apart]; }
-            if (format == QL_AFFINE) { sum -= offset[r][a]; }
+            if (format == QL_AFFINE && w->zeros != NULL) { sum -= row_offset(g, i + a * apart, r); }
             *y = g->accumulate ? *y + sum : sum;
         }
     }
