@@ -65,6 +65,15 @@ def test_an_adapter_is_trained_used_and_merged(capsys, tiny, talk, tmp_path):
     assert status == 2 and "expected one of same, nf4, fp4, rtn, int8" in err
 
 
+def test_an_adapter_that_adds_nothing_is_merged(capsys, tiny, talk, tmp_path):
+    result(capsys, "finetune", tiny, tmp_path / "zero", "--data", talk, "--learning-rate", 0)
+    for name, words in (("float", ()), ("nf4", ("--requantize", "nf4"))):
+        status, told, err = call(capsys, "merge", tiny, tmp_path / "zero", tmp_path / name, *words)
+        assert (status, err) == (0, "") and "rounding" not in told
+    merged = result(capsys, "merge", tiny, tmp_path / "zero", tmp_path / "json", "--requantize", "nf4")
+    assert {matrix["error_ratio"] for matrix in merged["matrices"]} == {None}  # nothing to compare with
+
+
 def test_a_run_is_taken_up(capsys, tiny, talk, tmp_path):
     words = ("finetune", tiny, tmp_path / "run", "--data", talk, "--logging-steps", 1, "--save-steps", 4)
     whole = result(capsys, *words)

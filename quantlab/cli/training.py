@@ -48,7 +48,7 @@ def finetune(
     lr_scheduler_type: Annotated[str, typer.Option(help="linear, cosine, constant, constant_with_warmup.")] = "linear",
     warmup_ratio: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.0,
     num_train_epochs: Annotated[float, typer.Option(help="Times through the data.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: after the epochs.")] = -1,
+    max_steps: Annotated[int, typer.Option(help="So many steps in place of the epochs; -1: the epochs.")] = -1,
     per_device_train_batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at a time.")] = 1,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches a step.")] = 1,
     max_length: Annotated[int | None, typer.Option(help="Longer rows are cut to so many tokens.")] = None,
@@ -183,5 +183,5 @@ def merge(
         return
     print(f"{out}: {gigabytes(sum(files.values()))} in {len(files)} files")
     ratios = [entry["error_ratio"] for entry in report if entry["delta_norm"] > 0]
-    if max(ratios) > 0:
+    if any(ratios):  # none, where the adapter adds nothing yet
         print(f"rounding: its error is up to {max(ratios):.3g} times what the adapter adds (of {len(ratios)} matrices)")
