@@ -198,6 +198,7 @@ def test_byte_level_bpe(pre: str, tmp_path: Path, parts: Any) -> None:
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
+    writer.add_eot_token_id(2)
     writer.add_chat_template("{{ messages }}")
     for module, array in arrays.items():
         add_tensor(writer, gguf_name(module), array, TYPES.F32)
@@ -210,7 +211,9 @@ def test_byte_level_bpe(pre: str, tmp_path: Path, parts: Any) -> None:
         assert tokenizer.encode(text).ids == bos + source.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == "<|start|>" * len(bos) + text
     assert checkpoint.chat_template == "{{ messages }}" and checkpoint.config["eos_token_id"] == 0
-    assert {"tokenizer.json", "tokenizer_config.json"} == checkpoint.tokenizer_files.keys()
+    assert checkpoint.eos_token_ids == [0, 2]  # a turn's end too
+    assert json.loads(checkpoint.tokenizer_files["generation_config.json"]) == {"eos_token_id": [0, 2]}
+    assert {"tokenizer.json", "tokenizer_config.json"} < checkpoint.tokenizer_files.keys()
     again = Tokenizer.from_str(checkpoint.tokenizer_files["tokenizer.json"].decode())
     assert again.encode(TEXTS[5]).ids == tokenizer.encode(TEXTS[5]).ids
 

@@ -370,6 +370,10 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a tensor twice": (header(tensors=2 * info(b"t", (4,)), tensor_count=2), "twice"),
     "overlapping tensors": (header(tensors=info(b"t", (4,)) + info(b"u", (4,)), tensor_count=2), "overlaps"),
     "no metadata": (header(), "general.architecture is None"),
+    "a part of a model": (
+        header(text(b"split.count") + struct.pack("<IH", 2, 3)),
+        "one of the 3 files of a split model",
+    ),
     "another architecture": (swap(text(b"llama"), text(b"qwen2")), "'qwen2'"),
     "a tensor missing": (swap(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"), "blk.0.attn_x.weight"),
     "a layer out of order": (swap(b"blk.1.attn_q.weight", b"blk.7.attn_q.weight"), "blk.1.attn_q.weight"),

@@ -182,6 +182,11 @@ class GGUFCheckpoint(Checkpoint):
         self.path = Path(path)
         self.file = GGUFFile(path)
         self.quantization = None
+        parts = self.file.metadata.get("split.count")
+        if isinstance(parts, int) and parts > 1:
+            raise ValueError(
+                f"{path}: one of the {parts} files of a split model: join them with llama-gguf-split --merge"
+            )
         self._names = self._module_names()
         self.config = check_config(self._translate_config(), str(path))
         shapes = module_shapes(self.config)
@@ -324,6 +329,12 @@ class GGUFCheckpoint(Checkpoint):
         from quantlab.io.gguf_tokenizer import tokenizer_files
 
         return tokenizer_files(self.file.metadata, self.tokenizer, str(self.path))
+
+    @property
+    def eos_token_ids(self) -> list[int] | None:
+        from quantlab.io.gguf_tokenizer import end_tokens
+
+        return end_tokens(self.file.metadata)
 
     @property
     def chat_template(self) -> str | None:

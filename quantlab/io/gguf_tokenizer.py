@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from quantlab.io.sentencepiece import PieceType, sentencepiece_tokenizer
+from quantlab.io.tokenizer import dump_config
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,6 +109,12 @@ def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], 
         )
 
 
+def end_tokens(metadata: dict[str, Any]) -> list[int] | None:
+    """The end of a text and that of a turn, both of which end what llama.cpp generates; None where they are one."""
+    eos, eot = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    return [eos, eot] if isinstance(eos, int) and isinstance(eot, int) and eos != eot else None
+
+
 def tokenizer_files(metadata: dict[str, Any], tokenizer: Tokenizer | None, where: str) -> dict[str, bytes]:
     """The files that a Hugging Face directory would hold for this tokenizer."""
     if tokenizer is None:
@@ -124,5 +130,6 @@ def tokenizer_files(metadata: dict[str, Any], tokenizer: Tokenizer | None, where
             config[f"{name}_token"] = tokens[token_id]
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": text.encode()}
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True).encode(), "tokenizer_config.json": dump_config(config)}
+    ends = end_tokens(metadata)
+    return files if ends is None else {**files, "generation_config.json": dump_config({"eos_token_id": ends})}
