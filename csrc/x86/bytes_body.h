@@ -16,13 +16,15 @@
 
 enum {
     VECTORS = 8,             /* of rows of W at a time, in panels */
-    PANELS_AHEAD = GEMV_TILES ? 4096 : 6144, /* bytes of a stream, as measured on processors with tiles and without */
     SCALES_AHEAD = 64        /* floats from the scale of a row to the one that is fetched meanwhile */
 };
 
 /* Panels at a time, each a stream of memory of its own. As measured, one stream alone reaches three quarters of the speed of some on
  * processors with tiles; on others it is the fastest. */
 static inline int streams_of(int64_t rows) { return !GEMV_TILES ? 1 : rows == 32 ? 3 : 2; }
+
+/* bytes that each of them is fetched ahead, as measured on both kinds of processors, too */
+static inline int64_t panels_ahead(int bits) { return GEMV_TILES ? 4096 : bits == 4 ? 6144 : 8192; }
 
 /* the first n of 64 bytes, n > 0 */
 static inline __mmask64 first_bytes(int64_t n) { return n < 64 ? (1ull << n) - 1 : ~0ull; }
@@ -148,7 +150,7 @@ ALWAYS_INLINE void panel_products(const gemv_product *g, int64_t i, int64_t r, c
     for (int64_t group = 0; group < l->groups; group++) {
         vi sum[VECTORS][LIMBS];
         const uint32_t *head = p;
-        int64_t ahead = ahead_of(l, group, panels, PANELS_AHEAD);
+        int64_t ahead = ahead_of(l, group, panels, panels_ahead(bits));
 #pragma GCC unroll 3
         for (int a = 0; a < LIMBS; a++) {
             vi begin = vi_set1(g->begin[(r * g->groups + group) * LIMBS + a]);
