@@ -49,7 +49,7 @@ class LlamaConfig:
             raise ValueError(
                 f"config: {heads} heads, {kv_heads} key-value heads, head size {head_dim} do not fit together"
             )
-        self._values = {**values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        self.__dict__["_values"] = {**values, "num_key_value_heads": kv_heads, "head_dim": head_dim}
         rope_parameters(self._values)
 
     def __getattr__(self, name: str) -> Any:
@@ -57,6 +57,10 @@ class LlamaConfig:
             return self.__dict__["_values"][name]
         except KeyError:
             raise AttributeError(f"config has no field {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A field of `config.json`, such as `pad_token_id`: what is saved has it too; what was built stays as it is."""
+        self._values[name] = value
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._values.get(name, default)

@@ -1,5 +1,6 @@
 """The model against a float64 oracle of the whole forward pass, and what a user does with it."""
 
+import copy
 import json
 
 import numpy as np
@@ -394,6 +395,20 @@ def test_texts_and_rows_come_in_columns_too():
     assert [row.tolist() for row in to_sequences(Column(zip((7, 9), [4, 5], strict=True)))] == [[4, 5]]
     with pytest.raises(ValueError, match="texts: got dict, expected a list of texts"):
         are_ids({"text": texts})
+
+
+def test_a_field_that_is_set_is_read_and_saved(tmp_path):
+    clf = LlamaForSequenceClassification.from_pretrained(save_tiny(tmp_path / "tiny"), num_labels=2)
+    row = [[5, 9, 2, 2]]
+    before = clf.predict(row)
+    clf.config.pad_token_id = clf.config.eos_token_id  # as transformers' users write it
+    assert clf.config.get("pad_token_id") == clf.config.to_dict()["pad_token_id"] == 2
+    np.testing.assert_array_equal(clf.predict(row), clf.predict([[5, 9]]))
+    assert np.any(clf.predict(row) != before)
+    clf.save_pretrained(tmp_path / "again")
+    again = LlamaForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert again.config.pad_token_id == copy.deepcopy(again).config.pad_token_id == 2
+    np.testing.assert_array_equal(again.predict(row), clf.predict(row))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
