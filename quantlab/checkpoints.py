@@ -8,12 +8,14 @@ and renamed: it is there whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +60,21 @@ class RunFolder:
         self.path = output_directory(path, "output_dir", "the run")
         self.settings = json.loads(json.dumps(dict(settings)))
         self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other runs out of the folder; ValueError where one is in it."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # of a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    told = f"another run is writing to {self.path}: wait for it, or name another directory"
+                    raise ValueError(f"output_dir: {told}") from None
+            yield
+        finally:
+            os.close(handle)
 
     def begin(self, state: TrainingState) -> None:
         """A new log, or that of the state which the run goes on from."""

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -202,7 +202,11 @@ class TrainingRun:
         self._window = (time.perf_counter(), 0)  # when the log's next entry began, tokens since
 
     def train(self, show: bool) -> None:
-        """All steps that are left."""
+        """All steps that are left, by this run alone in its folder."""
+        with nullcontext() if self.folder is None else self.folder.held():
+            self._train(show)
+
+    def _train(self, show: bool) -> None:
         config, state = self.config, self.state
         resume = config.resume_from_checkpoint
         if resume and self.folder is not None:

@@ -20,6 +20,7 @@ from checkpoints import save_tiny
 from models import tiny_model, tiny_parts
 
 import quantlab as ql
+from quantlab.checkpoints import RunFolder
 from quantlab.finetune import free_bytes
 from quantlab.lora import read_adapter
 
@@ -239,6 +240,11 @@ def test_resuming_another_run_is_refused(tmp_path):
     for says, job in cases.items():
         with pytest.raises(ValueError, match=says):
             job()
+    with (
+        RunFolder(tmp_path / "run", {}).held(),
+        pytest.raises(ValueError, match=r"^output_dir: another run is writing"),
+    ):
+        again()()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         again(output_dir=str(tmp_path / "empty"))()
     with pytest.raises(FileNotFoundError, match=r"holds no state\.json"):
