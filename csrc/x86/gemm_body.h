@@ -340,41 +340,54 @@ static int64_t plan_tiles(gemm *g) {
     return words_of_tiles(&g->tiles);
 }
 
-static int gemm_run(gemm *g);
+static int gemm_run(gemm *g, int64_t count);
 
-static int run_halves(const gemm *g) {
-    gemm first = *g, second = *g;
-    first.m = pieces(g->m, 2), second.m = g->m - first.m; /* no half of it needs more memory than the first */
-    second.a += first.m * g->lda, second.c += first.m * g->ldc;
-    return gemm_run(&first) && gemm_run(&second);
+static int run_halves(const gemm *g, int64_t count) {
+    gemm first[QL_PRODUCTS], second[QL_PRODUCTS];
+    for (int64_t p = 0; p < count; p++) {
+        first[p] = second[p] = g[p];
+        first[p].m = pieces(g[p].m, 2), second[p].m = g[p].m - first[p].m; /* no half of it needs more memory than the first */
+        second[p].a += first[p].m * g[p].lda, second[p].c += first[p].m * g[p].ldc;
+    }
+    return gemm_run(first, count) && gemm_run(second, count);
 }
 #endif
 
-/* 0: no memory for the blocks of b, nothing is written */
-static int gemm_run(gemm *g) {
-    if (g->m < 1 || g->n < 1) { return 1; }
-    int64_t threads = ql_threads(), size = threads * BLOCK, packed = 0;
-#if GEMM_PAIRS
-    if (g->m > MOST_TILED) { return run_halves(g); }
-    packed = plan_tiles(g);
-#endif
-    g->blocks = ql_scratch((size_t)(size + packed) * sizeof *g->blocks + (size_t)threads * sizeof(atomic_int));
-    if (g->blocks == NULL) { return 0; }
-    g->workers = make_places((atomic_int *)(void *)(g->blocks + size + packed), threads);
-#if GEMM_PAIRS
-    g->tiles.words = g->blocks + size;
-    pack_tiles(&g->tiles);
-#endif
+/* the product, for which there is memory */
+static void run_tasks(gemm *g, int64_t threads) {
 #if !GEMM_A_TRANSPOSED
     if (g->m <= MOST_FEW && g->pack_panel != NULL) {
         int64_t panels = pieces(g->n, NR);
         g->across = at_most(pieces(panels, threads * FEW_TOGETHER) * threads, panels);
         ql_parallel_for(g->across, few_task, g);
-        return 1;
+        return;
     }
 #endif
     choose_tasks(g, threads);
     ql_parallel_for(task_count(g), gemm_task, g);
+}
+
+/* `count` products of one a, one after the other. 0: no memory for the blocks of b, nothing is written */
+static int gemm_run(gemm *g, int64_t count) {
+    if (g->m < 1) { return 1; }
+    int64_t threads = ql_threads(), size = threads * BLOCK, packed = 0;
+#if GEMM_PAIRS
+    if (g->m > MOST_TILED) { return run_halves(g, count); }
+    packed = plan_tiles(g);
+#endif
+    float *memory = ql_scratch((size_t)(size + packed) * sizeof *memory + (size_t)threads * sizeof(atomic_int));
+    if (memory == NULL) { return 0; }
+#if GEMM_PAIRS
+    g->tiles.words = memory + size;
+    pack_tiles(&g->tiles);
+#endif
+    for (int64_t p = 0; p < count; p++) {
+        g[p].blocks = memory, g[p].workers = make_places((atomic_int *)(void *)(memory + size + packed), threads);
+#if GEMM_PAIRS
+        g[p].tiles = g->tiles;
+#endif
+        if (g[p].n > 0) { run_tasks(&g[p], threads); }
+    }
     return 1;
 }
 

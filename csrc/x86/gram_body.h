@@ -100,5 +100,5 @@ void V_NAME(gram_forward)(float *h, const float *a, const float *b, int64_t t, i
     if (ka != kb && kb <= QL_FEW && gram_few_transposed(h, a, b, t, ka, kb)) { return; }
     gemm g = {.c = h, .ldc = kb, .accumulate = 1, .lower = lower, .a = a, .lda = ka, .b = b, .ldb = kb,
               .pack_b = copy_block, .m = ka, .n = kb, .k = t};
-    if (!gemm_run(&g)) { ql_gram_forward_scalar(h, a, b, t, ka, kb, lower); }
+    if (!gemm_run(&g, 1)) { ql_gram_forward_scalar(h, a, b, t, ka, kb, lower); }
 }

@@ -17,7 +17,7 @@ void V_NAME(linear_forward)(float *y, const float *x, const ql_weight *w, int64_
     }
     gemm g = {.c = y, .ldc = w->n, .accumulate = accumulate, .a = x, .lda = w->k, .a_columns = w->perm, .b = w,
               .pack_panel = pack_transposed, .m = m, .n = w->n, .k = w->k};
-    if (!gemm_run(&g)) { ql_linear_forward_scalar(y, x, w, m, accumulate); }
+    if (!gemm_run(&g, 1)) { ql_linear_forward_scalar(y, x, w, m, accumulate); }
 }
 
 void V_NAME(linear_many_forward)(const ql_linear_product *products, int64_t count, const float *x, int64_t m) {
@@ -52,5 +52,5 @@ void V_NAME(linear_backward_input)(float *dx, const float *dy, const ql_weight *
     if (few && narrow_backward(dx, dy, w, m, accumulate)) { return; }
     gemm g = {.c = dx, .ldc = w->k, .c_columns = w->perm, .accumulate = accumulate, .a = dy, .lda = w->n, .b = w,
               .pack_b = pack_rows, .m = m, .n = w->k, .k = w->n};
-    if (!gemm_run(&g)) { ql_linear_backward_input_scalar(dx, dy, w, m, accumulate); }
+    if (!gemm_run(&g, 1)) { ql_linear_backward_input_scalar(dx, dy, w, m, accumulate); }
 }
